@@ -1,0 +1,182 @@
+"""The run's configuration: frozen models, one YAML file without inheritance, `--set` on top.
+
+An unknown key fails with the nearest known one; values are validated when the file is loaded.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from anyres_vlm.errors import UsageError
+from anyres_vlm.geometry import Dialect, Grid, Layout, Tiling
+
+StageName = Literal["stage1", "stage2"]
+TemplateName = Literal["plain", "tiny", "vicuna_v1", "mistral", "llama_3", "chatml"]
+Positive = Annotated[int, Field(ge=1)]
+Fraction = Annotated[float, Field(ge=0, lt=1)]
+Rate = Annotated[float, Field(gt=0, le=1)]
+
+
+class Frozen(BaseModel):
+    """Base of all configuration models: no unknown key, no later change."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class EncoderConfig(Frozen):
+    """Vision encoder: a CLIP of transformers or any vision transformer of timm, by hub id, folder or `embedded:` name."""
+
+    kind: Literal["clip", "timm"] = "clip"
+    name: str
+    layer: int = -2
+    tile: Positive | None = None  # timm only: tile side in pixels; None is the model's own
+
+
+class ModelConfig(Frozen):
+    """What the model is made of and how images are cut for it."""
+
+    llm: str
+    encoder: EncoderConfig
+    projector: Literal["linear", "mlp2x_gelu"] = "mlp2x_gelu"
+    template: TemplateName
+    grid: str = "2x2"
+    pinpoints: tuple[tuple[Positive, Positive], ...] | None = None  # pixels; replaces `grid`
+    layout: Layout = "spatial_unpad"
+    dialect: Dialect = "hf"
+
+    @model_validator(mode="after")
+    def _grid_is_readable(self) -> ModelConfig:
+        Grid.parse(self.grid)
+        return self
+
+    def tiling(self, tile: int, patch: int) -> Tiling:
+        """The tiling for an encoder with this tile and patch side in pixels."""
+        if self.pinpoints is not None:
+            return Tiling(self.pinpoints, tile, patch, self.layout, self.dialect)
+        return Tiling.from_grid(Grid.parse(self.grid), tile=tile, patch=patch, layout=self.layout, dialect=self.dialect)
+
+
+class DataConfig(Frozen):
+    """LLaVA JSON or JSONL with an image folder, or so many rendered samples of the embedded default."""
+
+    path: Path | None = None
+    images: Path | None = None
+    rendered: Literal["captions", "instructions"] | None = None
+    samples: Positive | None = None
+    max_bad_fraction: Fraction = 0.01
+
+    @model_validator(mode="after")
+    def _one_source(self) -> DataConfig:
+        if (self.path is None) == (self.rendered is None):
+            raise ValueError("give either `path` (a JSON file) or `rendered`, not both and not neither")
+        if (self.rendered is None) != (self.samples is None):
+            raise ValueError("`samples` goes with `rendered`, and `rendered` needs it")
+        return self
+
+
+class StageConfig(Frozen):
+    """One stage of the recipe. Rates are per optimizer step; `batch_size` counts samples, `capacity` tokens of a pack."""
+
+    data: DataConfig
+    learning_rate: Rate
+    vision_lr: Rate | None = None  # None keeps the encoder frozen
+    batch_size: Positive
+    epochs: Positive = 1
+    max_length: Positive = 4096
+    capacity: Positive = 8192
+    warmup_ratio: Fraction = 0.03
+    eta_min: Annotated[float, Field(ge=0)] = 0.0
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
+    template: TemplateName | None = None  # None is the model's; stage 1 of LLaVA uses `plain`
+    activation_checkpointing: bool = False
+
+    @model_validator(mode="after")
+    def _pack_holds_a_sample(self) -> StageConfig:
+        if self.capacity < self.max_length:
+            raise ValueError(f"capacity={self.capacity} is below max_length={self.max_length}: raise it or lower max_length")
+        return self
+
+
+class RunConfig(Frozen):
+    """A whole two-stage run."""
+
+    model: ModelConfig
+    stage1: StageConfig
+    stage2: StageConfig
+    seed: int = 0
+    precision: Literal["fp32", "bf16"] = "bf16"
+    workers: Annotated[int, Field(ge=0)] = 0  # loader processes
+    save_every: Positive = 500  # optimizer steps between checkpoints
+    keep_checkpoints: Positive = 2
+    log_every: Positive = 1
+
+    def stage(self, name: StageName) -> StageConfig:
+        """The settings of one stage."""
+        return self.stage1 if name == "stage1" else self.stage2
+
+
+def load_config(path: Path, overrides: Sequence[str] = (), **flags: object) -> RunConfig:
+    """Read a YAML file, apply `key.sub=value` overrides, then flags by dotted key (None is not given).
+
+    Raises `UsageError` naming the file, the key, what was got and the nearest known key.
+    """
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UsageError(f"config {path}: no such file; shipped ones are in configs/") from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UsageError(f"config {path}: cannot be read as YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(content, dict):
+        raise UsageError(f"config {path}: expected a mapping of keys, got {type(content).__name__}")
+    for override in overrides:
+        key, separator, value = override.partition("=")
+        if not separator:
+            raise UsageError(f"--set {override!r}: expected key=value, for example --set stage2.learning_rate=1e-5")
+        _assign(content, key.strip(), yaml.safe_load(value))
+    for key, flag in flags.items():
+        if flag is not None:
+            _assign(content, key.replace("__", "."), flag)
+    try:
+        return RunConfig.model_validate(content)
+    except ValidationError as error:
+        raise UsageError(f"config {path}: {_explain(error)}") from None
+
+
+def _assign(content: dict[str, Any], key: str, value: object) -> None:
+    *parents, last = key.split(".")
+    node: Any = content
+    for parent in parents:
+        node = node.setdefault(parent, {})
+        if not isinstance(node, dict):
+            raise UsageError(f"--set {key}: {parent} is a value, not a section")
+    node[last] = value
+
+
+def _explain(error: ValidationError) -> str:
+    """The first few faults on one line, an unknown key with the nearest known one."""
+    faults = []
+    for fault in error.errors()[:3]:
+        where = ".".join(str(part) for part in fault["loc"])
+        if fault["type"] == "extra_forbidden":
+            known = _fields(RunConfig, fault["loc"][:-1])
+            near = difflib.get_close_matches(str(fault["loc"][-1]), known, n=1)
+            faults.append(f"unknown key {where}; " + (f"did you mean {near[0]}?" if near else f"known: {', '.join(known)}"))
+        elif fault["type"] == "missing":
+            faults.append(f"key {where} is missing")
+        else:
+            faults.append(f"{where}: {fault['msg']}, got {fault['input']!r}" if where else fault["msg"])
+    return "; ".join(faults)
+
+
+def _fields(model: type[BaseModel], location: Sequence[int | str]) -> list[str]:
+    fields: Mapping[str, Any] = model.model_fields
+    for part in location:
+        fields = fields[str(part)].annotation.model_fields
+    return list(fields)

@@ -1,0 +1,228 @@
+"""AnyRes geometry: which tiles an image becomes and how many tokens they cost, in pure Python.
+
+Counting, packing, tiling, merging and export all read the same `TilePlan`. Sizes are (height, width) in pixels.
+Sources: the any-resolution code of LLaVA-NeXT (`dialect="llava"`) and `LlavaNextProcessor` of transformers
+(`dialect="hf"`); where the two disagree, both answers are kept exactly.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal
+
+from anyres_vlm.errors import UsageError
+
+Layout = Literal["spatial_unpad", "flat"]
+Dialect = Literal["hf", "llava"]
+
+GRID_LIMIT = 12  # tiles a side: 12 x 12 tiles of 576 tokens are 83k tokens, beyond any model's context
+
+
+@dataclass(frozen=True, slots=True)
+class Size:
+    """Height and width in pixels."""
+
+    height: int
+    width: int
+
+    def __post_init__(self) -> None:
+        if self.height < 1 or self.width < 1:
+            raise UsageError(f"image size {self.width}x{self.height} (width x height): both sides must be at least 1")
+
+
+@dataclass(frozen=True, slots=True)
+class Grid:
+    """Rows and columns of tiles."""
+
+    rows: int
+    cols: int
+
+    @classmethod
+    def parse(cls, text: str) -> Grid:
+        """Read `RxC`, rows first, as the command line and the configs write it."""
+        match = re.fullmatch(r"(\d+)x(\d+)", text.strip().lower())
+        if match is None:
+            raise UsageError(f"grid {text!r}: expected ROWSxCOLUMNS such as 2x2, or 1x1 for the thumbnail alone")
+        rows, cols = int(match[1]), int(match[2])
+        if not (1 <= rows <= GRID_LIMIT and 1 <= cols <= GRID_LIMIT):
+            raise UsageError(f"grid {text!r}: rows and columns must be from 1 to {GRID_LIMIT}")
+        return cls(rows=rows, cols=cols)
+
+    def __str__(self) -> str:
+        return f"{self.rows}x{self.cols}"
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """How images are cut: candidate canvases, tile and patch side in pixels, token layout and dialect.
+
+    `pinpoints` are pairs of pixels in the order in which they are tried, as a checkpoint's `image_grid_pinpoints`
+    lists them. The dialect says what a pair means: (height, width) for `hf`, (width, height) for `llava`. An empty
+    list is the thumbnail alone.
+    """
+
+    pinpoints: tuple[tuple[int, int], ...] = ((336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008))
+    tile: int = 336
+    patch: int = 14
+    layout: Layout = "spatial_unpad"
+    dialect: Dialect = "hf"
+
+    def __post_init__(self) -> None:
+        if self.patch < 1 or self.tile < self.patch or self.tile % self.patch:
+            raise UsageError(f"tile side {self.tile} must be a positive multiple of the patch side {self.patch}")
+        for pair in self.pinpoints:
+            if len(pair) != 2 or min(pair) < self.tile or any(side % self.tile for side in pair):
+                raise UsageError(f"pinpoint {list(pair)}: both sides must be positive multiples of the tile side {self.tile}")
+
+    @classmethod
+    def from_grid(
+        cls,
+        grid: Grid,
+        *,
+        tile: int = 336,
+        patch: int = 14,
+        layout: Layout = "spatial_unpad",
+        dialect: Dialect = "hf",
+    ) -> Tiling:
+        """Every a x b tiles with 2 <= a*b <= R*C and max(a, b) <= max(R, C) + 1, small ones first; none for 1x1."""
+        longest = max(grid.rows, grid.cols) + 1
+        most = grid.rows * grid.cols
+        pairs = [(a, b) for a in range(1, longest + 1) for b in range(1, longest + 1) if 2 <= a * b <= most]
+        pairs.sort(key=lambda pair: (max(pair), pair[0] * pair[1], pair))
+        return cls(tuple((a * tile, b * tile) for a, b in pairs), tile, patch, layout, dialect)
+
+    @property
+    def side(self) -> int:
+        """Patches along one side of a tile."""
+        return self.tile // self.patch
+
+    @property
+    def patches(self) -> int:
+        """Tokens of one tile (576 for CLIP ViT-L/14-336)."""
+        return self.side**2
+
+    @cached_property
+    def canvases(self) -> tuple[Size, ...]:
+        """The candidates in the order in which they are tried; the first of equals wins."""
+        if self.dialect == "hf":
+            return tuple(Size(height=a, width=b) for a, b in self.pinpoints)
+        return tuple(Size(height=b, width=a) for a, b in self.pinpoints)
+
+    @property
+    def max_tiles(self) -> int:
+        """The most tiles an image can have, thumbnail included."""
+        return 1 + max((c.height * c.width // self.tile**2 for c in self.canvases), default=0)
+
+
+@dataclass(frozen=True, slots=True)
+class TilePlan:
+    """Everything that follows from one image's size.
+
+    `grid` is 0x0 for the thumbnail alone. `resized` is the image's size on the canvas and `top`, `left` the padding
+    before it, in pixels. `kept_*` is the part of the grid's (rows * side, cols * side) tokens that goes to the model.
+    """
+
+    image: Size
+    tile: int
+    side: int
+    layout: Layout
+    grid: Grid
+    resized: Size
+    top: int
+    left: int
+    kept_top: int
+    kept_left: int
+    kept_rows: int
+    kept_cols: int
+
+    @property
+    def canvas(self) -> Size:
+        """The canvas in pixels; one tile for the thumbnail alone."""
+        return Size(height=max(self.grid.rows, 1) * self.tile, width=max(self.grid.cols, 1) * self.tile)
+
+    @property
+    def num_tiles(self) -> int:
+        """Tiles for the encoder, thumbnail included."""
+        return 1 + self.grid.rows * self.grid.cols
+
+    @property
+    def visual_tokens(self) -> int:
+        """Tokens that carry image content: the thumbnail's and the kept part of the grid."""
+        return self.side**2 + self.kept_rows * self.kept_cols
+
+    @property
+    def newline_tokens(self) -> int:
+        """Learned `image_newline` tokens: one behind every kept row under `spatial_unpad`."""
+        return self.kept_rows if self.layout == "spatial_unpad" else 0
+
+    @property
+    def total_tokens(self) -> int:
+        """Positions that the image takes in the language model's sequence."""
+        return self.visual_tokens + self.newline_tokens
+
+
+def choose_canvas(size: Size, tiling: Tiling) -> Size | None:
+    """The canvas with the largest effective area, then the least waste, then the first; None without candidates."""
+    best = None
+    best_effective = best_waste = -1
+    area = size.height * size.width
+    for canvas in tiling.canvases:
+        scale = min(canvas.width / size.width, canvas.height / size.height)
+        effective = min(int(size.width * scale) * int(size.height * scale), area)
+        waste = canvas.height * canvas.width - effective
+        if best is None or effective > best_effective or (effective == best_effective and waste < best_waste):
+            best, best_effective, best_waste = canvas, effective, waste
+    return best
+
+
+def plan_tiles(size: Size, tiling: Tiling) -> TilePlan:
+    """Plan one image: canvas, resize, padding and kept tokens. Pure arithmetic, a few microseconds."""
+    canvas = choose_canvas(size, tiling)
+    if canvas is None:
+        thumbnail = Size(height=tiling.tile, width=tiling.tile)
+        return TilePlan(size, tiling.tile, tiling.side, tiling.layout, Grid(0, 0), thumbnail, 0, 0, 0, 0, 0, 0)
+    resized = _fit(size, canvas)
+    grid = Grid(rows=canvas.height // tiling.tile, cols=canvas.width // tiling.tile)
+    token_rows, token_cols = grid.rows * tiling.side, grid.cols * tiling.side
+    cut_rows, cut_cols = 0, 0
+    if tiling.layout == "spatial_unpad":
+        cut_rows, cut_cols = _unpad(size, token_rows, token_cols, tiling.dialect)
+    return TilePlan(
+        image=size,
+        tile=tiling.tile,
+        side=tiling.side,
+        layout=tiling.layout,
+        grid=grid,
+        resized=resized,
+        top=(canvas.height - resized.height) // 2,
+        left=(canvas.width - resized.width) // 2,
+        kept_top=cut_rows,
+        kept_left=cut_cols,
+        kept_rows=token_rows - 2 * cut_rows,
+        kept_cols=token_cols - 2 * cut_cols,
+    )
+
+
+def count_tokens(size: Size, tiling: Tiling) -> int:
+    """Positions that an image of this size takes in the language model's sequence, newlines included."""
+    return plan_tiles(size, tiling).total_tokens
+
+
+def _fit(size: Size, canvas: Size) -> Size:
+    """Scale the image into the canvas: one side is filled exactly, the other rounded up."""
+    scale_height, scale_width = canvas.height / size.height, canvas.width / size.width
+    if scale_width < scale_height:
+        return Size(height=min(math.ceil(size.height * scale_width), canvas.height), width=canvas.width)
+    return Size(height=canvas.height, width=min(math.ceil(size.width * scale_height), canvas.width))
+
+
+def _unpad(size: Size, rows: int, cols: int, dialect: Dialect) -> tuple[int, int]:
+    """Token rows cut at the top and as many at the bottom, and likewise columns; one of the two is 0."""
+    if size.width / size.height > cols / rows:
+        height = size.height * (cols / size.width)
+        return (rows - (int(round(height, 7)) if dialect == "hf" else int(height))) // 2, 0
+    width = size.width * (rows / size.height)
+    return 0, (cols - (int(round(width, 7)) if dialect == "hf" else int(width))) // 2

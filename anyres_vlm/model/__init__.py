@@ -1,0 +1,1 @@
+"""The AnyRes model: encoder, projector, merge, document-exact attention and loss, and its checkpoints."""

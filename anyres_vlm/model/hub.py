@@ -1,0 +1,114 @@
+"""Base models by hub id, local folder or `embedded:` name, put together to a vision-language model."""
+
+from __future__ import annotations
+
+from importlib import resources
+from pathlib import Path
+from typing import Any, cast
+
+import timm
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    CLIPImageProcessor,
+    CLIPVisionModel,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
+from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
+
+from anyres_vlm.config import EncoderConfig, ModelConfig
+from anyres_vlm.errors import DataError, UsageError
+from anyres_vlm.model.encoder import ClipEncoder, Encoder, TimmEncoder
+from anyres_vlm.model.vlm import VisionLanguageModel
+from anyres_vlm.schema import IMAGE_TOKEN
+
+EMBEDDED = "embedded:"
+
+
+def resolve(name: str) -> str:
+    """The folder of an `embedded:` base model; any other name as it is, `~` expanded."""
+    if not name.startswith(EMBEDDED):
+        return str(Path(name).expanduser()) if name.startswith("~") else name
+    folder = Path(str(resources.files("anyres_vlm") / "assets" / name.removeprefix(EMBEDDED)))
+    if not folder.is_dir():
+        raise UsageError(f"{name}: no such embedded model; there are {sorted(p.name for p in folder.parent.iterdir())}")
+    return str(folder)
+
+
+def build_model(config: ModelConfig, seed: int) -> tuple[VisionLanguageModel, PreTrainedTokenizerFast]:
+    """Base models, a projector and newline initialised from `seed`, and the tokenizer with `<image>` in it."""
+    tokenizer = load_tokenizer(config.llm)
+    language_model = _load_llm(config.llm)
+    _fit_vocabulary(language_model, tokenizer)
+    encoder = load_encoder(config.encoder)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = VisionLanguageModel(config, encoder, language_model, image_token_id(tokenizer))
+    return model.float(), tokenizer
+
+
+def load_tokenizer(name: str) -> PreTrainedTokenizerFast:
+    """A fast tokenizer with the special token `<image>` and a padding token."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(resolve(name))
+    except (OSError, ValueError) as error:
+        raise _unavailable("llm", name, error) from error
+    if not isinstance(tokenizer, PreTrainedTokenizerFast):
+        raise UsageError(f"llm {name}: exact labels need a fast tokenizer, got {type(tokenizer).__name__}")
+    if IMAGE_TOKEN not in tokenizer.get_vocab():
+        tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE_TOKEN]}, replace_extra_special_tokens=False)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
+    return tokenizer
+
+
+def image_token_id(tokenizer: PreTrainedTokenizerFast) -> int:
+    """The id that stands for one visual token."""
+    return cast(int, tokenizer.convert_tokens_to_ids(IMAGE_TOKEN))
+
+
+def load_encoder(config: EncoderConfig) -> Encoder:
+    """The vision encoder with its own normalisation statistics."""
+    name = resolve(config.name)
+    try:
+        if config.kind == "timm":
+            options = {} if config.tile is None else {"img_size": config.tile}
+            source = f"local-dir:{name}" if Path(name).is_dir() else name
+            network = timm.create_model(source, pretrained=True, num_classes=0, **options)
+            pixels = network.pretrained_cfg
+            return TimmEncoder(network, config.layer, pixels["mean"], pixels["std"])
+        vision_model = CLIPVisionModel.from_pretrained(name, dtype=torch.float32)
+        mean, std = _clip_statistics(name)
+    except (OSError, RuntimeError) as error:
+        raise _unavailable("encoder", config.name, error) from error
+    return ClipEncoder(vision_model, config.layer, mean, std)
+
+
+def _clip_statistics(name: str) -> tuple[list[float], list[float]]:
+    """Mean and deviation of the encoder's image processor; CLIP's own where the checkpoint carries none."""
+    try:
+        processor: Any = CLIPImageProcessor.from_pretrained(name)
+    except OSError:
+        return list(OPENAI_CLIP_MEAN), list(OPENAI_CLIP_STD)
+    return list(processor.image_mean), list(processor.image_std)
+
+
+def _load_llm(name: str) -> PreTrainedModel:
+    try:
+        return cast(PreTrainedModel, AutoModelForCausalLM.from_pretrained(resolve(name), dtype=torch.float32))
+    except (OSError, ValueError) as error:
+        raise _unavailable("llm", name, error) from error
+
+
+def _fit_vocabulary(language_model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> None:
+    """Give added tokens rows of their own; a vocabulary padded beyond the tokenizer stays as it is."""
+    rows = language_model.get_input_embeddings().weight.shape[0]
+    if len(tokenizer) > rows:
+        language_model.resize_token_embeddings(len(tokenizer))
+
+
+def _unavailable(what: str, name: str, error: Exception) -> DataError:
+    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    return DataError(f"{what} {name!r} cannot be loaded: {reason}; give a hub id, a local folder or an embedded: name")

@@ -1,0 +1,103 @@
+"""What flows between the parts: a record as read, a sample as tokenised, a pack as planned, a batch as computed.
+
+Legend of shape letters, used by every docstring:
+
+    T tiles            S tile side in pixels      P patches of a tile (tokens)   L positions of a packed sequence
+    N visual tokens of one image, newlines included                             K supervised positions
+    Dv width of the encoder     D width of the language model     V vocabulary   H attention heads
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from anyres_vlm.geometry import TilePlan
+
+if TYPE_CHECKING:  # torch takes seconds to import and a schema needs only its names
+    import torch
+
+IGNORE_INDEX = -100  # a label that is not supervised; the default of torch's cross-entropy
+IMAGE_TOKEN = "<image>"
+
+Role = Literal["user", "assistant"]
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """One turn of a conversation; `<image>` in the text stands for the next image of the record."""
+
+    role: Role
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """One conversation as its source has it. `task` names what a held-out question tests, where it does."""
+
+    id: str
+    images: tuple[Path, ...]
+    turns: tuple[Turn, ...]
+    task: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """A tokenised record. Every image stands in `input_ids` as as many image tokens as its plan has in total."""
+
+    id: str
+    input_ids: tuple[int, ...]
+    labels: tuple[int, ...]
+    images: tuple[Path, ...]
+    plans: tuple[TilePlan, ...]
+
+    @property
+    def length(self) -> int:
+        """Positions in the language model's sequence."""
+        return len(self.input_ids)
+
+    @property
+    def num_tiles(self) -> int:
+        """Tiles for the encoder."""
+        return sum(plan.num_tiles for plan in self.plans)
+
+    @property
+    def num_supervised(self) -> int:
+        """Positions whose prediction counts in the loss: a label at position 0 has nothing before it to predict it."""
+        return sum(label != IGNORE_INDEX for label in self.labels[1:])
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """One pack of documents as tensors.
+
+    `labels[i]` is the token at position i itself; the loss shifts inside each document. `cu_seqlens` holds the
+    documents' boundaries, 0 and L included; `plans` one plan an image in the order of the tiles.
+    """
+
+    input_ids: torch.Tensor  # (1, L) int64
+    labels: torch.Tensor  # (1, L) int64
+    position_ids: torch.Tensor  # (1, L) int64, from 0 in each document
+    cu_seqlens: torch.Tensor  # (documents + 1,) int32
+    tiles: torch.Tensor  # (T, 3, S, S) uint8
+    plans: tuple[TilePlan, ...]
+    sample_ids: tuple[str, ...]
+
+    def to(self, device: torch.device) -> Batch:
+        """The same batch with its tensors on a device."""
+        return replace(
+            self,
+            input_ids=self.input_ids.to(device, non_blocking=True),
+            labels=self.labels.to(device, non_blocking=True),
+            position_ids=self.position_ids.to(device, non_blocking=True),
+            cu_seqlens=self.cu_seqlens.to(device, non_blocking=True),
+            tiles=self.tiles.to(device, non_blocking=True),
+        )
+
+    @property
+    def num_supervised(self) -> int:
+        """Supervised positions, the first of each document not counted."""
+        labels = self.labels[0].clone()
+        labels[self.cu_seqlens[:-1].long()] = IGNORE_INDEX
+        return int((labels != IGNORE_INDEX).sum())

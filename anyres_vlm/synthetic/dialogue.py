@@ -1,0 +1,34 @@
+"""Conversations about a picture, in the three kinds of LLaVA's instruction data."""
+
+from __future__ import annotations
+
+import random
+from typing import Literal
+
+from anyres_vlm.synthetic.rendering import KINDS, Kind, Rendering
+
+DialogueKind = Literal["conversation", "detail", "reasoning"]
+Dialogue = list[tuple[str, str]]  # (question, answer) in turn
+
+BRIEFLY = "Answer briefly."
+DETAIL_WORDINGS = ("Describe the picture in detail.", "What do you see?", "Give a full description of the picture.")
+_KIND_WEIGHTS = (45, 15, 10, 10, 10, 10)  # in the order of KINDS: half of the pictures are scenes
+
+
+def pick_kind(rng: random.Random) -> Kind:
+    """A kind of picture in the mix of the embedded default."""
+    return rng.choices(KINDS, _KIND_WEIGHTS)[0]
+
+
+def converse(rendering: Rendering, kind: DialogueKind, rng: random.Random) -> Dialogue:
+    """Turns of one kind: 2 to 4 questions, a detailed description, or an answer with its reasons."""
+    if kind == "detail":
+        return [(rng.choice(DETAIL_WORDINGS), rendering.detail)]
+    if kind == "reasoning" and rendering.reasoning:
+        return [rng.choice(rendering.reasoning)]
+    asked = rng.sample(rendering.questions, min(len(rendering.questions), rng.randint(2, 4)))
+    brief = [rng.random() < 0.6 for _ in asked]
+    return [
+        (f"{item.question} {BRIEFLY}", item.answer) if short else (item.question, item.sentence)
+        for item, short in zip(asked, brief, strict=True)
+    ]

@@ -1,0 +1,42 @@
+"""AdamW in parameter groups, and linear warm-up followed by a cosine."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import nn
+from torch.optim import AdamW
+from torch.optim.lr_scheduler import LambdaLR
+
+from anyres_vlm.config import StageConfig
+
+
+def build_optimizer(model: nn.Module, settings: StageConfig) -> AdamW:
+    """AdamW over what requires gradients: the encoder at its own rate; biases and norms are never decayed."""
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            rate = settings.vision_lr if name.startswith("vision_tower.") else settings.learning_rate
+            assert rate is not None, "the encoder is trained only with a rate of its own"
+            decay = settings.weight_decay if parameter.ndim > 1 else 0.0
+            groups.setdefault((rate, decay), []).append(parameter)
+    return AdamW(
+        [{"params": params, "lr": rate, "weight_decay": decay} for (rate, decay), params in groups.items()],
+        fused=torch.cuda.is_available(),
+    )
+
+
+def rate_factor(step: int, total_steps: int, warmup_ratio: float, floor: float) -> float:
+    """Share of the peak rate at a step: linear over the first `ceil(ratio * total)` steps, then cosine down to `floor`."""
+    warmup = math.ceil(warmup_ratio * total_steps)
+    if step < warmup:
+        return (step + 1) / (warmup + 1)
+    progress = (step - warmup) / max(total_steps - warmup, 1)
+    return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
+
+
+def build_schedule(optimizer: AdamW, settings: StageConfig, total_steps: int) -> LambdaLR:
+    """The schedule of one stage, a step each optimizer step."""
+    floor = settings.eta_min / settings.learning_rate
+    return LambdaLR(optimizer, lambda step: rate_factor(step, total_steps, settings.warmup_ratio, floor))

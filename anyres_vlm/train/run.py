@@ -1,0 +1,196 @@
+"""One run: the data, model and plan of each stage put together, trained, checkpointed and finished."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import yaml
+from transformers import PreTrainedTokenizerFast
+
+from anyres_vlm.config import RunConfig, StageName
+from anyres_vlm.data.conversation import TEMPLATES
+from anyres_vlm.data.loader import iter_steps
+from anyres_vlm.data.packing import pack_steps
+from anyres_vlm.errors import UsageError
+from anyres_vlm.model.hub import build_model
+from anyres_vlm.model.pretrained import load_parts, save_pretrained
+from anyres_vlm.model.vlm import VisionLanguageModel
+from anyres_vlm.train import checkpoint
+from anyres_vlm.train.engine import Engine
+from anyres_vlm.train.loop import run_steps
+from anyres_vlm.train.metrics import MetricsWriter
+from anyres_vlm.train.optim import build_optimizer, build_schedule
+from anyres_vlm.train.samples import load_samples
+from anyres_vlm.train.stage import ADAPTER_PARTS, freeze, recipe_warnings, trained_parts
+
+logger = logging.getLogger(__name__)
+
+Progress = Callable[[StageName, int, int, dict[str, float]], None]
+"""Called after each optimizer step with the stage, the finished steps, all steps and the step's numbers."""
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """What the command line decides beside the configuration."""
+
+    output: Path
+    stages: tuple[StageName, ...]
+    resume: bool = True
+    max_steps: int | None = None
+    skip_stage1: bool = False
+
+
+def model_folder(output: Path, stage: StageName) -> Path:
+    """Where a finished stage's checkpoint lies."""
+    return output / stage / "model"
+
+
+def train(config: RunConfig, options: RunOptions, progress: Progress) -> None:
+    """Run the stages in order; what is already finished in the output folder is left as it is.
+
+    Raises `UsageError` for stage 2 without a stage-1 projector, and for an output folder of another run.
+    """
+    engine = Engine(config.precision)
+    try:
+        for stage in options.stages:
+            if options.resume and model_folder(options.output, stage).is_dir():
+                logger.info("%s is finished: %s", stage, model_folder(options.output, stage))
+            else:
+                _check_start(options, stage)
+                StageRun(engine, config, options, stage, progress).run()
+    finally:
+        engine.close()
+
+
+def _check_start(options: RunOptions, stage: StageName) -> None:
+    if not options.resume and (options.output / stage).exists():
+        raise UsageError(f"{options.output / stage} exists: --resume auto goes on with it, or choose another --output")
+    first = model_folder(options.output, "stage1")
+    if stage == "stage2" and not options.skip_stage1 and not first.is_dir():
+        raise UsageError(
+            f"stage 2 needs the projector of stage 1, and {first} does not exist: run --stage 1 with the same --output "
+            "first, or pass --skip-stage1 for the ablation without it"
+        )
+
+
+class StageRun:
+    """Everything one stage holds while it trains; `run` is the order of events."""
+
+    def __init__(
+        self, engine: Engine, config: RunConfig, options: RunOptions, stage: StageName, progress: Progress
+    ) -> None:
+        self.engine, self.config, self.options, self.stage, self.progress = engine, config, options, stage, progress
+        self.settings = config.stage(stage)
+        self.folder = options.output / stage
+        self.model, self.tokenizer = self._build_model()
+        with engine.main_first():
+            self.samples = load_samples(config, stage, options.output, self.model, self.tokenizer)
+        self.steps = self._plan_steps()
+        self.optimizer = build_optimizer(self.model, self.settings)
+        self.schedule = build_schedule(self.optimizer, self.settings, len(self.steps))
+
+    def run(self) -> None:
+        """Resume or begin, train the steps that are left, save the finished model."""
+        finished = self._restore()
+        self.engine.prepare(self.model, self.optimizer)
+        self._announce(finished)
+        batches = iter_steps(
+            self.samples,
+            self.steps,
+            self.model.tiling,
+            finished,
+            rank=self.engine.rank,
+            world=self.engine.world_size,
+            workers=self.config.workers,
+        )
+        with MetricsWriter(self.folder if self.engine.is_main else None, finished) as metrics:
+
+            def after_step(step: int, numbers: dict[str, float]) -> None:
+                metrics.write(step, numbers)
+                self.progress(self.stage, step, len(self.steps), numbers)
+                if step % self.config.save_every == 0 and step < len(self.steps):
+                    self._save_checkpoint(step)
+
+            run_steps(self.engine, batches, self.schedule, self.settings.max_grad_norm, finished, after_step)
+        self._save_model()
+
+    def _build_model(self) -> tuple[VisionLanguageModel, PreTrainedTokenizerFast]:
+        model, tokenizer = build_model(self.config.model, self.config.seed)
+        if self.stage == "stage2" and not self.options.skip_stage1:
+            load_parts(model, model_folder(self.options.output, "stage1"), ADAPTER_PARTS)
+        freeze(model, trained_parts(self.config, self.stage))
+        if self.settings.activation_checkpointing:
+            model.language_model.gradient_checkpointing_enable()
+        return model.train(), tokenizer
+
+    def _plan_steps(self) -> list[list[list[int]]]:
+        lengths = [sample.length for sample in self.samples]
+        settings, seed = self.settings, self.config.seed
+        steps = [
+            step
+            for epoch in range(settings.epochs)
+            for step in pack_steps(lengths, settings.batch_size, settings.capacity, seed, epoch)
+        ]
+        return steps[: self.options.max_steps]
+
+    def _fixed_settings(self) -> dict[str, object]:
+        """What must not change between a checkpoint and its resumption: it decides the sequence of steps."""
+        run = self.config.model_dump(mode="json", exclude={"stage1", "stage2", "workers", "save_every", "keep_checkpoints"})
+        stage = self.settings.model_dump(mode="json")
+        return {**run, **stage, "samples": len(self.samples), "steps": len(self.steps)}
+
+    def _restore(self) -> int:
+        resumed = checkpoint.latest(self.folder / "checkpoints")
+        if resumed is None:
+            return 0
+        finished = checkpoint.restore_trainer(resumed, self._fixed_settings(), self.optimizer, self.schedule)
+        load_parts(self.model, resumed, trained_parts(self.config, self.stage))
+        return finished
+
+    def _announce(self, finished: int) -> None:
+        if not self.engine.is_main:
+            return
+        for warning in recipe_warnings(self.config, self.stage):
+            logger.warning(warning)
+        trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
+        logger.info(
+            "%s: %s samples, %s tokens, %s steps, %.1f M parameters trained%s",
+            self.stage,
+            f"{len(self.samples):,}",
+            f"{sum(sample.length for sample in self.samples):,}",
+            f"{len(self.steps):,}",
+            trained / 1e6,
+            f", resumed after step {finished}" if finished else "",
+        )
+        self.folder.mkdir(parents=True, exist_ok=True)
+        content = yaml.safe_dump(self.config.model_dump(mode="json"), sort_keys=False)
+        (self.folder / "config.yaml").write_text(content, encoding="utf-8")
+
+    def _save_checkpoint(self, step: int) -> None:
+        state = checkpoint.TrainerState(step, self._fixed_settings())
+
+        def fill(folder: Path) -> None:
+            self._write_model(folder, weights)
+            checkpoint.save_trainer(folder, state, self.optimizer, self.schedule)
+
+        weights = self.engine.weights()
+        if self.engine.is_main:
+            checkpoint.write_folder(checkpoint.checkpoint_path(self.folder / "checkpoints", step), fill)
+            checkpoint.prune(self.folder / "checkpoints", self.config.keep_checkpoints)
+        self.engine.wait()
+
+    def _save_model(self) -> None:
+        weights = self.engine.weights()
+        if self.engine.is_main:
+            target = model_folder(self.options.output, self.stage)
+            checkpoint.write_folder(target, lambda folder: self._write_model(folder, weights))
+        self.engine.wait()
+
+    def _write_model(self, folder: Path, weights: dict[str, torch.Tensor]) -> None:
+        template = TEMPLATES[self.config.model.template]
+        save_pretrained(self.model, weights, self.tokenizer, template.jinja, folder)
+

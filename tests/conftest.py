@@ -1,0 +1,72 @@
+"""Tiny random base models that every test module may build on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import (
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
+
+CORPUS = [
+    "USER: What colour is the star? ASSISTANT: The star is red.",
+    "a blue circle at the top left of a white page",
+    "the total on the receipt is 12.50 and the sign says BAKERY",
+]
+
+
+@pytest.fixture(scope="session")
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer of 300 tokens with `</s>` and `<image>`."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=300,
+        special_tokens=["<unk>", "<s>", "</s>", "<pad>", "<image>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(CORPUS, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>", unk_token="<unk>"
+    )
+
+
+@pytest.fixture(scope="session")
+def tiny_bases(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: PreTrainedTokenizerFast) -> Path:
+    """A folder with a random CLIP encoder in `vit` (tile 28, patch 14) and a random Llama in `llm`."""
+    folder = tmp_path_factory.mktemp("bases")
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        vision = CLIPVisionConfig(
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=3,
+            num_attention_heads=2,
+            image_size=28,
+            patch_size=14,
+        )
+        CLIPVisionModel(vision).save_pretrained(folder / "vit")
+        text = LlamaConfig(
+            hidden_size=48,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            vocab_size=len(tiny_tokenizer),
+            bos_token_id=1,
+            eos_token_id=2,
+            pad_token_id=3,
+            initializer_range=0.2,  # large enough that attention differs between positions
+        )
+        LlamaForCausalLM(text).save_pretrained(folder / "llm")
+    tiny_tokenizer.save_pretrained(folder / "llm")
+    return folder
