@@ -17,7 +17,7 @@ from anyres_vlm.errors import UsageError
 from anyres_vlm.geometry import Dialect, Grid, Layout, Tiling
 
 StageName = Literal["stage1", "stage2"]
-TemplateName = Literal["plain", "tiny", "vicuna_v1", "mistral", "llama_3", "chatml"]
+TemplateName = Literal["plain", "tiny", "vicuna_v1", "mistral", "llama_3", "chatml", "chatml_direct"]
 Positive = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Rate = Annotated[float, Field(gt=0, le=1)]
@@ -100,7 +100,9 @@ class StageConfig(Frozen):
     @model_validator(mode="after")
     def _pack_holds_a_sample(self) -> StageConfig:
         if self.capacity < self.max_length:
-            raise ValueError(f"capacity={self.capacity} is below max_length={self.max_length}: raise it or lower max_length")
+            raise ValueError(
+                f"capacity={self.capacity} is below max_length={self.max_length}: raise it or lower max_length"
+            )
         return self
 
 
@@ -115,15 +117,23 @@ class RunConfig(Frozen):
     workers: Annotated[int, Field(ge=0)] = 0  # loader processes
     save_every: Positive = 500  # optimizer steps between checkpoints
     keep_checkpoints: Positive = 2
-    log_every: Positive = 1
 
     def stage(self, name: StageName) -> StageConfig:
         """The settings of one stage."""
         return self.stage1 if name == "stage1" else self.stage2
 
 
-def load_config(path: Path, overrides: Sequence[str] = (), **flags: object) -> RunConfig:
-    """Read a YAML file, apply `key.sub=value` overrides, then flags by dotted key (None is not given).
+def shipped_config(name: str) -> Path:
+    """A configuration that comes with the package: inside it once installed, beside it in a clone."""
+    package = Path(__file__).parent
+    for folder in (package / "configs", package.parent / "configs"):
+        if (folder / f"{name}.yaml").exists():
+            return folder / f"{name}.yaml"
+    raise UsageError(f"no shipped configuration {name!r}")
+
+
+def load_config(path: Path, overrides: Sequence[str] = (), flags: Mapping[str, object] | None = None) -> RunConfig:
+    """Read a YAML file, apply `key.sub=value` overrides, then flags by dotted key.
 
     Raises `UsageError` naming the file, the key, what was got and the nearest known key.
     """
@@ -139,10 +149,12 @@ def load_config(path: Path, overrides: Sequence[str] = (), **flags: object) -> R
         key, separator, value = override.partition("=")
         if not separator:
             raise UsageError(f"--set {override!r}: expected key=value, for example --set stage2.learning_rate=1e-5")
-        _assign(content, key.strip(), yaml.safe_load(value))
-    for key, flag in flags.items():
-        if flag is not None:
-            _assign(content, key.replace("__", "."), flag)
+        try:
+            _assign(content, key.strip(), yaml.safe_load(value))
+        except yaml.YAMLError:
+            raise UsageError(f"--set {override!r}: the value is not YAML") from None
+    for key, flag in (flags or {}).items():
+        _assign(content, key, flag)
     try:
         return RunConfig.model_validate(content)
     except ValidationError as error:
@@ -167,7 +179,9 @@ def _explain(error: ValidationError) -> str:
         if fault["type"] == "extra_forbidden":
             known = _fields(RunConfig, fault["loc"][:-1])
             near = difflib.get_close_matches(str(fault["loc"][-1]), known, n=1)
-            faults.append(f"unknown key {where}; " + (f"did you mean {near[0]}?" if near else f"known: {', '.join(known)}"))
+            faults.append(
+                f"unknown key {where}; " + (f"did you mean {near[0]}?" if near else f"known: {', '.join(known)}")
+            )
         elif fault["type"] == "missing":
             faults.append(f"key {where} is missing")
         else:

@@ -75,7 +75,9 @@ class Tiling:
             raise UsageError(f"tile side {self.tile} must be a positive multiple of the patch side {self.patch}")
         for pair in self.pinpoints:
             if len(pair) != 2 or min(pair) < self.tile or any(side % self.tile for side in pair):
-                raise UsageError(f"pinpoint {list(pair)}: both sides must be positive multiples of the tile side {self.tile}")
+                raise UsageError(
+                    f"pinpoint {list(pair)}: both sides must be positive multiples of the tile side {self.tile}"
+                )
 
     @classmethod
     def from_grid(

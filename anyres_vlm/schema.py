@@ -13,6 +13,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+import numpy as np
+from numpy.typing import NDArray
+
 from anyres_vlm.geometry import TilePlan
 
 if TYPE_CHECKING:  # torch takes seconds to import and a schema needs only its names
@@ -42,20 +45,21 @@ class Record:
     task: str = ""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Sample:
-    """A tokenised record. Every image stands in `input_ids` as as many image tokens as its plan has in total."""
+    """A tokenised record. An image is one token in `input_ids`; the model's sequence has `plan.total_tokens` of them."""
 
     id: str
-    input_ids: tuple[int, ...]
-    labels: tuple[int, ...]
+    input_ids: NDArray[np.int32]
+    labels: NDArray[np.int32]
     images: tuple[Path, ...]
     plans: tuple[TilePlan, ...]
+    task: str = ""
 
     @property
     def length(self) -> int:
         """Positions in the language model's sequence."""
-        return len(self.input_ids)
+        return len(self.input_ids) + sum(plan.total_tokens - 1 for plan in self.plans)
 
     @property
     def num_tiles(self) -> int:
@@ -65,7 +69,7 @@ class Sample:
     @property
     def num_supervised(self) -> int:
         """Positions whose prediction counts in the loss: a label at position 0 has nothing before it to predict it."""
-        return sum(label != IGNORE_INDEX for label in self.labels[1:])
+        return int(np.count_nonzero(self.labels[1:] != IGNORE_INDEX))
 
 
 @dataclass(frozen=True, slots=True)

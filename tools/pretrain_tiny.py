@@ -157,7 +157,11 @@ def patch_labels(rendering: Rendering, plan: TilePlan) -> tuple[Tensor, Tensor, 
     -100 marks characters too small to read on that tile.
     """
     side, shape = plan.side, (plan.num_tiles, plan.side**2)
-    characters, colours, shapes = torch.zeros(*shape, SLOTS, dtype=torch.long), torch.zeros(shape), torch.zeros(shape)
+    characters, colours, shapes = (
+        torch.zeros(*shape, SLOTS, dtype=torch.long),
+        torch.zeros(shape),
+        torch.zeros(shape),
+    )
     filled = torch.zeros(shape, dtype=torch.long)
     for tile in range(plan.num_tiles):
         scale_y, scale_x, top, left = placement(plan, tile)
@@ -203,7 +207,11 @@ class Reader(nn.Module):
 
     def forward(self, features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(T, P, Dv) -> logits (T, P, SLOTS, characters), (T, P, colours), (T, P, shapes)."""
-        return self.characters(features).unflatten(-1, (SLOTS, -1)), self.colour(features), self.shape(features)
+        return (
+            self.characters(features).unflatten(-1, (SLOTS, -1)),
+            self.colour(features),
+            self.shape(features),
+        )
 
 
 def train_vit(out: Path, steps: int) -> None:

@@ -48,7 +48,9 @@ class ClipEncoder(Encoder):
         super().__init__(config.image_size, config.patch_size, config.hidden_size, mean, std)
         depth = config.num_hidden_layers
         if not -depth - 1 <= layer <= depth:
-            raise UsageError(f"encoder layer {layer}: the encoder has {depth} layers, choose from -{depth + 1} to {depth}")
+            raise UsageError(
+                f"encoder layer {layer}: the encoder has {depth} layers, choose from -{depth + 1} to {depth}"
+            )
         self.layers_used = layer % (depth + 1)
         self.vision_model = vision_model
 
@@ -88,4 +90,3 @@ class TimmEncoder(Encoder):
         )
         assert isinstance(features, Tensor)
         return features
-

@@ -6,6 +6,7 @@ stock cannot express is saved the same way under this project's own model type.
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Any, cast
@@ -34,7 +35,6 @@ from transformers.initialization import no_init_weights
 from anyres_vlm.config import ModelConfig
 from anyres_vlm.errors import DataError
 from anyres_vlm.model.encoder import ClipEncoder, Encoder, TimmEncoder
-from anyres_vlm.model.hub import image_token_id
 from anyres_vlm.model.vlm import VisionLanguageModel
 
 OWN_MODEL_TYPE = "anyres_vlm"
@@ -122,15 +122,19 @@ def load_parts(model: VisionLanguageModel, folder: Path, parts: tuple[str, ...])
     for name, tensor in wanted.items():
         if name not in found or found[name].shape != tensor.shape:
             got = "nothing" if name not in found else f"shape {tuple(found[name].shape)}"
-            raise DataError(f"{folder}: expected {name} of shape {tuple(tensor.shape)}, got {got}; use the same base models")
+            raise DataError(
+                f"{folder}: expected {name} of shape {tuple(tensor.shape)}, got {got}; use the same base models"
+            )
     model.load_state_dict(found, strict=False)
 
 
 def _config(model: VisionLanguageModel) -> dict[str, Any]:
-    text_config: Any = model.language_model.config
+    # Copies: a composite config takes its parts over and resets their attention.
+    text_config: Any = copy.deepcopy(model.language_model.config)
     tower = model.vision_tower
+    vision_config = copy.deepcopy(tower.vision_model.config) if isinstance(tower, ClipEncoder) else None
     settings: dict[str, Any] = LlavaNextConfig(
-        vision_config=cast(Any, tower.vision_model.config if isinstance(tower, ClipEncoder) else None),
+        vision_config=vision_config,
         text_config=text_config,
         image_token_index=model.image_token_id,
         vision_feature_layer=model.config.encoder.layer,
@@ -144,11 +148,17 @@ def _config(model: VisionLanguageModel) -> dict[str, Any]:
         settings |= {"model_type": OWN_MODEL_TYPE, "architectures": [type(model).__name__]}
     if isinstance(tower, TimmEncoder):
         architecture = tower.vision_model.pretrained_cfg["architecture"]
-        settings["vision_config"] = {"model_type": "timm", "architecture": architecture, "image_size": tower.tile}
+        settings["vision_config"] = {
+            "model_type": "timm",
+            "architecture": architecture,
+            "image_size": tower.tile,
+        }
     return settings
 
 
-def _processor(model: VisionLanguageModel, tokenizer: PreTrainedTokenizerFast, chat_template: str) -> LlavaNextProcessor:
+def _processor(
+    model: VisionLanguageModel, tokenizer: PreTrainedTokenizerFast, chat_template: str
+) -> LlavaNextProcessor:
     tower = model.vision_tower
     images = LlavaNextImageProcessor(
         size={"shortest_edge": tower.tile},

@@ -11,13 +11,23 @@ DialogueKind = Literal["conversation", "detail", "reasoning"]
 Dialogue = list[tuple[str, str]]  # (question, answer) in turn
 
 BRIEFLY = "Answer briefly."
-DETAIL_WORDINGS = ("Describe the picture in detail.", "What do you see?", "Give a full description of the picture.")
+DETAIL_WORDINGS = (
+    "Describe the picture in detail.",
+    "What do you see?",
+    "Give a full description of the picture.",
+)
 _KIND_WEIGHTS = (45, 15, 10, 10, 10, 10)  # in the order of KINDS: half of the pictures are scenes
 
 
 def pick_kind(rng: random.Random) -> Kind:
     """A kind of picture in the mix of the embedded default."""
     return rng.choices(KINDS, _KIND_WEIGHTS)[0]
+
+
+def pick_dialogue(rng: random.Random) -> DialogueKind:
+    """A kind of dialogue in the mix of the embedded default."""
+    kinds: tuple[DialogueKind, ...] = ("conversation", "detail", "reasoning")
+    return rng.choices(kinds, (70, 12, 18))[0]
 
 
 def converse(rendering: Rendering, kind: DialogueKind, rng: random.Random) -> Dialogue:

@@ -31,10 +31,19 @@ def draw_sign(rng: random.Random, split: Split) -> tuple[Sheet, Facts]:
         baseline = sheet.height * (index + 0.5) / len(lines) + size * 0.36
         sheet.text((sheet.width - text_width(line, face, size)) / 2, baseline, line, face, size, (255, 255, 255))
     text = " ".join(words)
-    facts = Facts(caption=f"A {colour} sign that says {text}.", detail=f"The picture shows a {colour} sign. It says {text}.")
+    facts = Facts(
+        caption=f"A {colour} sign that says {text}.",
+        detail=f"The picture shows a {colour} sign. It says {text}.",
+    )
     if colour == "orange":
         facts.caption = facts.caption.replace("A orange", "An orange")
-    facts.ask(rng, "sign", ["What does the sign say?", "What is written on the sign?"], text, f"The sign says {text}.")
+    facts.ask(
+        rng,
+        "sign",
+        ["What does the sign say?", "What is written on the sign?"],
+        text,
+        f"The sign says {text}.",
+    )
     if len(words) > 1:
         wordings = ["What is the last word on the sign?"]
         facts.ask(rng, "sign", wordings, words[-1], f"The last word on the sign is {words[-1]}.")
@@ -81,7 +90,9 @@ def draw_receipt(rng: random.Random, split: Split) -> tuple[Sheet, Facts]:
         dearest = goods[cents.index(max(cents))]
         answer = f"The prices are {listing(items)}, so the {dearest} costs the most."
         facts.reasoning.append(("Which item costs the most?", answer))
-    facts.reasoning.append(("How many items were bought?", f"The receipt lists {listing(goods)}, so {len(goods)} items."))
+    facts.reasoning.append(
+        ("How many items were bought?", f"The receipt lists {listing(goods)}, so {len(goods)} items.")
+    )
     return sheet, facts
 
 
@@ -96,20 +107,20 @@ def draw_table(rng: random.Random, split: Split) -> tuple[Sheet, Facts]:
     share = sheet.width / len(rows[0])
     size = fitting_size([cell for row in rows for cell in row], face, share - 8, 18, SMALLEST)
     pitch = sheet.height / len(rows)
-    for index, row in enumerate(rows):
+    for index, cells_of_row in enumerate(rows):
         if index:
             sheet.pen.line((3, index * pitch, sheet.width - 3, index * pitch), fill=(150, 150, 150))
-        for column, cell in enumerate(row):
-            sheet.text(column * share + 5, (index + 0.5) * pitch + size * 0.36, cell, face, size, ink)
-    lines = [", ".join(f"{c} {n}" for c, n in zip(columns, row, strict=True)) for row in cells]
+        for place, cell in enumerate(cells_of_row):
+            sheet.text(place * share + 5, (index + 0.5) * pitch + size * 0.36, cell, face, size, ink)
+    lines = [", ".join(f"{c} {n}" for c, n in zip(columns, numbers, strict=True)) for numbers in cells]
     facts = Facts(caption=f"A table: {'; '.join(f'{name} {line}' for name, line in zip(names, lines, strict=True))}.")
     facts.detail = f"The picture shows a table of {listing(columns)} for {listing(names)}. " + " ".join(
         f"{name} has {line}." for name, line in zip(names, lines, strict=True)
     )
-    for name, row in zip(names, cells, strict=True):
-        for column, number in zip(columns, row, strict=True):
+    for name, numbers in zip(names, cells, strict=True):
+        for column, value in zip(columns, numbers, strict=True):
             wordings = [f"What is the {column} of {name}?", f"Which {column} does {name} have?"]
-            facts.ask(rng, "table", wordings, str(number), f"The {column} of {name} is {number}.")
+            facts.ask(rng, "table", wordings, str(value), f"The {column} of {name} is {value}.")
     a, b = cells[0][0], cells[1][0]
     if a != b:
         question = f"Which has the larger {columns[0]}, {names[0]} or {names[1]}?"
@@ -171,7 +182,13 @@ def draw_page(rng: random.Random, split: Split) -> tuple[Sheet, Facts]:
     )
     facts.ask(rng, "page", ["What is the title?", "What is the title of the page?"], title, f"The title is {title}.")
     facts.ask(rng, "page", ["What is the last line?"], lines[-1], f"The last line is {lines[-1]}.")
-    facts.ask(rng, "page", ["What is the line below the title?"], lines[0], f"The line below the title is {lines[0]}.")
+    facts.ask(
+        rng,
+        "page",
+        ["What is the line below the title?"],
+        lines[0],
+        f"The line below the title is {lines[0]}.",
+    )
     answer = f"Below the title stand {listing(lines)}, so there are {len(lines)} lines."
     facts.reasoning.append(("How many lines are below the title?", answer))
     return sheet, facts

@@ -16,7 +16,14 @@ from anyres_vlm.synthetic.vocabulary import RGB
 Box = tuple[float, float, float, float]  # left, top, right, bottom in pixels
 Ink = tuple[int, int, int]
 
-FACES = ("DejaVuSans", "DejaVuSans-Bold", "DejaVuSerif", "DejaVuSerif-Bold", "DejaVuSansMono", "DejaVuSansMono-Bold")
+FACES = (
+    "DejaVuSans",
+    "DejaVuSans-Bold",
+    "DejaVuSerif",
+    "DejaVuSerif-Bold",
+    "DejaVuSansMono",
+    "DejaVuSansMono-Bold",
+)
 OVERSAMPLING = 4  # shapes are drawn this much larger and reduced, for smooth edges
 
 

@@ -6,7 +6,7 @@ import itertools
 import random
 from collections.abc import Iterator
 
-from anyres_vlm.synthetic.dialogue import Dialogue, converse, pick_kind
+from anyres_vlm.synthetic.dialogue import Dialogue, converse, pick_dialogue, pick_kind
 from anyres_vlm.synthetic.rendering import Rendering, render
 from anyres_vlm.synthetic.textonly import text_instruction
 
@@ -29,10 +29,9 @@ def _passage(rng: random.Random, picture_seed: int) -> str:
     if choice < 0.22:
         return (rendering.caption if rng.random() < 0.5 else rendering.detail) + END
     layout = transcript(rendering, rng.randint(3, 12), rng.randint(3, 12))
-    kind = rng.choices(("caption", "conversation", "detail", "reasoning"), (20, 55, 10, 15))[0]
-    if kind == "caption":
+    if rng.random() < 0.2:
         return f"{layout}\n{rendering.caption}{END}"
-    (question, answer), *rest = converse(rendering, kind, rng)
+    (question, answer), *rest = converse(rendering, pick_dialogue(rng), rng)
     return talk([(f"{layout}\n{question}", answer), *rest])
 
 

@@ -10,7 +10,11 @@ from anyres_vlm.synthetic.facts import Facts, an, listing, plural, plural_of
 from anyres_vlm.synthetic.vocabulary import COLOURS, HELDOUT_OBJECTS, SHAPES, Split
 
 GROUNDS: tuple[Ink, ...] = ((255, 255, 255), (246, 240, 226), (226, 236, 246), (228, 244, 228), (40, 42, 48))
-PLACES = (("top left", "top", "top right"), ("left", "middle", "right"), ("bottom left", "bottom", "bottom right"))
+PLACES = (
+    ("top left", "top", "top right"),
+    ("left", "middle", "right"),
+    ("bottom left", "bottom", "bottom right"),
+)
 MARGIN = 0.04  # of a side: no centre lies closer to the border between two places
 CLEARLY = 0.15  # of a side: centres this far apart are clearly left, right, above or below
 
@@ -46,7 +50,10 @@ def _place(sheet: Sheet, colour: str, shape: str, rng: random.Random) -> None:
         shares = (top + side / 2) / sheet.height, (left + side / 2) / sheet.width
         doubtful = any(abs(share - border) < MARGIN for share in shares for border in (1 / 3, 2 / 3))
         free = all(
-            left > mark.box[2] + 3 or left + side + 3 < mark.box[0] or top > mark.box[3] + 3 or top + side + 3 < mark.box[1]
+            left > mark.box[2] + 3
+            or left + side + 3 < mark.box[0]
+            or top > mark.box[3] + 3
+            or top + side + 3 < mark.box[1]
             for mark in sheet.objects
         )
         if free and not doubtful:
@@ -99,7 +106,13 @@ def _ask_counts(facts: Facts, marks: list[ObjectMark], rng: random.Random) -> No
     mark = rng.choice(marks)
     same = sum(other.colour == mark.colour for other in marks)
     wordings = [f"How many {mark.colour} objects are there?"]
-    facts.ask(rng, "count", wordings, str(same), f"There {_are(same)} {same} {mark.colour} object{'s' * (same > 1)}.")
+    facts.ask(
+        rng,
+        "count",
+        wordings,
+        str(same),
+        f"There {_are(same)} {same} {mark.colour} object{'s' * (same > 1)}.",
+    )
     alike = sum(other.shape == mark.shape for other in marks)
     wordings = [f"How many {plural_of(mark.shape)} are there?"]
     facts.ask(rng, "count", wordings, str(alike), f"There {_are(alike)} {plural(alike, mark.shape)}.")

@@ -11,7 +11,14 @@ OPPOSITES = (
     "high low, wet dry, early late, hard soft, loud quiet, long short"
 )
 DAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday")
-THINGS = {"grass": "green", "snow": "white", "a lemon": "yellow", "the sky": "blue", "a tomato": "red", "coal": "black"}
+THINGS = {
+    "grass": "green",
+    "snow": "white",
+    "a lemon": "yellow",
+    "the sky": "blue",
+    "a tomato": "red",
+    "coal": "black",
+}
 ALPHABET = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 
@@ -58,12 +65,18 @@ def _spell(rng: random.Random, split: Split) -> tuple[str, str]:
 
 def _letters(rng: random.Random, split: Split) -> tuple[str, str]:
     word = _word(rng, split)
-    return f"What are the first and last letters of {word}?", f"{word} begins with {word[0]} and ends with {word[-1]}."
+    return (
+        f"What are the first and last letters of {word}?",
+        f"{word} begins with {word[0]} and ends with {word[-1]}.",
+    )
 
 
 def _next_letter(rng: random.Random, split: Split) -> tuple[str, str]:
     place = rng.randrange(25)
-    return f"Which letter comes after {ALPHABET[place]}?", f"After {ALPHABET[place]} comes {ALPHABET[place + 1]}."
+    return (
+        f"Which letter comes after {ALPHABET[place]}?",
+        f"After {ALPHABET[place]} comes {ALPHABET[place + 1]}.",
+    )
 
 
 def _next_day(rng: random.Random, split: Split) -> tuple[str, str]:

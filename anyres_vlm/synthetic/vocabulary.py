@@ -20,9 +20,7 @@ COLOURS = tuple(RGB)
 SHAPES = ("circle", "square", "triangle", "star", "heart", "diamond", "cross", "ring")
 
 # One shape a colour and one colour a shape, so that each is well known apart from the other.
-HELDOUT_OBJECTS = frozenset(
-    (colour, SHAPES[(3 * index + 2) % len(SHAPES)]) for index, colour in enumerate(COLOURS)
-)
+HELDOUT_OBJECTS = frozenset((colour, SHAPES[(3 * index + 2) % len(SHAPES)]) for index, colour in enumerate(COLOURS))
 
 _GROUPS = {
     "shop": "BAKERY MARKET CAFE GARAGE PHARMACY LIBRARY HOTEL BANK STUDIO MUSEUM SCHOOL CLINIC TAVERN DINER SALON "

@@ -55,7 +55,11 @@ def save_trainer(folder: Path, state: TrainerState, optimizer: AdamW, schedule: 
     trainer = folder / "trainer"
     trainer.mkdir()
     torch.save(
-        {"optimizer": optimizer.state_dict(), "schedule": schedule.state_dict(), "rng": torch.get_rng_state()},
+        {
+            "optimizer": optimizer.state_dict(),
+            "schedule": schedule.state_dict(),
+            "rng": torch.get_rng_state(),
+        },
         trainer / "state.pt",
     )
     (trainer / "state.json").write_text(json.dumps(asdict(state), indent=2) + "\n", encoding="utf-8")

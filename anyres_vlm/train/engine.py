@@ -46,7 +46,10 @@ class Engine:
         whole step; the factor `world_size` undoes the mean that the gradient exchange takes.
         """
         counts = torch.tensor(
-            [sum(batch.num_supervised for batch in batches), sum(batch.input_ids.numel() for batch in batches)]
+            [
+                sum(batch.num_supervised for batch in batches),
+                sum(batch.input_ids.numel() for batch in batches),
+            ]
         )
         supervised, tokens = (int(count) for count in self._sum(counts))
         total = torch.zeros((), device=self._accelerator.device)
@@ -81,4 +84,3 @@ class Engine:
 
     def _sum(self, tensor: Tensor) -> Tensor:
         return cast(Tensor, self._accelerator.reduce(tensor.to(self._accelerator.device), reduction="sum"))
-

@@ -12,9 +12,10 @@ import yaml
 from transformers import PreTrainedTokenizerFast
 
 from anyres_vlm.config import RunConfig, StageName
-from anyres_vlm.data.conversation import TEMPLATES
+from anyres_vlm.data.conversation import Encoder
 from anyres_vlm.data.loader import iter_steps
 from anyres_vlm.data.packing import pack_steps
+from anyres_vlm.data.templates import TEMPLATES
 from anyres_vlm.errors import UsageError
 from anyres_vlm.model.hub import build_model
 from anyres_vlm.model.pretrained import load_parts, save_pretrained
@@ -83,7 +84,13 @@ class StageRun:
     def __init__(
         self, engine: Engine, config: RunConfig, options: RunOptions, stage: StageName, progress: Progress
     ) -> None:
-        self.engine, self.config, self.options, self.stage, self.progress = engine, config, options, stage, progress
+        self.engine, self.config, self.options, self.stage, self.progress = (
+            engine,
+            config,
+            options,
+            stage,
+            progress,
+        )
         self.settings = config.stage(stage)
         self.folder = options.output / stage
         self.model, self.tokenizer = self._build_model()
@@ -101,10 +108,11 @@ class StageRun:
         batches = iter_steps(
             self.samples,
             self.steps,
-            self.model.tiling,
             finished,
+            tile=self.model.tiling.tile,
+            image_token_id=self.model.image_token_id,
             rank=self.engine.rank,
-            world=self.engine.world_size,
+            world_size=self.engine.world_size,
             workers=self.config.workers,
         )
         with MetricsWriter(self.folder if self.engine.is_main else None, finished) as metrics:
@@ -122,6 +130,8 @@ class StageRun:
         model, tokenizer = build_model(self.config.model, self.config.seed)
         if self.stage == "stage2" and not self.options.skip_stage1:
             load_parts(model, model_folder(self.options.output, "stage1"), ADAPTER_PARTS)
+        end = Encoder(self.config.model.template, tokenizer).end_id
+        model.language_model.generation_config.eos_token_id = sorted({end, tokenizer.eos_token_id})
         freeze(model, trained_parts(self.config, self.stage))
         if self.settings.activation_checkpointing:
             model.language_model.gradient_checkpointing_enable()
@@ -139,7 +149,9 @@ class StageRun:
 
     def _fixed_settings(self) -> dict[str, object]:
         """What must not change between a checkpoint and its resumption: it decides the sequence of steps."""
-        run = self.config.model_dump(mode="json", exclude={"stage1", "stage2", "workers", "save_every", "keep_checkpoints"})
+        run = self.config.model_dump(
+            mode="json", exclude={"stage1", "stage2", "workers", "save_every", "keep_checkpoints"}
+        )
         stage = self.settings.model_dump(mode="json")
         return {**run, **stage, "samples": len(self.samples), "steps": len(self.steps)}
 
@@ -193,4 +205,3 @@ class StageRun:
     def _write_model(self, folder: Path, weights: dict[str, torch.Tensor]) -> None:
         template = TEMPLATES[self.config.model.template]
         save_pretrained(self.model, weights, self.tokenizer, template.jinja, folder)
-

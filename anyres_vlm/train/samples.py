@@ -18,7 +18,11 @@ logger = logging.getLogger(__name__)
 
 
 def load_samples(
-    config: RunConfig, stage: StageName, output: Path, model: VisionLanguageModel, tokenizer: PreTrainedTokenizerFast
+    config: RunConfig,
+    stage: StageName,
+    output: Path,
+    model: VisionLanguageModel,
+    tokenizer: PreTrainedTokenizerFast,
 ) -> list[Sample]:
     """Read, check and tokenise a stage's data; the renderer's goes to `output/data` and is reused when it is there."""
     settings, data = config.stage(stage), config.stage(stage).data
@@ -29,6 +33,6 @@ def load_samples(
     else:
         assert data.path is not None, "validated by the configuration"
         path, images = data.path, data.images
-    records, _ = read_records(path, images, data.max_bad_fraction)
+    records = read_records(path, images, data.max_bad_fraction)
     template = settings.template or config.model.template
     return tokenise(records, template, tokenizer, model.tiling, settings.max_length, data.max_bad_fraction)

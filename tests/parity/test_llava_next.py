@@ -17,7 +17,19 @@ from anyres_vlm.model.pretrained import load_pretrained, save_pretrained
 from anyres_vlm.model.vlm import Decoding, VisionLanguageModel
 
 LOGITS_ATOL = 2e-5  # worst seen over these shapes in fp32 on CPU: 3e-6
-SIZES = [(56, 28), (28, 56), (56, 56), (84, 28), (28, 84), (20, 20), (61, 33), (33, 61), (300, 7), (7, 300), (1, 1)]
+SIZES = [
+    (56, 28),
+    (28, 56),
+    (56, 56),
+    (84, 28),
+    (28, 84),
+    (20, 20),
+    (61, 33),
+    (33, 61),
+    (300, 7),
+    (7, 300),
+    (1, 1),
+]
 
 
 @pytest.fixture(scope="module")
@@ -104,7 +116,11 @@ def test_several_images_and_text_alone(saved, ours, stock) -> None:
 def test_what_stock_cannot_express_is_ours_and_loads_back(tiny_bases, tmp_path, change, reason) -> None:
     from anyres_vlm.model.pretrained import stock_obstacle
 
-    base = {"llm": str(tiny_bases / "llm"), "encoder": {"name": str(tiny_bases / "vit")}, "template": "vicuna_v1"}
+    base = {
+        "llm": str(tiny_bases / "llm"),
+        "encoder": {"name": str(tiny_bases / "vit")},
+        "template": "vicuna_v1",
+    }
     model, tokenizer = build_model(ModelConfig.model_validate(base | change), seed=2)
     assert reason in (stock_obstacle(model) or "")
     save_pretrained(model, model.state_dict(), tokenizer, "{{ messages }}", tmp_path)

@@ -1,0 +1,1 @@
+"""The command `anyres`: one thin file a command, nothing heavy imported until a command runs."""

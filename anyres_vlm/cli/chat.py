@@ -1,0 +1,74 @@
+"""`anyres chat`: ask a checkpoint about images."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import typer
+
+from anyres_vlm.errors import UsageError
+
+if TYPE_CHECKING:
+    from anyres_vlm.serve.chat import ChatSession
+
+
+def chat(
+    model: Path = typer.Argument(..., help="Checkpoint folder."),
+    image: list[Path] = typer.Option([], help="Image that the first question is about; may be repeated."),
+    prompt: str | None = typer.Option(None, help="One question; without it, questions are read line by line."),
+    max_new_tokens: int = typer.Option(256, min=1, help="Tokens of an answer at most."),
+    temperature: float = typer.Option(0.0, min=0.0, help="0 takes the likeliest token."),
+    as_json: bool = typer.Option(False, "--json", help="Print one JSON object an answer, with token counts."),
+) -> None:
+    """Ask about images. Example: anyres chat runs/tiny/stage2/model --image sign.png --prompt "What does the sign say?" """
+    # Start-up time: torch and transformers take seconds to import.
+    from anyres_vlm.data.images import open_image
+    from anyres_vlm.inference import Assistant
+    from anyres_vlm.model.vlm import Decoding
+    from anyres_vlm.serve.chat import ChatSession
+
+    pictures = [open_image(path) for path in image]
+    session = ChatSession(Assistant.load(model), pictures, Decoding(max_new_tokens, temperature))
+    for question in [prompt] if prompt is not None else _questions():
+        _reply(session, question, as_json)
+
+
+def _questions() -> Iterator[str]:
+    """Lines of a pipe or of the terminal, until the end of the input."""
+    while True:
+        if sys.stdin.isatty():
+            print("you: ", end="", flush=True)
+        line = sys.stdin.readline()
+        if not line:
+            return
+        if line.strip():
+            yield line.strip()
+
+
+def _reply(session: ChatSession, question: str, as_json: bool) -> None:
+    if not question.strip():
+        raise UsageError("the prompt is empty: ask something")
+    if as_json:
+        answer = session.ask(question)
+        print(
+            json.dumps(
+                {
+                    "prompt": question,
+                    "answer": answer.text,
+                    "prompt_tokens": answer.prompt_tokens,
+                    "image_tokens": answer.image_tokens,
+                    "new_tokens": answer.new_tokens,
+                }
+            ),
+            flush=True,
+        )
+    elif sys.stdout.isatty():
+        from transformers import TextStreamer  # start-up time
+
+        session.ask(question, TextStreamer(session.assistant.tokenizer, skip_prompt=True, skip_special_tokens=True))
+    else:
+        print(session.ask(question).text, flush=True)

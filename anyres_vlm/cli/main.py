@@ -1,0 +1,69 @@
+"""Entry point: the commands, and the one place that turns errors into a line and an exit status."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Sequence
+
+import click
+import typer
+
+from anyres_vlm import __version__
+from anyres_vlm.cli.chat import chat
+from anyres_vlm.cli.evaluate import evaluate
+from anyres_vlm.cli.tokens import tokens
+from anyres_vlm.cli.train import train
+from anyres_vlm.errors import DataError, UsageError
+
+app = typer.Typer(
+    name="anyres",
+    help="Train, evaluate and serve AnyRes high-resolution vision-language models of the LLaVA-NeXT family.",
+    add_completion=False,
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+app.command()(tokens)
+app.command()(train)
+app.command("eval")(evaluate)
+app.command()(chat)
+
+
+@app.callback(invoke_without_command=True)
+def options(
+    version: bool = typer.Option(False, "--version", help="Print the version and exit."),
+    debug: bool = typer.Option(False, "--debug", help="Show the traceback of an error; goes anywhere in the command."),
+) -> None:
+    """Options of every command."""
+    if version:
+        print(__version__)
+        raise typer.Exit
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command. Returns 0, 2 for a wrong use, 1 for bad data, 130 when interrupted."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in given
+    logging.basicConfig(level=logging.DEBUG if debug else logging.WARNING, format="%(levelname)s: %(message)s")
+    logging.getLogger("anyres_vlm").setLevel(logging.DEBUG if debug else logging.INFO)
+    try:
+        command = typer.main.get_command(app)
+        status = command.main([word for word in given if word != "--debug"], prog_name="anyres", standalone_mode=False)
+        return int(status or 0)
+    except click.ClickException as error:
+        error.show()
+        return error.exit_code
+    except (UsageError, DataError) as error:
+        if debug:
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        return 2 if isinstance(error, UsageError) else 1
+    except (KeyboardInterrupt, click.Abort):
+        print("interrupted", file=sys.stderr)
+        return 130
+
+
+def run() -> None:
+    """The console script."""
+    sys.exit(main())

@@ -1,0 +1,51 @@
+"""`anyres train`: both stages of the recipe, from the embedded default to a config of one's own."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+import typer
+
+
+def train(
+    config: Path | None = typer.Option(None, help="YAML file; without it the embedded default, configs/tiny.yaml."),
+    stage: Literal["1", "2", "all"] = typer.Option("all", help="1 aligns the projector, 2 tunes the language model."),
+    grid: str | None = typer.Option(None, help="Largest grid of tiles, ROWSxCOLUMNS; 1x1 is the thumbnail alone."),
+    layout: str | None = typer.Option(None, help="spatial_unpad or flat."),
+    dialect: str | None = typer.Option(None, help="hf or llava."),
+    output: Path | None = typer.Option(None, help="Folder of the run; without it runs/NAME-OF-CONFIG."),
+    resume: Literal["auto", "never"] = typer.Option("auto", help="auto goes on with what the output folder holds."),
+    max_steps: int | None = typer.Option(None, min=1, help="Optimizer steps a stage at most."),
+    skip_stage1: bool = typer.Option(False, "--skip-stage1", help="Ablation: stage 2 on an untrained projector."),
+    settings: list[str] = typer.Option([], "--set", metavar="KEY=VALUE", help="Override a key of the config."),
+) -> None:
+    """Train. Example: anyres train --grid 2x2 --stage 2 --set stage2.learning_rate=1e-5"""
+    # Start-up time: torch and transformers take seconds to import.
+    from anyres_vlm.config import load_config, shipped_config
+    from anyres_vlm.serve.progress import StepProgress
+    from anyres_vlm.train.curves import draw_curves
+    from anyres_vlm.train.run import RunOptions
+    from anyres_vlm.train.run import train as run_stages
+
+    path = config or shipped_config("tiny")
+    given = {"model.grid": grid, "model.layout": layout, "model.dialect": dialect}
+    flags: dict[str, object] = {key: value for key, value in given.items() if value is not None}
+    if grid is not None:
+        flags["model.pinpoints"] = None  # a grid on the command line replaces the config's own list
+    run_config = load_config(path, settings, flags)
+    folder = output or Path("runs") / path.stem
+    stages: dict[str, tuple[Literal["stage1", "stage2"], ...]] = {
+        "1": ("stage1",),
+        "2": ("stage2",),
+        "all": ("stage2",) if skip_stage1 else ("stage1", "stage2"),
+    }
+    with StepProgress() as progress:
+        run_stages(
+            run_config, RunOptions(folder, stages[stage], resume == "auto", max_steps, skip_stage1), progress.update
+        )
+    curves = draw_curves(folder)
+    print(f"checkpoint:  {folder / stages[stage][-1] / 'model'}")
+    if curves is not None:
+        print(f"loss curves: {curves}")
+    print(f"next:        anyres chat {folder / stages[stage][-1] / 'model'} --image IMAGE")

@@ -1,0 +1,73 @@
+"""Held-out questions with short exact answers, by task, beside the blind baseline."""
+
+from __future__ import annotations
+
+import string
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from anyres_vlm.data.images import open_image
+from anyres_vlm.errors import DataError
+from anyres_vlm.inference import Assistant
+from anyres_vlm.model.vlm import Decoding
+from anyres_vlm.schema import Record
+
+MAX_NEW_TOKENS = 24
+
+
+@dataclass(frozen=True)
+class Result:
+    """One question, the right answer and the model's."""
+
+    id: str
+    task: str
+    question: str
+    expected: str
+    answer: str
+
+    @property
+    def correct(self) -> bool:
+        """Equal but for case, outer punctuation and white space."""
+        return normalise(self.answer) == normalise(self.expected)
+
+
+def normalise(text: str) -> str:
+    """Lower case, single spaces, no punctuation at the ends; `$` and signs inside numbers stay."""
+    return " ".join(text.lower().split()).strip(string.punctuation.replace("$", "") + " ")
+
+
+def swap_images(records: Sequence[Record]) -> list[Record]:
+    """The same questions, each about the picture of the next question of its task: what a blind model can know."""
+    by_task: defaultdict[str, list[int]] = defaultdict(list)
+    for index, record in enumerate(records):
+        by_task[record.task].append(index)
+    swapped = list(records)
+    for indices in by_task.values():
+        if len(indices) < 2:
+            raise DataError(f"task {records[indices[0]].task!r} has one question: swapping images needs at least two")
+        for index, other in zip(indices, [*indices[1:], indices[0]], strict=True):
+            record = records[index]
+            swapped[index] = Record(record.id, records[other].images, record.turns, record.task)
+    return swapped
+
+
+def ask_all(assistant: Assistant, records: Sequence[Record], progress: Callable[[int], None]) -> list[Result]:
+    """Ask each record's first question, greedily."""
+    results = []
+    for done, record in enumerate(records, start=1):
+        images = [open_image(path) for path in record.images]
+        answer = assistant.answer(record.turns[:1], images, Decoding(MAX_NEW_TOKENS))
+        question, expected = record.turns[0].text, record.turns[1].text
+        results.append(Result(record.id, record.task, question, expected, answer.text))
+        progress(done)
+    return results
+
+
+def accuracy_by_task(results: Sequence[Result]) -> dict[str, float]:
+    """Share of right answers of each task, and of all questions under `all`."""
+    by_task: defaultdict[str, list[bool]] = defaultdict(list)
+    for result in results:
+        by_task[result.task].append(result.correct)
+        by_task["all"].append(result.correct)
+    return {task: sum(hits) / len(hits) for task, hits in by_task.items()}

@@ -1,0 +1,1 @@
+"""What people touch: chat and the tiling picture."""

@@ -1,0 +1,40 @@
+"""The progress bar of a training run on a terminal; plain lines elsewhere."""
+
+from __future__ import annotations
+
+import sys
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+LINES = 20  # plain lines a stage, where the output is no terminal
+
+
+class StepProgress:
+    """Shows each stage's finished steps, loss and rate of tokens."""
+
+    def __init__(self) -> None:
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        self._bar = Progress(*columns, TextColumn("{task.fields[numbers]}"), console=Console(stderr=True))
+        self._stages: dict[str, object] = {}
+
+    def update(self, stage: str, step: int, total: int, numbers: dict[str, float]) -> None:
+        """Show one finished optimizer step."""
+        text = f"loss {numbers['train/loss']:.3f}  {numbers['time/tokens_per_s']:,.0f} tokens/s"
+        if not self._bar.console.is_terminal:
+            if step == total or step % max(total // LINES, 1) == 0:
+                print(f"{stage} step {step}/{total}  {text}", file=sys.stderr, flush=True)
+            return
+        if stage not in self._stages:
+            self._stages[stage] = self._bar.add_task(stage, total=total, numbers="")
+        self._bar.update(self._stages[stage], completed=step, numbers=text)  # type: ignore[arg-type]
+
+    def __enter__(self) -> StepProgress:
+        self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._bar.stop()

@@ -1,0 +1,106 @@
+"""Rendered data as a LLaVA JSON folder, the same for the same arguments and made once."""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+from itertools import cycle
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from anyres_vlm.synthetic.dialogue import BRIEFLY, Dialogue, converse, pick_dialogue, pick_kind
+from anyres_vlm.synthetic.facts import Task
+from anyres_vlm.synthetic.rendering import KINDS, Kind, Rendering, render
+from anyres_vlm.synthetic.textonly import text_instruction
+from anyres_vlm.synthetic.vocabulary import Split
+
+Purpose = Literal["captions", "instructions", "heldout"]
+
+DATA_FILE = "data.json"
+FORMAT = 1  # raised whenever the same arguments would give other data
+KIND_OF_TASK: dict[Task, Kind] = {
+    task: task if task in KINDS else "scene"  # the tasks of documents are named as their kinds
+    for task in get_args(Task)
+}
+
+
+def write_dataset(folder: Path, purpose: Purpose, count: int, seed: int) -> Path:
+    """Write `count` records with their pictures; returns the JSON file. A finished folder of the same call is reused.
+
+    `captions` are for stage 1, `instructions` for stage 2 (one in five without a picture), `heldout` has one brief
+    question a record, the tasks in turn, on pictures with words and combinations that training never shows.
+    """
+    manifest = {"format": FORMAT, "purpose": purpose, "count": count, "seed": seed}
+    if _read_manifest(folder) == manifest:
+        return folder / DATA_FILE
+    partial = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    (partial / "images").mkdir(parents=True)
+    tasks = cycle(get_args(Task))
+    records = [
+        _heldout(partial, seed, number, next(tasks))
+        if purpose == "heldout"
+        else _training(partial, purpose, seed, number)
+        for number in range(count)
+    ]
+    (partial / DATA_FILE).write_text(json.dumps(records, indent=1) + "\n", encoding="utf-8")
+    (partial / "manifest.json").write_text(json.dumps(manifest) + "\n", encoding="utf-8")
+    shutil.rmtree(folder, ignore_errors=True)
+    partial.rename(folder)
+    return folder / DATA_FILE
+
+
+def picture_seed(seed: int, number: int) -> int:
+    """Seeds of different runs' pictures do not meet below a million pictures."""
+    return seed * 1_000_000 + number
+
+
+def _training(folder: Path, purpose: Purpose, seed: int, number: int) -> dict[str, Any]:
+    rng = random.Random(f"{purpose}/{seed}/{number}")
+    name = f"{purpose}-{seed}-{number:06d}"
+    if purpose == "instructions" and rng.random() < 0.2:
+        return _record(name, None, [text_instruction(rng, "train") for _ in range(rng.randint(1, 3))])
+    offset = 500_000 if purpose == "instructions" else 0  # stage 2 sees other pictures than stage 1
+    rendering = render(pick_kind(rng), picture_seed(seed, number + offset), "train")
+    image = _save(folder, name, rendering)
+    if purpose == "captions":
+        return _record(name, image, [("", rendering.caption)])
+    return _record(name, image, converse(rendering, pick_dialogue(rng), rng))
+
+
+def _heldout(folder: Path, seed: int, number: int, task: Task) -> dict[str, Any]:
+    """The first picture from this number on that a question of the task can be asked about."""
+    split: Split = "heldout"
+    for attempt in range(1000):
+        rng = random.Random(f"heldout/{seed}/{number}/{attempt}")
+        rendering = render(KIND_OF_TASK[task], picture_seed(seed, 1000 * number + attempt), split)
+        questions = [question for question in rendering.questions if question.task == task]
+        if questions:
+            asked = rng.choice(questions)
+            name = f"heldout-{seed}-{number:06d}"
+            record = _record(name, _save(folder, name, rendering), [(f"{asked.question} {BRIEFLY}", asked.answer)])
+            return {**record, "task": task}
+    raise AssertionError(f"no picture in 1000 answers a {task} question")
+
+
+def _record(name: str, image: str | None, dialogue: Dialogue) -> dict[str, Any]:
+    turns = []
+    for position, (question, answer) in enumerate(dialogue):
+        prefix = "" if image is None or position else "<image>\n" if question else "<image>"
+        turns += [{"from": "human", "value": prefix + question}, {"from": "gpt", "value": answer}]
+    return {"id": name, **({} if image is None else {"image": image}), "conversations": turns}
+
+
+def _save(folder: Path, name: str, rendering: Rendering) -> str:
+    image = f"images/{name}.png"
+    rendering.image.save(folder / image, compress_level=1)
+    return image
+
+
+def _read_manifest(folder: Path) -> dict[str, Any] | None:
+    try:
+        content: dict[str, Any] = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+    except (FileNotFoundError, json.JSONDecodeError):
+        return None
+    return content

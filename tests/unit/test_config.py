@@ -1,0 +1,69 @@
+"""Configurations: shipped ones load, mistakes are named with a remedy."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from anyres_vlm.config import load_config, shipped_config
+from anyres_vlm.errors import UsageError
+
+CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
+TINY = shipped_config("tiny")
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_shipped_configs_load_and_say_how_to_run_them(path: Path) -> None:
+    load_config(path)
+    header = path.read_text().split("model:")[0]
+    assert "anyres train" in header
+    assert "Hardware" in header
+
+
+@pytest.mark.parametrize("path", [path for path in CONFIGS if path.stem not in ("tiny", "smollm2_135m")], ids=str)
+def test_recipes_of_real_models_keep_the_recipe(path: Path) -> None:
+    config = load_config(path)
+    assert (config.stage1.learning_rate, config.stage1.batch_size) == (1e-3, 256)
+    assert (config.stage2.learning_rate, config.stage2.batch_size) == (2e-5, 128)
+    for stage in (config.stage1, config.stage2):
+        assert (stage.epochs, stage.warmup_ratio, stage.weight_decay, stage.eta_min) == (1, 0.03, 0.0, 0.0)
+    assert config.stage1.template == "plain"
+
+
+def test_overrides_and_flags() -> None:
+    config = load_config(TINY, ["stage2.learning_rate=1e-5", "seed=7"], {"model.grid": "3x3"})
+    assert (config.stage2.learning_rate, config.seed, config.model.grid) == (1e-5, 7, "3x3")
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("stage1.learning_rat=1", "unknown key stage1.learning_rat; did you mean learning_rate?"),
+        ("modle.grid=1x1", "unknown key modle; did you mean model?"),
+        ("stage1.learning_rate=high", "stage1.learning_rate"),
+        ("stage1.batch_size=0", "stage1.batch_size"),
+        ("model.grid=2by2", "expected ROWSxCOLUMNS"),
+        ("model.grid=13x1", "from 1 to 12"),
+        ("stage1.capacity=10", "capacity=10 is below max_length"),
+        ("stage1.data.path=x.json", "give either `path`"),
+        ("seed", "expected key=value"),
+        ("seed.deep=1", "is a value, not a section"),
+        ("seed=[", "not YAML"),
+    ],
+)
+def test_mistakes_are_named(override: str, message: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        load_config(TINY, [override])
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("content", ["- a\n- b\n", "a: [", "\tx: 1", ""])
+def test_files_that_are_no_mapping(tmp_path: Path, content: str) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text(content)
+    with pytest.raises(UsageError, match=r"config\.yaml"):
+        load_config(path)
+    with pytest.raises(UsageError, match="no such file"):
+        load_config(tmp_path / "missing.yaml")
