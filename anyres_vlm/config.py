@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from anyres_vlm.errors import UsageError
 from anyres_vlm.geometry import Dialect, Grid, Layout, Tiling
@@ -30,7 +30,7 @@ class Frozen(BaseModel):
 
 
 class EncoderConfig(Frozen):
-    """Vision encoder: a CLIP of transformers or any vision transformer of timm, by hub id, folder or `embedded:` name."""
+    """Vision encoder: a CLIP of transformers or a vision transformer of timm, by hub id, folder or `embedded:` name."""
 
     kind: Literal["clip", "timm"] = "clip"
     name: str
@@ -71,6 +71,11 @@ class DataConfig(Frozen):
     samples: Positive | None = None
     max_bad_fraction: Fraction = 0.01
 
+    @field_validator("path", "images")
+    @classmethod
+    def _home(cls, path: Path | None) -> Path | None:
+        return None if path is None else path.expanduser()
+
     @model_validator(mode="after")
     def _one_source(self) -> DataConfig:
         if (self.path is None) == (self.rendered is None):
@@ -81,7 +86,7 @@ class DataConfig(Frozen):
 
 
 class StageConfig(Frozen):
-    """One stage of the recipe. Rates are per optimizer step; `batch_size` counts samples, `capacity` tokens of a pack."""
+    """One stage of the recipe. `batch_size` counts samples an optimizer step, `capacity` the tokens of a pack."""
 
     data: DataConfig
     learning_rate: Rate

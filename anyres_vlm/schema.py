@@ -47,7 +47,7 @@ class Record:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Sample:
-    """A tokenised record. An image is one token in `input_ids`; the model's sequence has `plan.total_tokens` of them."""
+    """A tokenised record. An image is one token in `input_ids`, and `plan.total_tokens` in the model's sequence."""
 
     id: str
     input_ids: NDArray[np.int32]

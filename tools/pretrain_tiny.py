@@ -4,8 +4,8 @@
     tools/pretrain_tiny.py tokenizer OUT && tools/pretrain_tiny.py lm OUT && tools/pretrain_tiny.py vit OUT
 
 The language model reads plain text only and never sees an image. The encoder never sees a sentence: it learns to read,
-which means that every patch names the characters whose centres it holds and the colour and shape of the object under its
-centre. Both are seeded and read the renderer's training split alone. Results and times are in the README.
+which means that every patch names the characters whose centres it holds and the colour and shape of the object under
+its centre. Both are seeded and read the renderer's training split alone. Results and times are in the README.
 """
 
 from __future__ import annotations

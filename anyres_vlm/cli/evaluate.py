@@ -13,36 +13,32 @@ import typer
 def evaluate(
     benchmark: Literal["heldout"] = typer.Argument(..., help="heldout: short exact answers, by task."),
     model: Path = typer.Option(..., help="Checkpoint folder."),
-    data: Path | None = typer.Option(None, help="LLaVA JSON with a `task` each; without it, questions are rendered."),
+    data: Path = typer.Option(..., help="LLaVA JSON of single questions with a `task` each; see anyres render."),
     images: Path | None = typer.Option(None, help="Image folder of the data; without it, the JSON's own folder."),
-    limit: int = typer.Option(330, min=2, help="Questions at most."),
+    limit: int | None = typer.Option(None, min=2, help="Questions at most."),
     swap_images: bool = typer.Option(
         False, "--swap-images", help="Blind baseline: every question about another image."
     ),
     out: Path | None = typer.Option(None, help="Write every answer and the accuracies as JSON."),
     as_json: bool = typer.Option(False, "--json", help="Print the accuracies as JSON."),
 ) -> None:
-    """Score a checkpoint. Example: anyres eval heldout --model runs/tiny/stage2/model --limit 330"""
+    """Score a checkpoint. Example: anyres eval heldout --model runs/tiny/stage2/model --data runs/heldout/data.json"""
     # Start-up time: torch and transformers take seconds to import.
-    import tempfile
     from dataclasses import asdict
 
     from anyres_vlm.data.sources import read_records
     from anyres_vlm.evaluate import heldout
     from anyres_vlm.inference import Assistant
-    from anyres_vlm.synthetic.dataset import write_dataset
 
     assistant = Assistant.load(model)
-    with tempfile.TemporaryDirectory() as folder:
-        path = data or write_dataset(Path(folder) / "heldout", "heldout", limit, seed=0)
-        records = read_records(path, images, max_bad_fraction=0.0)[:limit]
-        asked = heldout.swap_images(records) if swap_images else records
+    records = read_records(data, images, max_bad_fraction=0.0)[:limit]
+    asked = heldout.swap_images(records) if swap_images else records
 
-        def progress(done: int) -> None:
-            if sys.stderr.isatty():
-                print(f"\r{done}/{len(records)}", end="\n" if done == len(records) else "", file=sys.stderr)
+    def progress(done: int) -> None:
+        if sys.stderr.isatty():
+            print(f"\r{done}/{len(records)}", end="\n" if done == len(records) else "", file=sys.stderr)
 
-        results = heldout.ask_all(assistant, asked, progress)
+    results = heldout.ask_all(assistant, asked, progress)
     accuracies = heldout.accuracy_by_task(results)
     if out is not None:
         answers = [asdict(result) | {"correct": result.correct} for result in results]

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import logging
 import sys
+import traceback
 from collections.abc import Sequence
 
-import click
 import typer
 
 from anyres_vlm import __version__
 from anyres_vlm.cli.chat import chat
 from anyres_vlm.cli.evaluate import evaluate
+from anyres_vlm.cli.render import render
 from anyres_vlm.cli.tokens import tokens
 from anyres_vlm.cli.train import train
 from anyres_vlm.errors import DataError, UsageError
@@ -25,6 +26,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command()(tokens)
+app.command()(render)
 app.command()(train)
 app.command("eval")(evaluate)
 app.command()(chat)
@@ -42,26 +44,21 @@ def options(
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command. Returns 0, 2 for a wrong use, 1 for bad data, 130 when interrupted."""
+    """Run one command. Returns 0, or 2 for a wrong use, or 1 for bad data."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in given
     logging.basicConfig(level=logging.DEBUG if debug else logging.WARNING, format="%(levelname)s: %(message)s")
     logging.getLogger("anyres_vlm").setLevel(logging.DEBUG if debug else logging.INFO)
     try:
-        command = typer.main.get_command(app)
-        status = command.main([word for word in given if word != "--debug"], prog_name="anyres", standalone_mode=False)
-        return int(status or 0)
-    except click.ClickException as error:
-        error.show()
-        return error.exit_code
-    except (UsageError, DataError) as error:
+        app([word for word in given if word != "--debug"], prog_name="anyres")
+    except SystemExit as end:  # typer has said what there is to say
+        return int(end.code or 0)
+    except (UsageError, DataError, OSError) as error:
         if debug:
-            raise
+            traceback.print_exc()
         print(f"error: {error}", file=sys.stderr)
         return 2 if isinstance(error, UsageError) else 1
-    except (KeyboardInterrupt, click.Abort):
-        print("interrupted", file=sys.stderr)
-        return 130
+    return 0
 
 
 def run() -> None:

@@ -9,7 +9,8 @@ from typing import Any
 
 import typer
 
-from anyres_vlm.data.images import SUFFIXES, open_image, read_size
+from anyres_vlm.data.headers import IMAGE_SUFFIXES, read_size
+from anyres_vlm.data.images import open_image
 from anyres_vlm.errors import DataError, UsageError
 from anyres_vlm.geometry import Dialect, Grid, Layout, Tiling, plan_tiles
 
@@ -44,14 +45,14 @@ def _find(names: list[str]) -> list[Path]:
     for name in names:
         path = Path(name)
         if path.is_dir():
-            matches = sorted(file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES and file.is_file())
+            matches = sorted(
+                file for file in path.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES and file.is_file()
+            )
         elif glob.has_magic(name) and not path.exists():
             matches = sorted(Path(match) for match in glob.glob(name, recursive=True) if Path(match).is_file())
         else:
             matches = [path]
-        if not matches:
-            raise DataError(f"{name}: no image found there; expected one of {', '.join(sorted(SUFFIXES))}")
-        found += matches
+        found += matches or [path]  # nothing found there: its row says so
     return found
 
 

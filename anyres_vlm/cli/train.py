@@ -40,10 +40,11 @@ def train(
         "2": ("stage2",),
         "all": ("stage2",) if skip_stage1 else ("stage1", "stage2"),
     }
+    options = RunOptions(folder, stages[stage], resume == "auto", max_steps, skip_stage1)
     with StepProgress() as progress:
-        run_stages(
-            run_config, RunOptions(folder, stages[stage], resume == "auto", max_steps, skip_stage1), progress.update
-        )
+        reports = run_stages(run_config, options, progress.update)
+    if not reports:
+        return
     curves = draw_curves(folder)
     print(f"checkpoint:  {folder / stages[stage][-1] / 'model'}")
     if curves is not None:

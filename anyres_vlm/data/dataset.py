@@ -8,7 +8,7 @@ from transformers import PreTrainedTokenizerFast
 
 from anyres_vlm.config import TemplateName
 from anyres_vlm.data.conversation import Encoder
-from anyres_vlm.data.images import read_size
+from anyres_vlm.data.headers import read_size
 from anyres_vlm.data.sources import Reject, report_rejects
 from anyres_vlm.errors import DataError
 from anyres_vlm.geometry import Tiling, plan_tiles
@@ -27,8 +27,8 @@ def tokenise(
 ) -> list[Sample]:
     """Samples of all good records, in order.
 
-    A record with a missing or unreadable image, without a supervised token or longer than `max_length` is left out whole
-    and counted: nothing is truncated. Raises `DataError` when too many are.
+    A record with a missing or unreadable image, without a supervised token or longer than `max_length` is left out
+    whole and counted: nothing is truncated. Raises `DataError` when too many are.
     """
     encoder = Encoder(template, tokenizer)
     samples: list[Sample] = []

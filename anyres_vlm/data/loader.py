@@ -26,7 +26,7 @@ def token_repeats(ids: NDArray[np.int32], plans: Sequence[TilePlan], image_token
 
 
 def collate(samples: Sequence[Sample], tile: int, image_token_id: int) -> Batch:
-    """Read the images and lay the samples of one pack behind one another; no sample at all is one unsupervised token."""
+    """Read the images and lay the samples of one pack behind one another; no sample is one unsupervised token."""
     ids: list[NDArray[Any]] = []
     labels: list[NDArray[Any]] = []
     positions: list[NDArray[Any]] = []

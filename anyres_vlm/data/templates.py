@@ -69,9 +69,9 @@ TEMPLATES: dict[TemplateName, Template] = {
     "mistral": Template(user_prefix="[INST] ", user_suffix=" [/INST]", lead=" "),
     "llama_3": Template(
         opening=(
-            "<|start_header_id|>system<|end_header_id|>\n\nYou are a helpful language and vision assistant. You are able "
-            "to understand the visual content that the user provides, and assist the user with a variety of tasks using "
-            "natural language.<|eot_id|>"
+            "<|start_header_id|>system<|end_header_id|>\n\nYou are a helpful language and vision assistant. You are "
+            "able to understand the visual content that the user provides, and assist the user with a variety of tasks "
+            "using natural language.<|eot_id|>"
         ),
         user_prefix="<|start_header_id|>user<|end_header_id|>\n\n",
         user_suffix="<|eot_id|>",

@@ -41,7 +41,8 @@ def packed_attention(
     window = kwargs.get("sliding_window")
     if window is not None and window < longest:
         raise UsageError(
-            f"a document of {longest} tokens exceeds the model's sliding window of {window}: lower max_length to {window}"
+            f"a document of {longest} tokens exceeds the model's sliding window of {window}: "
+            f"lower max_length to {window}"
         )
     if cu_seqlens is None:
         is_causal = query.shape[2] > 1

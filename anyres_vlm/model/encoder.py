@@ -1,7 +1,7 @@
 """Vision encoders: uint8 tiles in, patch features out, nothing computed behind the chosen layer.
 
-Both keep the wrapped network under `vision_model`, so that the parameters of a CLIP encoder carry the names they have in
-released LlavaNext checkpoints.
+Both keep the wrapped network under `vision_model`, so that the parameters of a CLIP encoder carry the names they have
+in released LlavaNext checkpoints.
 """
 
 from __future__ import annotations

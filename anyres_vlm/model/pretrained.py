@@ -1,7 +1,7 @@
-"""Checkpoint folders: a stock `LlavaNextForConditionalGeneration` folder wherever stock transformers can express the model.
+"""Checkpoint folders: stock `LlavaNextForConditionalGeneration` wherever stock transformers can express the model.
 
-Beside transformers' files lies `anyres.json` with what they have no room for: template, dialect, layout, projector. What
-stock cannot express is saved the same way under this project's own model type.
+Beside transformers' files lies `anyres.json` with what they have no room for: template, dialect, layout, projector.
+What stock cannot express is saved the same way under this project's own model type.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ def save_pretrained(
 
 
 def load_pretrained(folder: Path) -> tuple[VisionLanguageModel, PreTrainedTokenizerFast]:
-    """A model and tokenizer that `save_pretrained` wrote. Raises `DataError` naming the file that is missing or broken."""
+    """A model and tokenizer that `save_pretrained` wrote. Raises `DataError` naming what is missing or broken."""
     settings, extras = _read(folder / "config.json"), _read(folder / EXTRAS_FILE)
     try:
         config = ModelConfig.model_validate(extras["model"])

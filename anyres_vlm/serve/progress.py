@@ -6,7 +6,7 @@ import sys
 from types import TracebackType
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 LINES = 20  # plain lines a stage, where the output is no terminal
 
@@ -17,7 +17,7 @@ class StepProgress:
     def __init__(self) -> None:
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         self._bar = Progress(*columns, TextColumn("{task.fields[numbers]}"), console=Console(stderr=True))
-        self._stages: dict[str, object] = {}
+        self._stages: dict[str, TaskID] = {}
 
     def update(self, stage: str, step: int, total: int, numbers: dict[str, float]) -> None:
         """Show one finished optimizer step."""
@@ -28,7 +28,7 @@ class StepProgress:
             return
         if stage not in self._stages:
             self._stages[stage] = self._bar.add_task(stage, total=total, numbers="")
-        self._bar.update(self._stages[stage], completed=step, numbers=text)  # type: ignore[arg-type]
+        self._bar.update(self._stages[stage], completed=step, numbers=text)
 
     def __enter__(self) -> StepProgress:
         self._bar.start()

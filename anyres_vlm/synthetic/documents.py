@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 
 from anyres_vlm.synthetic.drawing import FACES, Ink, Sheet, fitting_size, text_width
@@ -102,10 +103,13 @@ def draw_table(rng: random.Random, split: Split) -> tuple[Sheet, Facts]:
     columns = rng.sample(words_of("column", split), rng.choice((1, 2)))
     cells = [[rng.randint(2, 99) for _ in columns] for _ in names]
     rows = [["ITEM", *columns], *([name, *map(str, row)] for name, row in zip(names, cells, strict=True))]
-    sheet = Sheet(rng.randint(90, 168), rng.randint(130, 200), rng.choice(PAPERS))
+    height, width, paper = rng.randint(90, 168), rng.randint(130, 200), rng.choice(PAPERS)
     face, ink = rng.choice(FACES), rng.choice(INKS)
+    words = [cell for row in rows for cell in row]
+    widest = max(text_width(word, face, SMALLEST) for word in words)
+    sheet = Sheet(height, max(width, math.ceil((widest + 8) * len(rows[0]))), paper)
     share = sheet.width / len(rows[0])
-    size = fitting_size([cell for row in rows for cell in row], face, share - 8, 18, SMALLEST)
+    size = fitting_size(words, face, share - 8, 18, SMALLEST)
     pitch = sheet.height / len(rows)
     for index, cells_of_row in enumerate(rows):
         if index:
@@ -124,7 +128,8 @@ def draw_table(rng: random.Random, split: Split) -> tuple[Sheet, Facts]:
     a, b = cells[0][0], cells[1][0]
     if a != b:
         question = f"Which has the larger {columns[0]}, {names[0]} or {names[1]}?"
-        answer = f"The {columns[0]} of {names[0]} is {a} and that of {names[1]} is {b}, so {names[0] if a > b else names[1]}."
+        larger = names[0] if a > b else names[1]
+        answer = f"The {columns[0]} of {names[0]} is {a} and that of {names[1]} is {b}, so {larger}."
         facts.reasoning.append((question, answer))
     return sheet, facts
 
@@ -149,7 +154,9 @@ def draw_chart(rng: random.Random, split: Split) -> tuple[Sheet, Facts]:
     bars = [f"{name} {value}" for name, value in zip(names, values, strict=True)]
     facts = Facts(
         caption=f"A bar chart of {subject}: {', '.join(bars)}.",
-        detail=f"The picture shows a bar chart of {subject} with {len(names)} {colour} bars. The bars are {listing(bars)}.",
+        detail=(
+            f"The picture shows a bar chart of {subject} with {len(names)} {colour} bars. The bars are {listing(bars)}."
+        ),
     )
     high, low = names[values.index(max(values))], names[values.index(min(values))]
     facts.ask(rng, "chart", ["Which bar is the highest?"], high, f"The highest bar is {high}.")

@@ -30,7 +30,10 @@ class Engine:
     """Forward, backward and step over all ranks; the seam behind which DeepSpeed comes."""
 
     def __init__(self, precision: Literal["fp32", "bf16"]) -> None:
-        self._accelerator = Accelerator(mixed_precision="bf16" if precision == "bf16" else "no")
+        # Said outright: under a launcher, accelerate takes several CPU ranks for single processes otherwise.
+        self._accelerator = Accelerator(
+            cpu=not torch.accelerator.is_available(), mixed_precision="bf16" if precision == "bf16" else "no"
+        )
         self.rank: int = self._accelerator.process_index
         self.world_size: int = self._accelerator.num_processes
         self.is_main: bool = self._accelerator.is_main_process

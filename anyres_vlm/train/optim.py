@@ -28,7 +28,7 @@ def build_optimizer(model: nn.Module, settings: StageConfig) -> AdamW:
 
 
 def rate_factor(step: int, total_steps: int, warmup_ratio: float, floor: float) -> float:
-    """Share of the peak rate at a step: linear over the first `ceil(ratio * total)` steps, then cosine down to `floor`."""
+    """Share of the peak rate: linear over the first `ceil(ratio * total)` steps, then cosine down to `floor`."""
     warmup = math.ceil(warmup_ratio * total_steps)
     if step < warmup:
         return (step + 1) / (warmup + 1)

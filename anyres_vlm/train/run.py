@@ -50,8 +50,10 @@ def model_folder(output: Path, stage: StageName) -> Path:
     return output / stage / "model"
 
 
-def train(config: RunConfig, options: RunOptions, progress: Progress) -> None:
+def train(config: RunConfig, options: RunOptions, progress: Progress) -> bool:
     """Run the stages in order; what is already finished in the output folder is left as it is.
+
+    Returns whether this process is the one that reports, rank 0; only there is `progress` called.
 
     Raises `UsageError` for stage 2 without a stage-1 projector, and for an output folder of another run.
     """
@@ -63,6 +65,7 @@ def train(config: RunConfig, options: RunOptions, progress: Progress) -> None:
             else:
                 _check_start(options, stage)
                 StageRun(engine, config, options, stage, progress).run()
+        return engine.is_main
     finally:
         engine.close()
 
@@ -119,7 +122,8 @@ class StageRun:
 
             def after_step(step: int, numbers: dict[str, float]) -> None:
                 metrics.write(step, numbers)
-                self.progress(self.stage, step, len(self.steps), numbers)
+                if self.engine.is_main:
+                    self.progress(self.stage, step, len(self.steps), numbers)
                 if step % self.config.save_every == 0 and step < len(self.steps):
                     self._save_checkpoint(step)
 
@@ -134,7 +138,7 @@ class StageRun:
         model.language_model.generation_config.eos_token_id = sorted({end, tokenizer.eos_token_id})
         freeze(model, trained_parts(self.config, self.stage))
         if self.settings.activation_checkpointing:
-            model.language_model.gradient_checkpointing_enable()
+            model.language_model.activation_checkpointing_enable()
         return model.train(), tokenizer
 
     def _plan_steps(self) -> list[list[list[int]]]:

@@ -61,8 +61,13 @@ def family(bases: Path, folder: Path, name: str, tokenizer: PreTrainedTokenizerF
 
 @pytest.mark.parametrize(
     ("name", "layout", "count"),
-    [("llama", "spatial_unpad", 1), ("llama", "spatial_unpad", 9), ("llama", "flat", 20), ("mistral", "flat", 7)]
-    + [("qwen2", "spatial_unpad", 7)],
+    [
+        ("llama", "spatial_unpad", 1),
+        ("llama", "spatial_unpad", 9),
+        ("llama", "flat", 20),
+        ("mistral", "flat", 7),
+        ("qwen2", "spatial_unpad", 7),
+    ],
 )
 def test_packed_equals_alone(tiny_bases, tiny_tokenizer, tmp_path, name, layout, count) -> None:
     config = ModelConfig.model_validate(
@@ -95,7 +100,7 @@ def test_packed_equals_alone(tiny_bases, tiny_tokenizer, tmp_path, name, layout,
     assert packed.keys() == alone.keys()
     largest = max(float(gradient.abs().max()) for gradient in alone.values())
     for parameter, gradient in packed.items():
-        # Some gradients are zero but for rounding (a key's bias does not move a softmax): those are held to the largest.
+        # Some gradients are zero but for rounding (a key's bias moves no softmax): those are held to the largest.
         scale = max(float(alone[parameter].abs().max()), 1e-3 * largest)
         torch.testing.assert_close(gradient / scale, alone[parameter] / scale, atol=GRADIENT_RTOL, rtol=0)
 

@@ -54,7 +54,7 @@ def test_the_schedule_is_that_of_transformers_behind_the_warm_up() -> None:
         assert rate_factor(step, total, ratio, floor=0.0) == pytest.approx(theirs(step))
     rising = [rate_factor(step, total, ratio, 0.0) for step in range(warmup + 1)]
     assert rising == sorted(rising)
-    assert 0 < rising[0]
+    assert rising[0] > 0
     assert rising[-1] == 1.0
     assert rate_factor(total, total, ratio, floor=0.1) == pytest.approx(0.1)
 

@@ -1,0 +1,116 @@
+"""The size of an image as shown, from its header alone: what an index of a dataset and a token count are made of.
+
+`PIL.Image.open` is not used because it refuses large images, whose size is as readable as any other's.
+"""
+
+from __future__ import annotations
+
+import struct
+import warnings
+from collections.abc import Callable
+from io import BytesIO
+from pathlib import Path
+from typing import IO
+
+from PIL import (
+    BmpImagePlugin,
+    ExifTags,
+    GifImagePlugin,
+    Image,
+    ImageFile,
+    JpegImagePlugin,
+    PngImagePlugin,
+    TiffImagePlugin,
+    WebPImagePlugin,
+)
+
+from anyres_vlm.errors import DataError
+from anyres_vlm.geometry import Size
+
+IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"})
+
+QUARTER_TURNS = frozenset({5, 6, 7, 8})  # EXIF orientations that swap height and width
+PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+PNG_CHUNKS = frozenset({b"IHDR", b"eXIf", b"tEXt", b"zTXt", b"iTXt", b"IEND"})  # size and orientation are in these
+UNREADABLE = (OSError, SyntaxError, ValueError, TypeError, IndexError, KeyError, EOFError, struct.error)
+
+
+def read_size(path: Path) -> Size:
+    """Height and width in pixels after the EXIF orientation; no pixel is decoded.
+
+    JPEG, PNG, WebP, GIF, BMP and TIFF. Raises `DataError` for a file that is missing, empty, broken or no image.
+    """
+    try:
+        with path.open("rb") as stream:
+            return _size(stream, path)
+    except FileNotFoundError:
+        raise DataError(f"{path}: no such file; check the path") from None
+    except IsADirectoryError:
+        raise DataError(f"{path}: a folder, not an image file") from None
+    except OSError as error:
+        raise DataError(f"{path}: cannot be opened ({error.strerror}); check its name and permissions") from None
+
+
+def _size(stream: IO[bytes], path: Path) -> Size:
+    prefix = stream.read(16)
+    stream.seek(0)
+    if not prefix:
+        raise DataError(f"{path}: the file is empty; fetch it again or remove it")
+    reader = next((reader for signature, reader in READERS if prefix.startswith(signature)), None)
+    if reader is None:
+        raise DataError(f"{path}: not an image; expected JPEG, PNG, WebP, GIF, BMP or TIFF")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Pillow's, about odd metadata: a size was found or an error is raised
+            return reader(stream)
+    except Image.DecompressionBombError:  # only Pillow's WebP reader allocates, and therefore checks, this early
+        raise DataError(f"{path}: too many pixels for WebP; scale the image down") from None
+    except UNREADABLE as error:  # Pillow's readers raise all of these, with words about their insides
+        raise DataError(f"{path}: broken image; fetch it again or remove it") from error
+
+
+def _pillow_reader(factory: Callable[[IO[bytes]], ImageFile.ImageFile]) -> Callable[[IO[bytes]], Size]:
+    def read(stream: IO[bytes]) -> Size:
+        image = factory(stream)
+        return _upright(image, image.getexif())
+
+    return read
+
+
+def _read_png(stream: IO[bytes]) -> Size:
+    """EXIF and XMP may stand behind the pixels, and Pillow would decode these to get there: they are left out.
+
+    A file that was cut short has no end and is refused by Pillow.
+    """
+    parts = [stream.read(len(PNG_SIGNATURE))]
+    while len(header := stream.read(8)) == 8:
+        length, name = struct.unpack(">I4s", header)
+        if name in PNG_CHUNKS:
+            parts += [header, stream.read(length + 4)]
+        else:
+            stream.seek(length + 4, 1)  # the checksum too
+    image = PngImagePlugin.PngImageFile(BytesIO(b"".join(parts)))
+    return _upright(image, Image.Image.getexif(image))
+
+
+def _read_tiff(stream: IO[bytes]) -> Size:
+    """Pillow's TIFF reader has applied the orientation to the size already."""
+    return _upright(TiffImagePlugin.TiffImageFile(stream), Image.Exif())
+
+
+def _upright(image: ImageFile.ImageFile, exif: Image.Exif) -> Size:
+    width, height = image.size
+    if exif.get(ExifTags.Base.Orientation) in QUARTER_TURNS:
+        width, height = height, width
+    return Size(height=height, width=width)
+
+
+READERS: tuple[tuple[bytes, Callable[[IO[bytes]], Size]], ...] = (
+    (b"\xff\xd8\xff", _pillow_reader(JpegImagePlugin.jpeg_factory)),
+    (PNG_SIGNATURE, _read_png),
+    (b"RIFF", _pillow_reader(WebPImagePlugin.WebPImageFile)),
+    (b"GIF8", _pillow_reader(GifImagePlugin.GifImageFile)),
+    (b"BM", _pillow_reader(BmpImagePlugin.BmpImageFile)),
+    (b"II", _read_tiff),
+    (b"MM", _read_tiff),
+)

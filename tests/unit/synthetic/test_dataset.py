@@ -1,0 +1,103 @@
+"""Rendered folders are LLaVA data: readable, reproducible, made once, made anew after an interruption."""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from anyres_vlm.data.headers import read_size
+from anyres_vlm.data.sources import read_records
+from anyres_vlm.synthetic.dataset import KIND_OF_TASK, write_dataset
+from anyres_vlm.synthetic.prose import passages, talk, transcript
+from anyres_vlm.synthetic.rendering import render
+from anyres_vlm.synthetic.textonly import text_instruction
+from anyres_vlm.synthetic.vocabulary import HELDOUT_WORDS
+
+
+@pytest.mark.parametrize("purpose", ["captions", "instructions", "heldout"])
+def test_folders_are_read_whole(tmp_path: Path, purpose) -> None:
+    path = write_dataset(tmp_path / "a", purpose, 44, seed=1)
+    records = read_records(path, None, 0.0)
+    assert len(records) == 44
+    assert all(read_size(image) for record in records for image in record.images)
+    again = write_dataset(tmp_path / "b", purpose, 44, seed=1)
+    assert again.read_bytes() == path.read_bytes()
+    other = write_dataset(tmp_path / "c", purpose, 44, seed=2)
+    assert other.read_bytes() != path.read_bytes()
+    if purpose == "captions":
+        assert all(record.turns[0].text == "<image>" and len(record.turns) == 2 for record in records)
+    elif purpose == "instructions":
+        assert 2 <= sum(not record.images for record in records) <= 20
+        assert max(len(record.turns) for record in records) > 2
+    else:
+        assert Counter(record.task for record in records) == dict.fromkeys(KIND_OF_TASK, 4)
+        assert all(len(record.turns) == 2 for record in records)
+
+
+def test_a_finished_folder_is_reused_and_an_unfinished_one_is_not(tmp_path: Path) -> None:
+    path = write_dataset(tmp_path / "a", "captions", 5, seed=1)
+    stamp = path.stat().st_mtime_ns
+    assert write_dataset(tmp_path / "a", "captions", 5, seed=1).stat().st_mtime_ns == stamp
+    (tmp_path / "a" / "manifest.json").unlink()
+    assert write_dataset(tmp_path / "a", "captions", 5, seed=1).stat().st_mtime_ns != stamp
+    write_dataset(tmp_path / "a", "captions", 7, seed=1)
+    assert len(json.loads(path.read_text())) == 7
+
+
+def test_pictures_of_the_stages_and_of_the_test_differ(tmp_path: Path) -> None:
+    shown = []
+    for purpose in ("captions", "instructions", "heldout"):
+        folder = write_dataset(tmp_path / purpose, purpose, 60, seed=0).parent
+        shown.append({image.read_bytes() for image in (folder / "images").iterdir()})
+    assert not shown[0] & shown[1]
+    assert not (shown[0] | shown[1]) & shown[2]
+
+
+@pytest.mark.parametrize("split", ["train", "heldout"])
+def test_text_only_answers_are_right(split) -> None:
+    rng = random.Random(0)
+    seen = Counter()
+    for _ in range(600):
+        question, answer = text_instruction(rng, split)
+        if match := re.fullmatch(r"What is (\d+) (plus|minus) (\d+)\?", question):
+            a, b = int(match[1]), int(match[3])
+            assert answer.endswith(f" is {a + b if match[2] == 'plus' else a - b}.")
+            assert ((a + b) % 7 == 0) == (split == "heldout")
+            seen["sum"] += 1
+        elif match := re.fullmatch(r"Which is larger, (\d+) or (\d+)\?", question):
+            assert answer.startswith(str(max(int(match[1]), int(match[2]))))
+            seen["larger"] += 1
+        elif match := re.fullmatch(r"How do you spell ([A-Z]+)\?", question):
+            assert answer == f"{match[1]} is spelled {' '.join(match[1])}."
+            assert (match[1] in HELDOUT_WORDS) == (split == "heldout")
+            seen["spell"] += 1
+    assert min(seen.values()) > 20
+
+
+def test_prose_is_endless_text_of_training_words() -> None:
+    stream = passages(seed=4)
+    texts = [next(stream) for _ in range(300)]
+    assert all(text.endswith("</s>") for text in texts)
+    assert len(set(texts)) > 290
+    assert not {word for text in texts for word in re.findall("[A-Z]+", text)} & HELDOUT_WORDS
+    again = passages(seed=4)
+    assert [next(again) for _ in range(20)] == texts[:20]
+    assert next(passages(seed=5)) != texts[0]
+
+
+def test_a_transcript_keeps_objects_and_characters_in_place() -> None:
+    scene = render("scene", 3, "train")
+    rows = transcript(scene, 3, 3).split("\n")
+    assert len(rows) == 3
+    for mark in scene.objects:
+        row = rows[int(3 * mark.centre[0] / scene.image.height)]
+        assert f"{mark.colour} {mark.shape}" in row
+    sign = render("sign", 3, "train")
+    letters = "".join(transcript(sign, 1, 1).split())
+    assert sorted(letters) == sorted(sign.questions[0].answer.replace(" ", ""))
+    assert talk([("Q?", "A."), ("R?", "B.")]) == "User: Q? Assistant: A.</s>User: R? Assistant: B.</s>"

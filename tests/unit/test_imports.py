@@ -1,0 +1,115 @@
+"""Imports flow one way and cost nothing until they are needed."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import anyres_vlm
+
+PACKAGE = Path(anyres_vlm.__file__).parent
+ROOT = "the package itself"  # `from anyres_vlm import __version__`: allowed everywhere
+
+# A part of the package -> the parts that it may import, besides itself.
+FOUNDATION = {"errors", "geometry", "schema", "config"}
+ALLOWED = {
+    "errors": set(),
+    "geometry": {"errors"},
+    "schema": {"errors", "geometry"},
+    "config": {"errors", "geometry"},
+    "synthetic": FOUNDATION,
+    "data": FOUNDATION,
+    "model": FOUNDATION,
+    "inference": FOUNDATION | {"data", "model"},
+    "train": FOUNDATION | {"data", "model", "synthetic"},
+    "evaluate": FOUNDATION | {"data", "model", "synthetic", "inference"},
+    "serve": FOUNDATION | {"data", "model", "inference"},
+    "cli": FOUNDATION | {"data", "model", "synthetic", "inference", "train", "evaluate", "serve"},
+    "__main__": {"cli"},
+}
+ENGINE_LIBRARIES = {"accelerate", "deepspeed"}  # only train/engine.py knows them
+HEAVY = ("torch", "transformers", "numpy")
+
+
+def imported_modules(source: str) -> Iterator[str]:
+    """Every module that a source names in an import, also in functions and under TYPE_CHECKING."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"line {node.lineno}: relative import; write the whole name"
+            assert node.module is not None
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def imported_parts(source: str) -> set[str]:
+    """The parts of this package that a source imports."""
+    parts = set()
+    for module in imported_modules(source):
+        package, _, rest = module.partition(".")
+        if package == "anyres_vlm":
+            part = rest.partition(".")[0]
+            parts.add(part if part in ALLOWED else ROOT if hasattr(anyres_vlm, part) or not part else f"unknown {part}")
+    return parts
+
+
+def part_of(path: Path) -> str:
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+SOURCES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_imports_flow_one_way(path: Path) -> None:
+    part = part_of(path)
+    assert part in ALLOWED, f"a new part {part}: say here what it may import"
+    forbidden = imported_parts(path.read_text(encoding="utf-8")) - ALLOWED[part] - {part, ROOT}
+    assert not forbidden, f"{part} may not import {sorted(forbidden)}"
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_only_the_engine_knows_the_parallel_libraries(path: Path) -> None:
+    found = {module.partition(".")[0] for module in imported_modules(path.read_text(encoding="utf-8"))}
+    assert not found & {"tools", "tests"}, "the package never imports its tools or tests"
+    if path.relative_to(PACKAGE) != Path("train", "engine.py"):
+        assert not found & ENGINE_LIBRARIES, f"only train/engine.py imports {sorted(ENGINE_LIBRARIES)}"
+
+
+def test_the_package_is_what_the_table_says() -> None:
+    """Otherwise a part could be renamed and its rule checked no more."""
+    present = {part_of(path) for path in SOURCES}
+    assert present <= set(ALLOWED)
+    assert {"errors", "geometry", "schema", "config", "data", "model", "train", "cli"} <= present
+
+
+@pytest.mark.parametrize(
+    ("source", "parts"),
+    [
+        ("import anyres_vlm.model.vlm", {"model"}),
+        ("from anyres_vlm import geometry", {"geometry"}),
+        ("from anyres_vlm import __version__", {ROOT}),
+        ("from anyres_vlm.data.images import open_image", {"data"}),
+        ("def later():\n    from anyres_vlm.train import loop", {"train"}),
+        ("if TYPE_CHECKING:\n    import anyres_vlm.serve.web as web", {"serve"}),
+        ("import torch\nfrom pathlib import Path", set()),
+        ("from anyres_vlm.elsewhere import thing", {"unknown elsewhere"}),
+    ],
+)
+def test_every_form_of_import_is_seen(source: str, parts: set[str]) -> None:
+    assert imported_parts(source) == parts
+
+
+@pytest.mark.parametrize(
+    "module", ["anyres_vlm", "anyres_vlm.geometry", "anyres_vlm.data.headers", "anyres_vlm.cli.main"]
+)
+def test_importing_is_light(module: str) -> None:
+    script = f"import sys, {module}; print(*(name for name in {HEAVY!r} if name in sys.modules))"
+    loaded = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert loaded.stdout.split() == [], f"importing {module} imports {loaded.stdout}"
+    assert loaded.stderr == ""
