@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from transformers import PreTrainedTokenizerFast
 
-from anyres_vlm.data.conversation import Encoder
+from anyres_vlm.data.conversation import ConversationTokenizer
 from anyres_vlm.data.loader import token_repeats
 from anyres_vlm.data.tiling import cut_tiles
 from anyres_vlm.errors import UsageError
@@ -39,7 +39,7 @@ class Assistant:
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.model = model.eval().to(self.device)
         self.tokenizer = tokenizer
-        self.encoder = Encoder(model.config.template, tokenizer)
+        self.conversation = ConversationTokenizer(model.config.template, tokenizer)
 
     @classmethod
     def load(cls, folder: Path) -> Assistant:
@@ -54,7 +54,7 @@ class Assistant:
         if wanted != len(images):
             raise UsageError(f"the conversation has {wanted} {IMAGE_TOKEN}, but {len(images)} images are given")
         plans = [plan_tiles(Size(height=image.height, width=image.width), self.model.tiling) for image in images]
-        prompt = self.encoder.prompt(turns)
+        prompt = self.conversation.prompt(turns)
         ids = np.repeat(prompt, token_repeats(prompt, plans, self.model.image_token_id)).astype(np.int64)
         new = self.model.generate(
             torch.from_numpy(ids)[None].to(self.device), self._tiles(images, plans), plans, decoding, streamer

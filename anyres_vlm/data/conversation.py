@@ -23,7 +23,7 @@ Ids = NDArray[np.int32]
 
 
 @dataclass(frozen=True)
-class Encoder:
+class ConversationTokenizer:
     """A template together with a tokenizer."""
 
     template: TemplateName
@@ -63,7 +63,7 @@ class Encoder:
 
     def encode(self, records: Sequence[Record]) -> list[tuple[Ids, Ids] | DataError]:
         """Token ids and labels of each record, or why it has none. An image is one token."""
-        checked = [self._forged(record) for record in records]
+        checked = [self._forged(f"record {record.id}", record.turns) for record in records]
         rendered = [self.render(record.turns) for record in records]
         batch = self.tokenizer([text for text, _ in rendered], return_offsets_mapping=True) if records else None
         results: list[tuple[Ids, Ids] | DataError] = []
@@ -84,7 +84,9 @@ class Encoder:
         return results
 
     def prompt(self, turns: Sequence[Turn]) -> Ids:
-        """Token ids that ask for the next answer. An image is one token."""
+        """Token ids that ask for the next answer. An image is one token. Raises `DataError` for forged control tokens."""
+        if fault := self._forged("the conversation", turns):
+            raise fault
         return np.array(self.tokenizer(self.render(turns, prompt=True)[0])["input_ids"], np.int32)
 
     @property
@@ -96,12 +98,12 @@ class Encoder:
             )
         return eos
 
-    def _forged(self, record: Record) -> DataError | None:
+    def _forged(self, name: str, turns: Sequence[Turn]) -> DataError | None:
         """Text that would tokenise to control tokens could forge a turn or an image."""
-        for turn in record.turns:
+        for turn in turns:
             for token in self.tokenizer.all_special_tokens:
                 if token in turn.text and not (token == IMAGE_TOKEN and turn.role == "user"):
-                    return DataError(f"record {record.id}: the {turn.role}'s text contains the control token {token!r}")
+                    return DataError(f"{name}: the {turn.role}'s text contains the control token {token!r}")
         return None
 
 

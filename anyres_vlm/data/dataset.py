@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from transformers import PreTrainedTokenizerFast
 
 from anyres_vlm.config import TemplateName
-from anyres_vlm.data.conversation import Encoder
+from anyres_vlm.data.conversation import ConversationTokenizer
 from anyres_vlm.data.headers import read_size
 from anyres_vlm.data.sources import Reject, report_rejects
 from anyres_vlm.errors import DataError
@@ -30,12 +30,12 @@ def tokenise(
     A record with a missing or unreadable image, without a supervised token or longer than `max_length` is left out
     whole and counted: nothing is truncated. Raises `DataError` when too many are.
     """
-    encoder = Encoder(template, tokenizer)
+    conversation = ConversationTokenizer(template, tokenizer)
     samples: list[Sample] = []
     rejects: list[Reject] = []
     for start in range(0, len(records), CHUNK):
         chunk = records[start : start + CHUNK]
-        for record, encoded in zip(chunk, encoder.encode(chunk), strict=True):
+        for record, encoded in zip(chunk, conversation.encode(chunk), strict=True):
             try:
                 if isinstance(encoded, DataError):
                     raise encoded

@@ -12,7 +12,7 @@ import yaml
 from transformers import PreTrainedTokenizerFast
 
 from anyres_vlm.config import RunConfig, StageName
-from anyres_vlm.data.conversation import Encoder
+from anyres_vlm.data.conversation import ConversationTokenizer
 from anyres_vlm.data.loader import iter_steps
 from anyres_vlm.data.packing import pack_steps
 from anyres_vlm.data.templates import TEMPLATES
@@ -134,7 +134,7 @@ class StageRun:
         model, tokenizer = build_model(self.config.model, self.config.seed)
         if self.stage == "stage2" and not self.options.skip_stage1:
             load_parts(model, model_folder(self.options.output, "stage1"), ADAPTER_PARTS)
-        end = Encoder(self.config.model.template, tokenizer).end_id
+        end = ConversationTokenizer(self.config.model.template, tokenizer).end_id
         model.language_model.generation_config.eos_token_id = sorted({end, tokenizer.eos_token_id})
         freeze(model, trained_parts(self.config, self.stage))
         if self.settings.activation_checkpointing:

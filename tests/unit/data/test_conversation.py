@@ -10,7 +10,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from anyres_vlm.config import TemplateName
-from anyres_vlm.data.conversation import Encoder
+from anyres_vlm.data.conversation import ConversationTokenizer
 from anyres_vlm.data.templates import TEMPLATES
 from anyres_vlm.errors import DataError, UsageError
 from anyres_vlm.schema import IGNORE_INDEX, Record, Turn
@@ -78,7 +78,7 @@ def dialogue(rng: random.Random, images: int) -> tuple[Turn, ...]:
 @pytest.mark.parametrize("template", get_args(TemplateName))
 def test_supervised_tokens_decode_to_the_answers(template: TemplateName, kind: str) -> None:
     tokenizer = TOKENIZERS[kind]
-    encoder = Encoder(template, tokenizer)
+    encoder = ConversationTokenizer(template, tokenizer)
     rng = random.Random(f"{template}/{kind}")
     records = [Record(str(n), (), dialogue(rng, images=n % 3)) for n in range(60)]
     for record, result in zip(records, encoder.encode(records), strict=True):
@@ -106,7 +106,7 @@ def test_supervised_tokens_decode_to_the_answers(template: TemplateName, kind: s
 def test_jinja_renders_the_training_text(template: TemplateName) -> None:
     tokenizer = byte_level()
     tokenizer.chat_template = TEMPLATES[template].jinja
-    encoder = Encoder(template, tokenizer)
+    encoder = ConversationTokenizer(template, tokenizer)
     rng = random.Random(template)
     for images in (0, 1, 2):
         turns = dialogue(rng, images)
@@ -123,7 +123,7 @@ def test_jinja_renders_the_training_text(template: TemplateName) -> None:
 @pytest.mark.parametrize("kind", TOKENIZERS)
 @pytest.mark.parametrize("template", [name for name in get_args(TemplateName) if name != "plain"])
 def test_the_prompt_is_a_prefix_of_the_training_ids(template: TemplateName, kind: str) -> None:
-    encoder = Encoder(template, TOKENIZERS[kind])
+    encoder = ConversationTokenizer(template, TOKENIZERS[kind])
     turns = (Turn("user", "what is the colour?"), Turn("assistant", "red"))
     (encoded,) = encoder.encode([Record("r", (), turns)])
     assert not isinstance(encoded, DataError)
@@ -139,7 +139,7 @@ def test_the_prompt_is_a_prefix_of_the_training_ids(template: TemplateName, kind
 def test_text_cannot_forge_control_tokens(role: str, text: str) -> None:
     turns = [Turn("user", "hello"), Turn("assistant", "red")]
     turns[role == "assistant"] = Turn(role, text)  # type: ignore[arg-type]
-    (result,) = Encoder("chatml", byte_level()).encode([Record("r7", (), tuple(turns))])
+    (result,) = ConversationTokenizer("chatml", byte_level()).encode([Record("r7", (), tuple(turns))])
     assert isinstance(result, DataError)
     assert "r7" in str(result)
     assert "control token" in str(result)
@@ -147,4 +147,4 @@ def test_text_cannot_forge_control_tokens(role: str, text: str) -> None:
 
 def test_an_end_token_that_the_tokenizer_lacks(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
     with pytest.raises(UsageError, match="not a token of this llm"):
-        _ = Encoder("chatml", tiny_tokenizer).end_id
+        _ = ConversationTokenizer("chatml", tiny_tokenizer).end_id

@@ -1,0 +1,107 @@
+"""`anyres chat` and `anyres eval` on a checkpoint folder: counts, conversations, scores and refusals."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from anyres_vlm.cli.main import main
+from anyres_vlm.config import ModelConfig
+from anyres_vlm.data.templates import TEMPLATES
+from anyres_vlm.geometry import Size, count_tokens
+from anyres_vlm.inference import Assistant
+from anyres_vlm.model.hub import build_model
+from anyres_vlm.model.pretrained import save_pretrained
+from anyres_vlm.model.vlm import Decoding
+from anyres_vlm.schema import Turn
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tiny_bases: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    bases = {"llm": str(tiny_bases / "llm"), "encoder": {"name": str(tiny_bases / "vit")}, "template": "tiny"}
+    model, tokenizer = build_model(ModelConfig.model_validate(bases), seed=0)
+    folder = tmp_path_factory.mktemp("checkpoint")
+    save_pretrained(model, model.state_dict(), tokenizer, TEMPLATES["tiny"].jinja, folder)
+    return folder
+
+
+@pytest.fixture
+def picture(tmp_path: Path) -> Path:
+    Image.linear_gradient("L").resize((50, 90)).save(tmp_path / "a.png")
+    return tmp_path / "a.png"
+
+
+def test_chat_counts_what_the_geometry_counts(checkpoint, picture, capsys) -> None:
+    arguments = ["chat", str(checkpoint), "--image", str(picture), "--max-new-tokens", "5", "--json"]
+    assert main([*arguments, "--prompt", "what?"]) == 0
+    reply = json.loads(capsys.readouterr().out)
+    assistant = Assistant.load(checkpoint)
+    assert reply["image_tokens"] == count_tokens(Size(height=90, width=50), assistant.model.tiling)
+    words = assistant.tokenizer("User: <image>\nwhat? Assistant:")["input_ids"]
+    assert reply["prompt_tokens"] == len(words) - 1 + reply["image_tokens"]
+    assert 0 < reply["new_tokens"] <= 5
+
+
+def test_questions_of_a_pipe_make_one_conversation(checkpoint, picture, capsys, monkeypatch) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO("what?\n\nwhere?\n"))
+    assert main(["chat", str(checkpoint), "--image", str(picture), "--max-new-tokens", "4", "--json"]) == 0
+    first, second = (json.loads(line) for line in capsys.readouterr().out.splitlines())
+    assert (first["prompt"], second["prompt"]) == ("what?", "where?")
+    assert second["prompt_tokens"] > first["prompt_tokens"] + first["new_tokens"]
+    assert second["image_tokens"] == first["image_tokens"]
+
+
+def test_sampling_varies_and_greedy_does_not(checkpoint, picture) -> None:
+    assistant = Assistant.load(checkpoint)
+    image = Image.open(picture).convert("RGB")
+    turns = [Turn("user", "<image>\nwhat?")]
+    greedy = {assistant.answer(turns, [image], Decoding(6)).text for _ in range(2)}
+    sampled = {assistant.answer(turns, [image], Decoding(6, temperature=1.5, top_p=0.95)).text for _ in range(6)}
+    assert len(greedy) == 1
+    assert len(sampled) > 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "words"),
+    [
+        (["--prompt", "hi </s>"], 1, "control token '</s>'"),
+        (["--prompt", " "], 2, "the prompt is empty"),
+        (["--prompt", "hi", "--image", "none.png"], 1, "none.png: no such image"),
+        (["--prompt", "<image>"], 2, "has 1 <image>, but 0 images"),
+    ],
+)
+def test_mistakes_are_one_line(checkpoint, capsys, arguments, status, words) -> None:
+    assert main(["chat", str(checkpoint), *arguments]) == status
+    said = capsys.readouterr().err.strip()
+    assert words in said
+    assert "\n" not in said
+
+
+def test_a_folder_that_is_no_checkpoint(checkpoint, tmp_path, capsys) -> None:
+    assert main(["chat", str(tmp_path / "none"), "--prompt", "hi"]) == 1
+    assert "config.json: no such file" in capsys.readouterr().err
+    for file in checkpoint.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:5000])
+    assert main(["chat", str(tmp_path), "--prompt", "hi"]) == 1
+    assert "weights cannot be read" in capsys.readouterr().err
+
+
+def test_eval_scores_every_question(checkpoint, tmp_path, capsys) -> None:
+    assert main(["render", str(tmp_path / "heldout"), "--count", "22"]) == 0
+    data = capsys.readouterr().out.strip()
+    out = tmp_path / "result.json"
+    arguments = ["eval", "heldout", "--model", str(checkpoint), "--data", data, "--out", str(out), "--json"]
+    assert main(arguments) == 0
+    accuracies = json.loads(capsys.readouterr().out)
+    assert len(accuracies) == 12
+    kept = json.loads(out.read_text())
+    assert kept["accuracy"] == accuracies
+    assert len(kept["answers"]) == 22
+    assert accuracies["all"] == sum(answer["correct"] for answer in kept["answers"]) / 22
+    assert main([*arguments, "--swap-images", "--limit", "22"]) == 0
