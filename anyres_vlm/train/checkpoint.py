@@ -76,17 +76,21 @@ def restore_trainer(folder: Path, settings: dict[str, Any], optimizer: AdamW, sc
         tensors = torch.load(folder / "trainer" / "state.pt", map_location="cpu", weights_only=True)
     except (OSError, KeyError, ValueError, RuntimeError) as error:
         raise DataError(f"{folder}: cannot resume from it ({error}); delete it to resume from the one before") from None
-    differing = sorted(key for key in settings if settings[key] != state.settings.get(key))
-    if differing:
-        key = differing[0]
-        raise UsageError(
-            f"{folder} was written with {key}={state.settings.get(key)!r}, now it is {settings[key]!r}: "
-            "resume with the same settings or choose another --output"
-        )
+    require_same_settings(folder, state.settings, settings)
     optimizer.load_state_dict(tensors["optimizer"])
     schedule.load_state_dict(tensors["schedule"])
     torch.set_rng_state(tensors["rng"])
     return state.step
+
+
+def require_same_settings(folder: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
+    """Raises `UsageError` if a folder was written by a run of other settings."""
+    for key in sorted(now):
+        if now[key] != before.get(key):
+            raise UsageError(
+                f"{folder} was written with {key}={before.get(key)!r}, now it is {now[key]!r}: "
+                "go on with the same settings or choose another --output"
+            )
 
 
 def latest(folder: Path) -> Path | None:

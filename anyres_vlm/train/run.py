@@ -6,12 +6,13 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import yaml
 from transformers import PreTrainedTokenizerFast
 
-from anyres_vlm.config import RunConfig, StageName
+from anyres_vlm.config import RunConfig, StageName, load_config
 from anyres_vlm.data.conversation import ConversationTokenizer
 from anyres_vlm.data.loader import iter_steps
 from anyres_vlm.data.packing import pack_steps
@@ -29,6 +30,8 @@ from anyres_vlm.train.samples import load_samples
 from anyres_vlm.train.stage import ADAPTER_PARTS, freeze, recipe_warnings, trained_parts
 
 logger = logging.getLogger(__name__)
+
+CONFIG_FILE = "config.yaml"
 
 Progress = Callable[[StageName, int, int, dict[str, float]], None]
 """Called after each optimizer step with the stage, the finished steps, all steps and the step's numbers."""
@@ -61,6 +64,9 @@ def train(config: RunConfig, options: RunOptions, progress: Progress) -> bool:
     try:
         for stage in options.stages:
             if options.resume and model_folder(options.output, stage).is_dir():
+                before = load_config(options.output / stage / CONFIG_FILE)
+                settings = stage_settings(config, stage)
+                checkpoint.require_same_settings(options.output / stage, stage_settings(before, stage), settings)
                 logger.info("%s is finished: %s", stage, model_folder(options.output, stage))
             else:
                 _check_start(options, stage)
@@ -68,6 +74,12 @@ def train(config: RunConfig, options: RunOptions, progress: Progress) -> bool:
         return engine.is_main
     finally:
         engine.close()
+
+
+def stage_settings(config: RunConfig, stage: StageName) -> dict[str, Any]:
+    """What decides a stage's result; the rest of the configuration may change while it runs."""
+    run = config.model_dump(mode="json", include={"model", "seed", "precision"})
+    return {**run, **config.stage(stage).model_dump(mode="json")}
 
 
 def _check_start(options: RunOptions, stage: StageName) -> None:
@@ -151,13 +163,10 @@ class StageRun:
         ]
         return steps[: self.options.max_steps]
 
-    def _fixed_settings(self) -> dict[str, object]:
+    def _fixed_settings(self) -> dict[str, Any]:
         """What must not change between a checkpoint and its resumption: it decides the sequence of steps."""
-        run = self.config.model_dump(
-            mode="json", exclude={"stage1", "stage2", "workers", "save_every", "keep_checkpoints"}
-        )
-        stage = self.settings.model_dump(mode="json")
-        return {**run, **stage, "samples": len(self.samples), "steps": len(self.steps)}
+        counts = {"samples": len(self.samples), "steps": len(self.steps)}
+        return {**stage_settings(self.config, self.stage), **counts}
 
     def _restore(self) -> int:
         resumed = checkpoint.latest(self.folder / "checkpoints")
@@ -184,7 +193,7 @@ class StageRun:
         )
         self.folder.mkdir(parents=True, exist_ok=True)
         content = yaml.safe_dump(self.config.model_dump(mode="json"), sort_keys=False)
-        (self.folder / "config.yaml").write_text(content, encoding="utf-8")
+        (self.folder / CONFIG_FILE).write_text(content, encoding="utf-8")
 
     def _save_checkpoint(self, step: int) -> None:
         state = checkpoint.TrainerState(step, self._fixed_settings())
