@@ -84,7 +84,7 @@ class ConversationTokenizer:
         return results
 
     def prompt(self, turns: Sequence[Turn]) -> Ids:
-        """Token ids that ask for the next answer, an image as one token. Raises `DataError` for forged control tokens."""
+        """Token ids that ask for the next answer, an image as one token. Raises `DataError` for forged tokens."""
         if fault := self._forged("the conversation", turns):
             raise fault
         return np.array(self.tokenizer(self.render(turns, prompt=True)[0])["input_ids"], np.int32)

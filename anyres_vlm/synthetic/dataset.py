@@ -9,6 +9,7 @@ from itertools import cycle
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from anyres_vlm.errors import UsageError
 from anyres_vlm.synthetic.dialogue import BRIEFLY, Dialogue, converse, pick_dialogue, pick_kind
 from anyres_vlm.synthetic.facts import Task
 from anyres_vlm.synthetic.rendering import KINDS, Kind, Rendering, render
@@ -18,6 +19,7 @@ from anyres_vlm.synthetic.vocabulary import Split
 Purpose = Literal["captions", "instructions", "heldout"]
 
 DATA_FILE = "data.json"
+MANIFEST_FILE = "manifest.json"
 FORMAT = 1  # raised whenever the same arguments would give other data
 KIND_OF_TASK: dict[Task, Kind] = {
     task: task if task in KINDS else "scene"  # the tasks of documents are named as their kinds
@@ -30,10 +32,12 @@ def write_dataset(folder: Path, purpose: Purpose, count: int, seed: int) -> Path
 
     `captions` are for stage 1, `instructions` for stage 2 (one in five without a picture), `heldout` has one brief
     question a record, the tasks in turn, on pictures with words and combinations that training never shows.
+    A folder with anything else in it is left alone and raises UsageError.
     """
     manifest = {"format": FORMAT, "purpose": purpose, "count": count, "seed": seed}
     if _read_manifest(folder) == manifest:
         return folder / DATA_FILE
+    _refuse_foreign(folder)
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     (partial / "images").mkdir(parents=True)
@@ -45,15 +49,20 @@ def write_dataset(folder: Path, purpose: Purpose, count: int, seed: int) -> Path
         for number in range(count)
     ]
     (partial / DATA_FILE).write_text(json.dumps(records, indent=1) + "\n", encoding="utf-8")
-    (partial / "manifest.json").write_text(json.dumps(manifest) + "\n", encoding="utf-8")
-    shutil.rmtree(folder, ignore_errors=True)
+    (partial / MANIFEST_FILE).write_text(json.dumps(manifest) + "\n", encoding="utf-8")
+    # Renamed before it is deleted: a kill in between never leaves a folder without its manifest.
+    replaced = folder.with_name(f".{folder.name}.replaced")
+    shutil.rmtree(replaced, ignore_errors=True)
+    if folder.exists():
+        folder.rename(replaced)
     partial.rename(folder)
+    shutil.rmtree(replaced, ignore_errors=True)
     return folder / DATA_FILE
 
 
 def picture_seed(seed: int, number: int) -> int:
-    """Seeds of different runs' pictures do not meet below a million pictures."""
-    return seed * 1_000_000 + number
+    """Seeds of different runs' pictures do not meet."""
+    return seed * 1_000_000_000 + number
 
 
 def _training(folder: Path, purpose: Purpose, seed: int, number: int) -> dict[str, Any]:
@@ -61,7 +70,7 @@ def _training(folder: Path, purpose: Purpose, seed: int, number: int) -> dict[st
     name = f"{purpose}-{seed}-{number:06d}"
     if purpose == "instructions" and rng.random() < 0.2:
         return _record(name, None, [text_instruction(rng, "train") for _ in range(rng.randint(1, 3))])
-    offset = 500_000 if purpose == "instructions" else 0  # stage 2 sees other pictures than stage 1
+    offset = 500_000_000 if purpose == "instructions" else 0  # stage 2 sees other pictures than stage 1
     rendering = render(pick_kind(rng), picture_seed(seed, number + offset), "train")
     image = _save(folder, name, rendering)
     if purpose == "captions":
@@ -98,9 +107,19 @@ def _save(folder: Path, name: str, rendering: Rendering) -> str:
     return image
 
 
+def _refuse_foreign(folder: Path) -> None:
+    """Rendering replaces the folder, so it must be absent, empty, or a rendered folder and nothing more."""
+    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+        return
+    ours = {DATA_FILE, MANIFEST_FILE, "images"}
+    if _read_manifest(folder) is None or any(entry.name not in ours for entry in folder.iterdir()):
+        raise UsageError(f"{folder} holds something else than rendered data: name a new folder, or empty this one")
+
+
 def _read_manifest(folder: Path) -> dict[str, Any] | None:
+    """The arguments that a rendered folder was made with; None for any other folder."""
     try:
-        content: dict[str, Any] = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
-    except (FileNotFoundError, json.JSONDecodeError):
+        content = json.loads((folder / MANIFEST_FILE).read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError, UnicodeDecodeError, json.JSONDecodeError):
         return None
-    return content
+    return content if isinstance(content, dict) and content.keys() == {"format", "purpose", "count", "seed"} else None

@@ -36,8 +36,6 @@ def draw_sign(rng: random.Random, split: Split) -> tuple[Sheet, Facts]:
         caption=f"A {colour} sign that says {text}.",
         detail=f"The picture shows a {colour} sign. It says {text}.",
     )
-    if colour == "orange":
-        facts.caption = facts.caption.replace("A orange", "An orange")
     facts.ask(
         rng,
         "sign",
@@ -137,8 +135,7 @@ def draw_table(rng: random.Random, split: Split) -> tuple[Sheet, Facts]:
 def draw_chart(rng: random.Random, split: Split) -> tuple[Sheet, Facts]:
     """A bar chart with three or four labelled bars, their values above them."""
     subject = _words(rng, split, "subject", 1)[0]
-    short = [word for word in words_of(rng.choice(("good", "place")), split) if len(word) <= 5]
-    names = rng.sample(short, rng.choice((2, 3)))
+    names = _words(rng, split, rng.choice(("good", "place")), rng.choice((2, 3)), longest=5)
     values = rng.sample(range(10, 100, 5), len(names))
     sheet = Sheet(rng.randint(130, 170), rng.randint(140, 180), rng.choice(PAPERS))
     face, ink, colour = rng.choice(FACES), rng.choice(INKS), rng.choice(list(RGB))
@@ -201,10 +198,11 @@ def draw_page(rng: random.Random, split: Split) -> tuple[Sheet, Facts]:
     return sheet, facts
 
 
-def _words(rng: random.Random, split: Split, group: str, count: int) -> list[str]:
+def _words(rng: random.Random, split: Split, group: str, count: int, longest: int = 8) -> list[str]:
     """Different words of a group; a held-out picture takes a held-out word with even odds for each."""
-    words = rng.sample([word for word in words_of(group, split) if word not in HELDOUT_WORDS], count)
-    unseen = [word for word in words_of(group, split) if word in HELDOUT_WORDS]
+    known = [word for word in words_of(group, split) if len(word) <= longest]
+    words = rng.sample([word for word in known if word not in HELDOUT_WORDS], count)
+    unseen = [word for word in known if word in HELDOUT_WORDS]
     for index in range(count):
         if unseen and rng.random() < 0.5:
             words[index] = unseen.pop(rng.randrange(len(unseen)))

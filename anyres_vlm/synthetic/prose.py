@@ -14,25 +14,28 @@ BLANK = "."
 END = "</s>"
 
 
-def passages(seed: int) -> Iterator[str]:
-    """Endless passages from training pictures alone: layouts with talk about them, descriptions, and questions."""
+def passages(seed: int) -> Iterator[tuple[str, str]]:
+    """Endless passages from training pictures alone, each what is given and what follows from it.
+
+    Given is a picture's layout in words, or nothing; what follows is talk about it, a description, or questions and
+    answers of all sorts.
+    """
     for number in itertools.count():
         rng = random.Random(f"prose/{seed}/{number}")
         yield _passage(rng, seed * 1_000_000_007 + number)
 
 
-def _passage(rng: random.Random, picture_seed: int) -> str:
+def _passage(rng: random.Random, picture_seed: int) -> tuple[str, str]:
     choice = rng.random()
-    if choice < 0.15:
-        return talk([text_instruction(rng, "train") for _ in range(rng.randint(1, 3))])
+    if choice < 0.1:
+        return "", talk([text_instruction(rng, "train") for _ in range(rng.randint(1, 3))])
     rendering = render(pick_kind(rng), picture_seed, "train")
-    if choice < 0.22:
-        return (rendering.caption if rng.random() < 0.5 else rendering.detail) + END
+    if choice < 0.13:
+        return "", (rendering.caption if rng.random() < 0.5 else rendering.detail) + END
     layout = transcript(rendering, rng.randint(3, 12), rng.randint(3, 12))
     if rng.random() < 0.2:
-        return f"{layout}\n{rendering.caption}{END}"
-    (question, answer), *rest = converse(rendering, pick_dialogue(rng), rng)
-    return talk([(f"{layout}\n{question}", answer), *rest])
+        return f"{layout}\n", rendering.caption + END
+    return f"User: {layout}\n", talk(converse(rendering, pick_dialogue(rng), rng)).removeprefix("User: ")
 
 
 def talk(dialogue: Dialogue) -> str:

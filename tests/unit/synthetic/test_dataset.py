@@ -12,6 +12,7 @@ import pytest
 
 from anyres_vlm.data.headers import read_size
 from anyres_vlm.data.sources import read_records
+from anyres_vlm.errors import UsageError
 from anyres_vlm.synthetic.dataset import KIND_OF_TASK, write_dataset
 from anyres_vlm.synthetic.prose import passages, talk, transcript
 from anyres_vlm.synthetic.rendering import render
@@ -39,14 +40,39 @@ def test_folders_are_read_whole(tmp_path: Path, purpose) -> None:
         assert all(len(record.turns) == 2 for record in records)
 
 
-def test_a_finished_folder_is_reused_and_an_unfinished_one_is_not(tmp_path: Path) -> None:
+def test_a_finished_folder_is_reused_and_an_interrupted_one_is_made_anew(tmp_path: Path, monkeypatch) -> None:
     path = write_dataset(tmp_path / "a", "captions", 5, seed=1)
     stamp = path.stat().st_mtime_ns
     assert write_dataset(tmp_path / "a", "captions", 5, seed=1).stat().st_mtime_ns == stamp
-    (tmp_path / "a" / "manifest.json").unlink()
-    assert write_dataset(tmp_path / "a", "captions", 5, seed=1).stat().st_mtime_ns != stamp
     write_dataset(tmp_path / "a", "captions", 7, seed=1)
     assert len(json.loads(path.read_text())) == 7
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", killed)
+        with pytest.raises(KeyboardInterrupt):
+            write_dataset(tmp_path / "b", "captions", 5, seed=1)
+    assert not (tmp_path / "b").exists()
+    assert len(json.loads(write_dataset(tmp_path / "b", "captions", 5, seed=1).read_text())) == 5
+    assert {entry.name for entry in tmp_path.iterdir()} == {"a", "b"}
+
+
+@pytest.mark.parametrize("name", ["thesis.txt", "data.json", "manifest.json"])
+def test_a_folder_with_other_things_is_left_alone(tmp_path: Path, name) -> None:
+    (tmp_path / name).write_text("{}")
+    with pytest.raises(UsageError, match="name a new folder"):
+        write_dataset(tmp_path, "captions", 2, seed=1)
+    assert (tmp_path / name).read_text() == "{}"
+
+
+def test_what_was_added_to_a_rendered_folder_is_not_deleted(tmp_path: Path) -> None:
+    folder = write_dataset(tmp_path / "a", "captions", 2, seed=1).parent
+    (folder / "notes.txt").write_text("mine")
+    with pytest.raises(UsageError, match="something else than rendered data"):
+        write_dataset(folder, "captions", 3, seed=1)
+    assert (folder / "notes.txt").read_text() == "mine"
 
 
 def test_pictures_of_the_stages_and_of_the_test_differ(tmp_path: Path) -> None:
@@ -81,13 +107,16 @@ def test_text_only_answers_are_right(split) -> None:
 
 def test_prose_is_endless_text_of_training_words() -> None:
     stream = passages(seed=4)
-    texts = [next(stream) for _ in range(300)]
+    pairs = [next(stream) for _ in range(300)]
+    texts = ["".join(pair) for pair in pairs]
     assert all(text.endswith("</s>") for text in texts)
     assert len(set(texts)) > 290
     assert not {word for text in texts for word in re.findall("[A-Z]+", text)} & HELDOUT_WORDS
+    assert {given == "" for given, _ in pairs} == {True, False}
+    assert all(given.endswith("\n") and follows for given, follows in pairs if given)
     again = passages(seed=4)
-    assert [next(again) for _ in range(20)] == texts[:20]
-    assert next(passages(seed=5)) != texts[0]
+    assert [next(again) for _ in range(20)] == pairs[:20]
+    assert next(passages(seed=5)) != pairs[0]
 
 
 def test_a_transcript_keeps_objects_and_characters_in_place() -> None:
