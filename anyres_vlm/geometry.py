@@ -113,11 +113,6 @@ class Tiling:
             return tuple(Size(height=a, width=b) for a, b in self.pinpoints)
         return tuple(Size(height=b, width=a) for a, b in self.pinpoints)
 
-    @property
-    def max_tiles(self) -> int:
-        """The most tiles an image can have, thumbnail included."""
-        return 1 + max((c.height * c.width // self.tile**2 for c in self.canvases), default=0)
-
 
 @dataclass(frozen=True, slots=True)
 class TilePlan:

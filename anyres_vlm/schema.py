@@ -54,7 +54,6 @@ class Sample:
     labels: NDArray[np.int32]
     images: tuple[Path, ...]
     plans: tuple[TilePlan, ...]
-    task: str = ""
 
     @property
     def length(self) -> int:

@@ -24,7 +24,10 @@ def chat(
     temperature: float = typer.Option(0.0, min=0.0, help="0 takes the likeliest token."),
     as_json: bool = typer.Option(False, "--json", help="Print one JSON object an answer, with token counts."),
 ) -> None:
-    """Ask about images. Example: anyres chat runs/tiny/stage2/model --image sign.png --prompt "What does it say?" """
+    """Ask a checkpoint about images.
+
+    Example: anyres chat runs/tiny/stage2/model --image sign.png --prompt "What does it say?"
+    """
     # Start-up time: torch and transformers take seconds to import.
     from anyres_vlm.data.images import open_image
     from anyres_vlm.inference import Assistant

@@ -22,7 +22,10 @@ def evaluate(
     out: Path | None = typer.Option(None, help="Write every answer and the accuracies as JSON."),
     as_json: bool = typer.Option(False, "--json", help="Print the accuracies as JSON."),
 ) -> None:
-    """Score a checkpoint. Example: anyres eval heldout --model runs/tiny/stage2/model --data runs/heldout/data.json"""
+    """Score a checkpoint on held-out questions.
+
+    Example: anyres eval heldout --model runs/tiny/stage2/model --data runs/heldout/data.json
+    """
     # Start-up time: torch and transformers take seconds to import.
     from dataclasses import asdict
 

@@ -14,7 +14,10 @@ def render(
     count: int = typer.Option(330, min=1, help="Records to write."),
     seed: int = typer.Option(0, min=0, help="Other seeds give other pictures."),
 ) -> None:
-    """Render a LLaVA JSON folder. Example: anyres render runs/heldout --purpose heldout --count 330"""
+    """Render pictures with captions or questions as LLaVA JSON.
+
+    Example: anyres render runs/heldout --purpose heldout --count 330
+    """
     from anyres_vlm.synthetic.dataset import write_dataset  # start-up time: Pillow's drawing
 
     print(write_dataset(out, purpose, count, seed))

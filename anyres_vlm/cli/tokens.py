@@ -25,7 +25,10 @@ def tokens(
     as_json: bool = typer.Option(False, "--json", help="Print a JSON list with one object an image."),
     draw: Path | None = typer.Option(None, help="Write a PNG of one image's tiles."),
 ) -> None:
-    """Count the tiles and tokens of images without decoding a pixel. Example: anyres tokens photo.jpg --grid 3x3"""
+    """Count the tiles and tokens of images without decoding a pixel.
+
+    Example: anyres tokens photo.jpg --grid 3x3
+    """
     tiling = Tiling.from_grid(Grid.parse(grid), tile=tile, patch=patch, layout=layout, dialect=dialect)
     paths = _find(images)
     rows = [_row(path, tiling) for path in paths]

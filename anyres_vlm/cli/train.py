@@ -20,7 +20,10 @@ def train(
     skip_stage1: bool = typer.Option(False, "--skip-stage1", help="Ablation: stage 2 on an untrained projector."),
     settings: list[str] = typer.Option([], "--set", metavar="KEY=VALUE", help="Override a key of the config."),
 ) -> None:
-    """Train. Example: anyres train --grid 2x2 --stage 2 --set stage2.learning_rate=1e-5"""
+    """Train one stage of the recipe or both.
+
+    Example: anyres train --grid 2x2 --stage 2 --set stage2.learning_rate=1e-5
+    """
     # Start-up time: torch and transformers take seconds to import.
     from anyres_vlm.config import load_config, shipped_config
     from anyres_vlm.serve.progress import StepProgress

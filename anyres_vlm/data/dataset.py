@@ -40,7 +40,7 @@ def tokenise(
                 if isinstance(encoded, DataError):
                     raise encoded
                 plans = tuple(plan_tiles(read_size(path), tiling) for path in record.images)
-                sample = Sample(record.id, *encoded, record.images, plans, record.task)
+                sample = Sample(record.id, *encoded, record.images, plans)
                 _check(sample, max_length)
                 samples.append(sample)
             except DataError as error:
