@@ -60,13 +60,13 @@ def test_the_schedule_is_that_of_transformers_behind_the_warm_up() -> None:
 
 
 @pytest.mark.parametrize(
-    ("override", "stage", "words"),
+    ("overrides", "words"),
     [
-        ("stage1.learning_rate=1e-3", "stage2", "both stages use learning_rate=0.001"),
-        ("stage2.epochs=3", "stage2", "runs 3 epochs"),
-        ("model.grid=1x1", "stage2", "thumbnail alone"),
+        (["stage1.learning_rate=1e-3", "stage2.learning_rate=1e-3"], "both stages use learning_rate=0.001"),
+        (["stage2.epochs=3"], "runs 3 epochs"),
+        (["model.grid=1x1"], "thumbnail alone"),
     ],
 )
-def test_known_mistakes_are_said(tiny_bases, override, stage, words) -> None:
-    assert any(words in warning for warning in recipe_warnings(config(tiny_bases, override), stage))
-    assert recipe_warnings(config(tiny_bases), stage) == []
+def test_known_mistakes_are_said(tiny_bases, overrides, words) -> None:
+    assert any(words in warning for warning in recipe_warnings(config(tiny_bases, *overrides), "stage2"))
+    assert recipe_warnings(config(tiny_bases), "stage2") == []
