@@ -124,7 +124,10 @@ def train_lm(out: Path, steps: int, seed: int) -> None:
     model.set_attn_implementation(ATTENTION_NAME)
 
     def loss_of(ids: Tensor, labels: Tensor, positions: Tensor, ends: Tensor) -> Tensor:
-        hidden = model.model(input_ids=ids, position_ids=positions, cu_seqlens=ends, use_cache=False)[0]
+        longest = int(ends.diff().max())
+        hidden = model.model(input_ids=ids, position_ids=positions, cu_seqlens=ends, longest=longest, use_cache=False)[
+            0
+        ]
         return summed_loss(hidden, labels, ends, model.lm_head) / (labels != IGNORE_INDEX).sum()
 
     packs = DataLoader(TextPacks(tokenizer, 2048, seed), batch_size=None, num_workers=1, prefetch_factor=8)

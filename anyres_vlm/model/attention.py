@@ -28,6 +28,7 @@ def packed_attention(
     dropout: float = 0.0,
     scaling: float | None = None,
     cu_seqlens: Tensor | None = None,
+    longest: int | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Causal attention inside each document. (1, H, L, d) and keys/values (1, Hkv, L, d) -> (1, L, H, d).
@@ -37,7 +38,8 @@ def packed_attention(
     if kwargs.get("softcap") is not None:
         raise UsageError("attention with logit soft-capping is not supported: choose another language model")
     assert attention_mask is None, "transformers builds no mask for an attention it has no mask function for"
-    longest = key.shape[2] if cu_seqlens is None else int(cu_seqlens.diff().max())
+    longest = key.shape[2] if cu_seqlens is None else longest
+    assert longest is not None, "the longest document comes with cu_seqlens: reading it here would stall every layer"
     window = kwargs.get("sliding_window")
     if window is not None and window < longest:
         raise UsageError(
