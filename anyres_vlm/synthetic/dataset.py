@@ -20,7 +20,7 @@ Purpose = Literal["captions", "instructions", "heldout"]
 
 DATA_FILE = "data.json"
 MANIFEST_FILE = "manifest.json"
-FORMAT = 1  # raised whenever the same arguments would give other data
+FORMAT = 2  # raised whenever the same arguments would give other data
 KIND_OF_TASK: dict[Task, Kind] = {
     task: task if task in KINDS else "scene"  # the tasks of documents are named as their kinds
     for task in get_args(Task)

@@ -31,12 +31,12 @@ def pick_dialogue(rng: random.Random) -> DialogueKind:
 
 
 def converse(rendering: Rendering, kind: DialogueKind, rng: random.Random) -> Dialogue:
-    """Turns of one kind: 2 to 4 questions, a detailed description, or an answer with its reasons."""
+    """Turns of one kind: 3 to 8 questions, a detailed description, or an answer with its reasons."""
     if kind == "detail":
         return [(rng.choice(DETAIL_WORDINGS), rendering.detail)]
     if kind == "reasoning" and rendering.reasoning:
         return [rng.choice(rendering.reasoning)]
-    asked = rng.sample(rendering.questions, min(len(rendering.questions), rng.randint(2, 4)))
+    asked = rng.sample(rendering.questions, min(len(rendering.questions), rng.randint(3, 8)))
     brief = [rng.random() < 0.6 for _ in asked]
     return [
         (f"{item.question} {BRIEFLY}", item.answer) if short else (item.question, item.sentence)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import random
 import re
@@ -13,11 +14,14 @@ import pytest
 from anyres_vlm.data.headers import read_size
 from anyres_vlm.data.sources import read_records
 from anyres_vlm.errors import UsageError
+from anyres_vlm.geometry import Grid, Size, Tiling, plan_tiles
 from anyres_vlm.synthetic.dataset import KIND_OF_TASK, write_dataset
 from anyres_vlm.synthetic.prose import passages, talk, transcript
 from anyres_vlm.synthetic.rendering import render
 from anyres_vlm.synthetic.textonly import text_instruction
 from anyres_vlm.synthetic.vocabulary import HELDOUT_WORDS
+
+TILING = Tiling.from_grid(Grid(rows=2, cols=2), tile=84, patch=14)
 
 
 @pytest.mark.parametrize("purpose", ["captions", "instructions", "heldout"])
@@ -106,7 +110,7 @@ def test_text_only_answers_are_right(split) -> None:
 
 
 def test_prose_is_endless_text_of_training_words() -> None:
-    stream = passages(seed=4)
+    stream = passages(seed=4, tiling=TILING)
     pairs = [next(stream) for _ in range(300)]
     texts = ["".join(pair) for pair in pairs]
     assert all(text.endswith("</s>") for text in texts)
@@ -114,19 +118,37 @@ def test_prose_is_endless_text_of_training_words() -> None:
     assert not {word for text in texts for word in re.findall("[A-Z]+", text)} & HELDOUT_WORDS
     assert {given == "" for given, _ in pairs} == {True, False}
     assert all(given.endswith("\n") and follows for given, follows in pairs if given)
-    again = passages(seed=4)
+    again = passages(seed=4, tiling=TILING)
     assert [next(again) for _ in range(20)] == pairs[:20]
-    assert next(passages(seed=5)) != pairs[0]
+    assert next(passages(seed=5, tiling=TILING)) != pairs[0]
 
 
-def test_a_transcript_keeps_objects_and_characters_in_place() -> None:
-    scene = render("scene", 3, "train")
-    rows = transcript(scene, 3, 3).split("\n")
-    assert len(rows) == 3
-    for mark in scene.objects:
-        row = rows[int(3 * mark.centre[0] / scene.image.height)]
-        assert f"{mark.colour} {mark.shape}" in row
+def test_a_transcript_names_what_stands_in_each_patch() -> None:
+    for seed in range(20):
+        scene = render("scene", seed, "train")
+        plan = plan_tiles(Size(height=scene.image.height, width=scene.image.width), TILING)
+        thumbnail, *rows = [split_cells(line) for line in transcript(scene, plan).split("\n")]
+        assert len(thumbnail) == plan.side**2
+        assert [len(row) for row in rows] == [plan.kept_cols] * plan.kept_rows
+        for mark in scene.objects:
+            name, (y, x) = f"{mark.colour} {mark.shape}", mark.centre
+            row, col = int(y / scene.image.height * plan.side), int(x / scene.image.width * plan.side)
+            assert name in thumbnail[row * plan.side + col]
+            line = rows[int(y / scene.image.height * plan.kept_rows)]
+            assert any(name in cell for cell in line)
+        shown = {f"{mark.colour} {mark.shape}" for mark in scene.objects}
+        named = {cell for cell in itertools.chain(thumbnail, *rows) if cell != "."}
+        assert named == shown
+
+
+def test_a_transcript_spells_text_once() -> None:
     sign = render("sign", 3, "train")
-    letters = "".join(transcript(sign, 1, 1).split())
-    assert sorted(letters) == sorted(sign.questions[0].answer.replace(" ", ""))
+    plan = plan_tiles(Size(height=sign.image.height, width=sign.image.width), TILING)
+    letters = "".join(transcript(sign, plan, thumbnail=False).replace(".", " ").split())
+    assert letters == sign.questions[0].answer.replace(" ", "")
     assert talk([("Q?", "A."), ("R?", "B.")]) == "User: Q? Assistant: A.</s>User: R? Assistant: B.</s>"
+
+
+def split_cells(line: str) -> list[str]:
+    """The cells of one line of a scene's transcript: `.` or a colour and a shape."""
+    return re.findall(r"\.|[a-z]+ [a-z]+", line)
