@@ -1,0 +1,118 @@
+"""From a range of a source's records to rows of the index: the work that the processes share."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import pyarrow as pa
+
+from anyres_vlm.data.conversation import ConversationTokenizer, Ids
+from anyres_vlm.data.dataset import check_sample, plan_image
+from anyres_vlm.data.index.table import FORMAT, OK, SCHEMA
+from anyres_vlm.data.sources.base import Source
+from anyres_vlm.errors import DataError, RejectKind
+from anyres_vlm.geometry import TilePlan, Tiling
+from anyres_vlm.schema import IMAGE_TOKEN, Record, Sample, Turn
+
+BATCH = 512  # conversations tokenised at once
+PROBE = (Turn("user", f"{IMAGE_TOKEN}\nquestion"), Turn("assistant", "answer")) * 2
+
+Row = tuple[Any, ...]  # one value a column of the schema
+
+
+@dataclass(frozen=True)
+class IndexSettings:
+    """What decides the counts besides the source."""
+
+    conversation: ConversationTokenizer
+    tiling: Tiling
+    max_length: int
+
+    @cached_property
+    def words(self) -> dict[str, Any]:
+        """All of it as JSON. The tokenizer is its content's hash, and the template also shows a rendered dialogue."""
+        tokenizer = self.conversation.tokenizer
+        content = json.loads(tokenizer.backend_tokenizer.to_str())
+        content = {name: part for name, part in content.items() if name not in ("truncation", "padding")}
+        content["special"] = tokenizer.special_tokens_map
+        return {
+            "template": self.conversation.template,
+            "dialogue": self.conversation.render(PROBE),
+            "tokenizer": _digest(content),
+            "pinpoints": self.tiling.pinpoints,
+            "layout": self.tiling.layout,
+            "dialect": self.tiling.dialect,
+            "tile": self.tiling.tile,
+            "patch": self.tiling.patch,
+            "max_length": self.max_length,
+        }
+
+    def key(self, fingerprint: str) -> str:
+        """The content key of an index of a source with this fingerprint."""
+        return _digest({"format": FORMAT, "source": fingerprint, "settings": self.words})
+
+
+def index_rows(source: Source, settings: IndexSettings, start: int, stop: int) -> pa.Table:
+    """Rows `start` to `stop` of the source, rejects included, as the schema has them."""
+    rows: list[Row] = []
+    for first in range(start, stop, BATCH):
+        items = list(source.records(first, min(first + BATCH, stop)))
+        encoded = iter(settings.conversation.encode([item for item in items if isinstance(item, Record)]))
+        for row, item in enumerate(items, start=first):
+            if isinstance(item, DataError):
+                rows.append(_reject(item, "malformed_record", item.record or str(row + 1), row, source.name))
+            else:
+                rows.append(_row(item, next(encoded), settings, row, source.name))
+    columns = zip(*rows, strict=True) if rows else iter([()] * len(SCHEMA))
+    return pa.table([pa.array(values, field.type) for values, field in zip(columns, SCHEMA, strict=True)], SCHEMA)
+
+
+def _row(record: Record, encoded: tuple[Ids, Ids] | DataError, settings: IndexSettings, row: int, source: str) -> Row:
+    if isinstance(encoded, DataError):
+        return _reject(encoded, "inexact_labels", record.id, row, source)
+    plans: list[TilePlan] = []
+    for image in record.images:
+        try:
+            plans.append(plan_image(image, settings.tiling))
+        except DataError as error:
+            whole_file = image.path is not None and image.offset == 0 and image.length is None
+            fault = str(image.path) if whole_file else None
+            return _reject(error, "unreadable_image", record.id, row, source, fault)
+    sample = Sample(record.id, *encoded, record.images, tuple(plans))
+    status, reason = OK, None
+    try:
+        check_sample(sample, settings.max_length)
+    except DataError as error:
+        assert error.kind is not None
+        status, reason = error.kind, str(error)
+    visual, newline = sum(plan.visual_tokens for plan in plans), sum(plan.newline_tokens for plan in plans)
+    length = sample.length
+    return (
+        record.id,
+        row,
+        source,
+        [plan.image.height for plan in plans],
+        [plan.image.width for plan in plans],
+        sample.num_tiles,
+        visual,
+        newline,
+        length - visual - newline,
+        length,
+        sample.num_supervised,
+        status,
+        reason,
+        None,
+    )
+
+
+def _reject(error: DataError, kind: RejectKind, name: str, row: int, source: str, image: str | None = None) -> Row:
+    """A row without counts; `kind` holds where the error itself has none."""
+    return (name, row, source, [], [], 0, 0, 0, 0, 0, 0, error.kind or kind, str(error), image)
+
+
+def _digest(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
