@@ -39,7 +39,7 @@ def tokenise(
             try:
                 if isinstance(encoded, DataError):
                     raise encoded
-                plans = tuple(plan_tiles(read_size(path), tiling) for path in record.images)
+                plans = tuple(plan_tiles(read_size(image), tiling) for image in record.images)
                 sample = Sample(record.id, *encoded, record.images, plans)
                 _check(sample, max_length)
                 samples.append(sample)
