@@ -68,7 +68,7 @@ def open_file(path: Path, name: str) -> BufferedReader:
     try:
         return path.open("rb")
     except FileNotFoundError:
-        raise DataError(f"{name}: no such file; check the path") from None
+        raise DataError(f"{name}: no such file; check the path", kind="missing_file") from None
     except IsADirectoryError:
         raise DataError(f"{name}: a folder, not a file") from None
     except (OSError, ValueError) as error:  # ValueError: a name that no file can have

@@ -37,10 +37,10 @@ class Parts:
     stop: int
 
     @classmethod
-    def open(cls, target: Path, key: str, start: int, stop: int) -> Parts:
-        """The folder beside the target, emptied if it is of another key."""
+    def open(cls, target: Path, key: str, start: int, stop: int, *, keep: bool) -> Parts:
+        """The folder beside the target, emptied if it is of another key or what it holds is not to be kept."""
         folder = target.with_name(f".{target.name}.parts")
-        if not (folder / KEY_FILE).exists() or (folder / KEY_FILE).read_text(encoding="utf-8") != key:
+        if not keep or not (folder / KEY_FILE).exists() or (folder / KEY_FILE).read_text(encoding="utf-8") != key:
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir(parents=True)
             (folder / KEY_FILE).write_text(key, encoding="utf-8")

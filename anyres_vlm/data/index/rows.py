@@ -51,6 +51,11 @@ class IndexSettings:
             "max_length": self.max_length,
         }
 
+    @cached_property
+    def image_token_id(self) -> int:
+        """The id that stands for an image."""
+        return int(self.conversation.tokenizer.convert_tokens_to_ids(IMAGE_TOKEN))
+
     def key(self, fingerprint: str) -> str:
         """The content key of an index of a source with this fingerprint."""
         return _digest({"format": FORMAT, "source": fingerprint, "settings": self.words})
@@ -85,7 +90,7 @@ def _row(record: Record, encoded: tuple[Ids, Ids] | DataError, settings: IndexSe
     sample = Sample(record.id, *encoded, record.images, tuple(plans))
     status, reason = OK, None
     try:
-        check_sample(sample, settings.max_length)
+        check_sample(sample, settings.max_length, settings.image_token_id)
     except DataError as error:
         assert error.kind is not None
         status, reason = error.kind, str(error)

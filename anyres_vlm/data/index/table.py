@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -58,6 +59,11 @@ class Index:
     def settings(self) -> dict[str, Any]:
         """What the key was made of, in words."""
         return dict(self.metadata["settings"])
+
+    def batches(self, columns: list[str]) -> Iterator[pa.RecordBatch]:
+        """Some columns, a few thousand rows at a time."""
+        with pq.ParquetFile(self.path) as file:
+            yield from file.iter_batches(columns=columns)
 
     def column(self, name: str) -> pa.ChunkedArray:
         """One column as Arrow has it."""

@@ -43,13 +43,22 @@ def to_record(entry: Any, default_id: str, find_image: ImageFinder) -> Record:
     if not isinstance(entry, dict):
         raise DataError(f"record {default_id}: expected an object, got {type(entry).__name__}")
     name = default_id if entry.get("id") is None else _unicode(str(entry["id"]), f"record {default_id}: the id")
+    try:
+        return _checked(entry, name, find_image)
+    except DataError as error:
+        error.record = name  # a list of rejects tells the record by its own name
+        raise
+
+
+def _checked(entry: dict[str, Any], name: str, find_image: ImageFinder) -> Record:
     named = entry.get("images") if entry.get("image") is None else entry["image"]
     items = [] if named is None else named if isinstance(named, list) else [named]
     images = tuple(find_image(item, name) for item in items)
     turns = _turns(entry, name, len(images))
     placeholders = sum(turn.text.count(IMAGE_TOKEN) for turn in turns if turn.role == "user")
     if placeholders != len(images):
-        raise DataError(f"record {name}: {placeholders} {IMAGE_TOKEN} in the text, but {len(images)} images")
+        said = f"{placeholders} {IMAGE_TOKEN} in the text, but {len(images)} images"
+        raise DataError(f"record {name}: {said}", kind="image_count")
     task = "" if entry.get("task") is None else _unicode(str(entry["task"]), f"record {name}: the task")
     return Record(name, images, turns, task)
 
@@ -82,7 +91,7 @@ def _turns(entry: dict[str, Any], name: str, num_images: int) -> tuple[Turn, ...
             raise DataError(f"record {name} turn {position}: the text is empty")
         turns.append(Turn(role, _unicode(text.strip(), f"record {name} turn {position}: the text")))
     if turns[-1].role != "assistant":
-        raise DataError(f"record {name}: the last turn is the user's, nothing answers it")
+        raise DataError(f"record {name}: the last turn is the user's, nothing answers it", kind="no_answer")
     return tuple(turns)
 
 
