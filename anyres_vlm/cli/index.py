@@ -43,7 +43,8 @@ def index(
     from anyres_vlm.data.index.rows import IndexSettings
     from anyres_vlm.data.index.summary import summarise
     from anyres_vlm.model.hub import encoder_geometry, load_tokenizer
-    from anyres_vlm.serve.index_report import draw_report, require_matplotlib
+    from anyres_vlm.serve.index_figures import require_matplotlib
+    from anyres_vlm.serve.index_report import draw_report
     from anyres_vlm.serve.progress import RowProgress
 
     if report:
@@ -75,7 +76,7 @@ def index(
     whole = built.rows_read == summary["samples"]
     summary["images_per_second"] = round(summary["images"] / seconds, 1) if whole else None
     summary["missing_shards"] = [f"{other.number}/{other.count}" for other in built.missing]
-    summary["report"] = str(draw_report(built.index, tiling)) if report else None
+    summary["report"] = str(draw_report(built.index)) if report else None
     if as_json:
         print(json.dumps(summary, indent=2))
     else:
