@@ -137,7 +137,8 @@ def draw_rejects(axes: Any, index: Index, tiling: Tiling) -> str:
     if not counts:
         return ""
     kinds = list(counts)[::-1]
-    bars = axes.barh([kind.replace("_", " ") for kind in kinds], [counts[kind] for kind in kinds], color=RED)
+    bars = axes.barh(range(len(kinds)), [counts[kind] for kind in kinds], color=RED)
+    axes.set_yticks(range(len(kinds)), [kind.replace("_", " ") for kind in kinds])
     axes.bar_label(bars, labels=[f"{counts[kind]:,}" for kind in kinds], padding=4, color=INK)
     axes.set(xlabel="records", xlim=(0, max(counts.values()) * 1.15))
     axes.grid(axis="y", visible=False)
