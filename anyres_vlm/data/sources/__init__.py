@@ -5,17 +5,26 @@ from __future__ import annotations
 from pathlib import Path
 
 from anyres_vlm.data.sources.base import Source
-from anyres_vlm.data.sources.llava import LlavaSource
+from anyres_vlm.data.sources.kinds import MIXTURE_SUFFIXES, open_single
+from anyres_vlm.data.sources.mixture import MixtureSource
 from anyres_vlm.data.sources.rejects import Reject, report_rejects
-from anyres_vlm.errors import DataError
+from anyres_vlm.errors import DataError, UsageError
 from anyres_vlm.schema import Record
 
 __all__ = ["Reject", "Source", "open_source", "read_records", "report_rejects"]
 
 
 def open_source(path: Path, images: Path | None = None) -> Source:
-    """A source of any kind. Raises `DataError` if it is missing or broken as a whole."""
-    return LlavaSource.open(path, images)
+    """LLaVA JSON or JSONL, Parquet, tar shards, or a YAML mixture of them.
+
+    `images` is the folder of images that the rows name, by default that of the data file; it is not for mixtures and
+    tar shards. Raises `DataError` if something is missing or broken as a whole, `UsageError` for a wrong mixture.
+    """
+    if path.suffix.lower() not in MIXTURE_SUFFIXES:
+        return open_single(path, images)
+    if images is not None:
+        raise UsageError(f"{path}: a mixture names the image folder of each source itself: leave {images} out")
+    return MixtureSource.open(path)
 
 
 def read_records(path: Path, images: Path | None, max_bad_fraction: float) -> list[Record]:

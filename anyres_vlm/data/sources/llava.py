@@ -9,7 +9,8 @@ from pathlib import Path
 
 from anyres_vlm.data.blobs import open_file, read_slice
 from anyres_vlm.data.sources.base import folder_key, image_file, to_record
-from anyres_vlm.data.sources.scan import Offsets, parse, scan_rows
+from anyres_vlm.data.sources.parsing import parse_json, place_in_file
+from anyres_vlm.data.sources.scan import Offsets, scan_rows
 from anyres_vlm.errors import DataError
 from anyres_vlm.schema import Record
 
@@ -45,7 +46,8 @@ class LlavaSource:
     def record(self, row: int) -> Record:
         """The record of a row, read with one pread. Raises `DataError` for a bad one."""
         start, stop = int(self.offsets[row]), int(self.offsets[row + 1]) - 1
-        entry = parse(read_slice(self.path, start, stop - start, f"{self.path} record {row + 1}"), self.path, start)
+        content = read_slice(self.path, start, stop - start, f"{self.path} record {row + 1}")
+        entry = parse_json(content, lambda position: place_in_file(self.path, start + position))
         return to_record(entry, str(row + 1), lambda item, name: image_file(item, name, self.images))
 
     def fingerprint(self) -> str:

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from anyres_vlm.data.blobs import open_file
+from anyres_vlm.data.sources.parsing import BOM, parse_json, place_in_file
 from anyres_vlm.errors import DataError
 
 Bytes = NDArray[np.uint8]
 Offsets = NDArray[np.int64]
 
-BOM = b"\xef\xbb\xbf"
 WHITE_SPACE = b" \t\r\n"
 CHUNK = 1 << 20  # bytes classified at once: fits the cache and bounds memory
 
@@ -39,33 +37,6 @@ def scan_rows(path: Path) -> Offsets:
         data = np.asarray(np.memmap(stream, np.uint8, mode="r"))
     start = len(BOM) if data[: len(BOM)].tobytes() == BOM else 0
     return _lines(data, start) if path.suffix.lower() == ".jsonl" else _elements(data, start, path)
-
-
-def parse(content: bytes, path: Path, start: int) -> Any:
-    """The value of some bytes of a JSON file. Raises `DataError` with the line and column in the file."""
-    try:
-        return json.loads(content.decode("utf-8"))
-    except json.JSONDecodeError as error:
-        position = start + len(error.doc[: error.pos].encode())
-        line, column = _place(path, position)
-        raise DataError(f"{path} line {line} column {column}: malformed JSON: {error.msg}") from None
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}: cannot be read as UTF-8 text: {error.reason} at byte {start + error.start}") from None
-    except (ValueError, RecursionError) as error:  # a number of thousands of digits, or nesting as deep
-        raise DataError(f"{path} line {_place(path, start)[0]}: cannot be parsed: {error}") from None
-
-
-def _place(path: Path, position: int) -> tuple[int, int]:
-    """Line and column, both from 1, of a byte in a file."""
-    with open_file(path, str(path)) as stream:
-        line, rest = 1, position
-        last = b""
-        while rest and (chunk := stream.read(min(rest, CHUNK))):
-            rest -= len(chunk)
-            breaks = chunk.count(b"\n")
-            line += breaks
-            last = chunk.rpartition(b"\n")[2] if breaks else last + chunk
-    return line, len(last.removeprefix(BOM).decode("utf-8", errors="replace")) + 1
 
 
 def _lines(data: Bytes, start: int) -> Offsets:
@@ -95,11 +66,10 @@ def _elements(data: Bytes, start: int, path: Path) -> Offsets:
     bounds = np.concatenate([[opening], separators])
     if closing is None:
         tail = int(bounds[-1]) + 1
-        parse(data[tail:].tobytes() or b" ", path, tail)
+        parse_json(data[tail:].tobytes(), lambda position: place_in_file(path, tail + position))
         raise DataError(f"{path}: the list does not end: the file was cut short, or a bracket is missing")
     if (rest := _skip_white_space(data, closing + 1)) != len(data):
-        line, column = _place(path, rest)
-        raise DataError(f"{path} line {line} column {column}: malformed JSON: Extra data")
+        raise DataError(f"{place_in_file(path, rest)}: malformed JSON: Extra data")
     if len(separators) == 0 and _skip_white_space(data[:closing], opening + 1) == closing:
         return np.zeros(1, np.int64)
     return np.append(bounds, closing) + 1
