@@ -17,7 +17,9 @@ from anyres_vlm.errors import UsageError
 from anyres_vlm.geometry import Dialect, Grid, Layout, Tiling
 
 StageName = Literal["stage1", "stage2"]
-TemplateName = Literal["plain", "tiny", "vicuna_v1", "mistral", "llama_3", "chatml", "chatml_direct"]
+TemplateName = Literal[
+    "plain", "tiny", "vicuna_v1", "llama_2", "mistral", "llama_3", "chatml", "chatml_direct", "chat_template"
+]  # `chat_template` is the tokenizer's own
 Positive = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Rate = Annotated[float, Field(gt=0, le=1)]
