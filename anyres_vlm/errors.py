@@ -11,6 +11,7 @@ RejectKind = Literal[
     "malformed_record",
     "no_answer",
     "image_count",
+    "control_token",
     "inexact_labels",
     "too_long",
     "unsupervised",

@@ -78,7 +78,9 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def show(result: dict[str, Any]) -> None:
     """Print the figures."""
-    print(f"{result['images']:,} JPEGs, {result['workers']} processes, {result['text_tokens_a_record']} text tokens each")
+    print(
+        f"{result['images']:,} JPEGs, {result['workers']} processes, {result['text_tokens_a_record']} text tokens each"
+    )
     print(f"bare loop of headers and tokenizer: {result['bare_images_per_second']:>7,} images/s")
     print(f"index:                              {result['index_images_per_second']:>7,} images/s")
     print(f"ratio:                              {result['ratio']:>7.1%}")

@@ -21,7 +21,9 @@ def index(
     layout: str | None = typer.Option(None, help="spatial_unpad or flat."),
     dialect: str | None = typer.Option(None, help="hf or llava."),
     settings: list[str] = typer.Option([], "--set", metavar="KEY=VALUE", help="Override a key of the config."),
-    max_bad_fraction: float | None = typer.Option(None, min=0.0, max=1.0, help="Cap on rejects, instead of the config's."),
+    max_bad_fraction: float | None = typer.Option(
+        None, min=0.0, max=1.0, help="Cap on rejects, instead of the config's."
+    ),
     workers: int | None = typer.Option(None, min=1, help="Processes; without it one a core."),
     shard: str | None = typer.Option(
         None, metavar="I/N", help="Index the I-th of N ranges of rows, from 1; the last of the N to end merges them."
@@ -89,7 +91,9 @@ def _print(summary: dict[str, Any]) -> None:
     if summary["images_per_second"]:
         made += f", {summary['images_per_second']:,.0f} images/s"
     print(f"index:    {summary['index']} ({made})")
-    print(f"samples:  {summary['ok']:,} of {summary['samples']:,}, {summary['images']:,} images, {summary['tiles']:,} tiles")
+    print(
+        f"samples:  {summary['ok']:,} of {summary['samples']:,}, {summary['images']:,} images, {summary['tiles']:,} tiles"
+    )
     print(
         f"tokens:   {tokens['total']:,} = {summary['visual_tokens']:,} visual + {summary['newline_tokens']:,} newline "
         f"+ {summary['text_tokens']:,} text; {summary['supervised']:,} supervised"

@@ -150,7 +150,8 @@ class ConversationTokenizer:
         """What is wrong with a conversation before it is tokenised."""
         for turn in turns:
             if found := self._control[turn.role].search(turn.text):
-                return DataError(f"{name}: the {turn.role}'s text contains the control token {found.group()!r}")
+                words = f"the {turn.role}'s text contains the control token {found.group()!r}"
+                return DataError(f"{name}: {words}", kind="control_token")
         if not text.isascii() and (half := HALF_CHARACTER.search(text)):
             return DataError(f"{name}: the text contains half a character, {half.group()!a}: write it as UTF-8")
         if self.template == OWN:

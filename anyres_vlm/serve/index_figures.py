@@ -21,7 +21,16 @@ from anyres_vlm.geometry import Size, Tiling, plan_tiles
 
 INK, FAINT, PAPER = "#24292f", "#d8dee4", "#ffffff"
 BLUE, ORANGE, GREEN, RED = "#2f6fb7", "#d9822b", "#3a8f5c", "#c2433d"
-GRIDS = (BLUE, ORANGE, GREEN, "#8a63b8", RED, "#4aa3a2", "#b5892f", "#7a8791")  # the most frequent grids, the last the rest
+GRIDS = (
+    BLUE,
+    ORANGE,
+    GREEN,
+    "#8a63b8",
+    RED,
+    "#4aa3a2",
+    "#b5892f",
+    "#7a8791",
+)  # the most frequent grids, the last the rest
 SIZE, DPI = (7.2, 3.9), 144  # inches, and pixels an inch
 BINS = 60
 

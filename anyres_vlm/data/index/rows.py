@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
+from operator import itemgetter
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 
 from anyres_vlm.data.conversation import ConversationTokenizer, Ids
 from anyres_vlm.data.dataset import check_sample, plan_image
-from anyres_vlm.data.index.table import FORMAT, OK, SCHEMA
+from anyres_vlm.data.index.table import COUNTS, FORMAT, OK, SCHEMA
 from anyres_vlm.data.sources.base import Source
 from anyres_vlm.errors import DataError, RejectKind
 from anyres_vlm.geometry import TilePlan, Tiling
@@ -21,7 +22,9 @@ from anyres_vlm.schema import IMAGE_TOKEN, Record, Sample, Turn
 BATCH = 512  # conversations tokenised at once
 PROBE = (Turn("user", f"{IMAGE_TOKEN}\nquestion"), Turn("assistant", "answer")) * 2
 
+Place = tuple[int, str]  # row and source
 Row = tuple[Any, ...]  # one value a column of the schema
+ROW = SCHEMA.names.index("row")
 
 
 @dataclass(frozen=True)
@@ -64,59 +67,66 @@ class IndexSettings:
 def index_rows(source: Source, settings: IndexSettings, start: int, stop: int) -> pa.Table:
     """Rows `start` to `stop` of the source, rejects included, as the schema has them."""
     rows: list[Row] = []
-    for first in range(start, stop, BATCH):
-        items = list(source.records(first, min(first + BATCH, stop)))
-        encoded = iter(settings.conversation.encode([item for item in items if isinstance(item, Record)]))
-        for row, item in enumerate(items, start=first):
-            if isinstance(item, DataError):
-                rows.append(_reject(item, "malformed_record", item.record or str(row + 1), row, source.name))
+    planned: list[_Planned] = []
+    for row, item in enumerate(source.records(start, stop), start=start):
+        place = (row, source.name)
+        if isinstance(item, DataError):
+            rows.append(_reject(item.record or str(row + 1), place, item, "malformed_record"))
+        else:
+            result = _plan(item, place, settings.tiling)
+            if isinstance(result, _Planned):
+                planned.append(result)
             else:
-                rows.append(_row(item, next(encoded), settings, row, source.name))
+                rows.append(result)
+        if len(planned) == BATCH or row == stop - 1:
+            encoded = settings.conversation.encode([sample.record for sample in planned])
+            rows += [_row(*pair, settings) for pair in zip(planned, encoded, strict=True)]
+            planned = []
+    rows.sort(key=itemgetter(ROW))
     columns = zip(*rows, strict=True) if rows else iter([()] * len(SCHEMA))
     return pa.table([pa.array(values, field.type) for values, field in zip(columns, SCHEMA, strict=True)], SCHEMA)
 
 
-def _row(record: Record, encoded: tuple[Ids, Ids] | DataError, settings: IndexSettings, row: int, source: str) -> Row:
-    if isinstance(encoded, DataError):
-        return _reject(encoded, "inexact_labels", record.id, row, source)
+class _Planned(NamedTuple):
+    """A record whose images are planned and forgotten, for they may be bytes in memory."""
+
+    record: Record
+    place: Place
+    plans: tuple[TilePlan, ...]
+
+
+def _plan(record: Record, place: Place, tiling: Tiling) -> _Planned | Row:
     plans: list[TilePlan] = []
     for image in record.images:
         try:
-            plans.append(plan_image(image, settings.tiling))
+            plans.append(plan_image(image, tiling))
         except DataError as error:
             whole_file = image.path is not None and image.offset == 0 and image.length is None
-            fault = str(image.path) if whole_file else None
-            return _reject(error, "unreadable_image", record.id, row, source, fault)
-    sample = Sample(record.id, *encoded, record.images, tuple(plans))
+            return _reject(record.id, place, error, "unreadable_image", str(image.path) if whole_file else None)
+    return _Planned(replace(record, images=()), place, tuple(plans))
+
+
+def _row(planned: _Planned, encoded: tuple[Ids, Ids] | DataError, settings: IndexSettings) -> Row:
+    record, place, plans = planned
+    if isinstance(encoded, DataError):
+        return _reject(record.id, place, encoded, "inexact_labels")
+    sample = Sample(record.id, *encoded, record.images, plans)
     status, reason = OK, None
     try:
         check_sample(sample, settings.max_length, settings.image_token_id)
     except DataError as error:
         assert error.kind is not None
         status, reason = error.kind, str(error)
+    heights, widths = [plan.image.height for plan in plans], [plan.image.width for plan in plans]
     visual, newline = sum(plan.visual_tokens for plan in plans), sum(plan.newline_tokens for plan in plans)
     length = sample.length
-    return (
-        record.id,
-        row,
-        source,
-        [plan.image.height for plan in plans],
-        [plan.image.width for plan in plans],
-        sample.num_tiles,
-        visual,
-        newline,
-        length - visual - newline,
-        length,
-        sample.num_supervised,
-        status,
-        reason,
-        None,
-    )
+    counts = (sample.num_tiles, visual, newline, length - visual - newline, length, sample.num_supervised)
+    return (record.id, *place, heights, widths, *counts, status, reason, None)
 
 
-def _reject(error: DataError, kind: RejectKind, name: str, row: int, source: str, image: str | None = None) -> Row:
+def _reject(name: str, place: Place, error: DataError, kind: RejectKind, image: str | None = None) -> Row:
     """A row without counts; `kind` holds where the error itself has none."""
-    return (name, row, source, [], [], 0, 0, 0, 0, 0, 0, error.kind or kind, str(error), image)
+    return (name, *place, [], [], *[0] * len(COUNTS), error.kind or kind, str(error), image)
 
 
 def _digest(content: Any) -> str:

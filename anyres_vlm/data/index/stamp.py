@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from anyres_vlm.data.sources import source_files
+
 
 @dataclass(frozen=True, slots=True)
 class Stamp:
@@ -16,9 +18,8 @@ class Stamp:
 
     @classmethod
     def take(cls, data: Path, images: Path | None) -> Stamp:
-        """Look at a source without opening it; a file that is missing is left for the source to report."""
-        files = [data, *sorted(data.rglob("*"))] if data.is_dir() else [data]
-        stats = {str(path.resolve()): path.stat() for path in files if path.exists()}
+        """Look at a source without opening it. Raises `DataError` if a file is missing."""
+        stats = {str(path.resolve()): path.stat() for path in source_files(data)}
         look = {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()}
         return cls({"images": None if images is None else str(images.resolve()), "files": look})
 

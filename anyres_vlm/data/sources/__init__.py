@@ -5,13 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 from anyres_vlm.data.sources.base import Source
-from anyres_vlm.data.sources.kinds import MIXTURE_SUFFIXES, open_single
-from anyres_vlm.data.sources.mixture import MixtureSource
+from anyres_vlm.data.sources.kinds import MIXTURE_SUFFIXES, find_files, open_single
+from anyres_vlm.data.sources.mixture import MixtureSource, mixture_files
 from anyres_vlm.data.sources.rejects import Reject, report_rejects
 from anyres_vlm.errors import DataError, UsageError
 from anyres_vlm.schema import Record
 
-__all__ = ["Reject", "Source", "open_source", "read_records", "report_rejects"]
+__all__ = ["Reject", "Source", "open_source", "read_records", "report_rejects", "source_files"]
 
 
 def open_source(path: Path, images: Path | None = None) -> Source:
@@ -25,6 +25,14 @@ def open_source(path: Path, images: Path | None = None) -> Source:
     if images is not None:
         raise UsageError(f"{path}: a mixture names the image folder of each source itself: leave {images} out")
     return MixtureSource.open(path)
+
+
+def source_files(path: Path) -> list[Path]:
+    """The data files of a source, without opening them; images in an image folder are not among them.
+
+    Raises `DataError` if one is missing.
+    """
+    return mixture_files(path) if path.suffix.lower() in MIXTURE_SUFFIXES else find_files(path)
 
 
 def read_records(path: Path, images: Path | None, max_bad_fraction: float) -> list[Record]:

@@ -24,7 +24,7 @@ def open_single(path: Path, images: Path | None) -> Source:
 
     Raises `DataError` if it is missing, of no known kind or broken as a whole.
     """
-    files = _files(path)
+    files = find_files(path)
     suffixes = {file.suffix.lower() for file in files}
     if any(COMPRESSED_TAR.search(file.name) for file in files):
         raise DataError(f"{path}: a compressed tar has no random access: unpack it to a plain .tar")
@@ -41,8 +41,11 @@ def open_single(path: Path, images: Path | None) -> Source:
     raise DataError(f"{path}: expected {EXPECTED}, got {', '.join(file.name for file in files[:3])}")
 
 
-def _files(path: Path) -> list[Path]:
-    """The files that a path stands for: itself, those of a folder, or the matches of a pattern; sorted."""
+def find_files(path: Path) -> list[Path]:
+    """The files that a path stands for: itself, those of a folder, or the matches of a pattern; sorted.
+
+    Raises `DataError` if there is none.
+    """
     if path.is_dir():
         found = sorted(file for file in path.iterdir() if SHARD.search(file.name))
         if not found:
