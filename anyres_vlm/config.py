@@ -8,7 +8,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -17,10 +17,13 @@ from anyres_vlm.errors import UsageError
 from anyres_vlm.geometry import Dialect, Grid, Layout, Tiling
 
 StageName = Literal["stage1", "stage2"]
-TemplateName = Literal["plain", "tiny", "vicuna_v1", "mistral", "llama_3", "chatml", "chatml_direct"]
+TemplateName = Literal[
+    "plain", "tiny", "vicuna_v1", "llama_2", "mistral", "llama_3", "chatml", "chatml_direct", "chat_template"
+]  # `chat_template` is the tokenizer's own
 Positive = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Rate = Annotated[float, Field(gt=0, le=1)]
+Model = TypeVar("Model", bound=BaseModel)
 
 
 class Frozen(BaseModel):
@@ -63,7 +66,7 @@ class ModelConfig(Frozen):
 
 
 class DataConfig(Frozen):
-    """LLaVA JSON or JSONL with an image folder, or so many rendered samples of the embedded default."""
+    """A source of any kind (see `open_source`) with its image folder, or so many rendered samples of the default."""
 
     path: Path | None = None
     images: Path | None = None
@@ -79,7 +82,7 @@ class DataConfig(Frozen):
     @model_validator(mode="after")
     def _one_source(self) -> DataConfig:
         if (self.path is None) == (self.rendered is None):
-            raise ValueError("give either `path` (a JSON file) or `rendered`, not both and not neither")
+            raise ValueError("give either `path` (of the data) or `rendered`, not both and not neither")
         if (self.rendered is None) != (self.samples is None):
             raise ValueError("`samples` goes with `rendered`, and `rendered` needs it")
         return self
@@ -142,14 +145,7 @@ def load_config(path: Path, overrides: Sequence[str] = (), flags: Mapping[str, o
 
     Raises `UsageError` naming the file, the key, what was got and the nearest known key.
     """
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UsageError(f"config {path}: no such file; shipped ones are in configs/") from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UsageError(f"config {path}: cannot be read as YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(content, dict):
-        raise UsageError(f"config {path}: expected a mapping of keys, got {type(content).__name__}")
+    content = read_mapping(path)
     for override in overrides:
         key, separator, value = override.partition("=")
         if not separator:
@@ -160,10 +156,28 @@ def load_config(path: Path, overrides: Sequence[str] = (), flags: Mapping[str, o
             raise UsageError(f"--set {override!r}: the value is not YAML") from None
     for key, flag in (flags or {}).items():
         _assign(content, key, flag)
+    return validated(RunConfig, content, path)
+
+
+def read_mapping(path: Path) -> dict[str, Any]:
+    """A YAML file of keys. Raises `UsageError` for any other."""
     try:
-        return RunConfig.model_validate(content)
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UsageError(f"config {path}: no such file; shipped ones are in configs/") from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UsageError(f"config {path}: cannot be read as YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(content, dict):
+        raise UsageError(f"config {path}: expected a mapping of keys, got {type(content).__name__}")
+    return content
+
+
+def validated(model: type[Model], content: dict[str, Any], path: Path) -> Model:
+    """The model of a file's content. Raises `UsageError` naming the key, what was got and the nearest known key."""
+    try:
+        return model.model_validate(content)
     except ValidationError as error:
-        raise UsageError(f"config {path}: {_explain(error)}") from None
+        raise UsageError(f"config {path}: {_explain(error, model)}") from None
 
 
 def _assign(content: dict[str, Any], key: str, value: object) -> None:
@@ -176,13 +190,13 @@ def _assign(content: dict[str, Any], key: str, value: object) -> None:
     node[last] = value
 
 
-def _explain(error: ValidationError) -> str:
+def _explain(error: ValidationError, model: type[BaseModel]) -> str:
     """The first few faults on one line, an unknown key with the nearest known one."""
     faults = []
     for fault in error.errors()[:3]:
         where = ".".join(str(part) for part in fault["loc"])
         if fault["type"] == "extra_forbidden":
-            known = _fields(RunConfig, fault["loc"][:-1])
+            known = _fields(model, fault["loc"][:-1])
             near = difflib.get_close_matches(str(fault["loc"][-1]), known, n=1)
             faults.append(
                 f"unknown key {where}; " + (f"did you mean {near[0]}?" if near else f"known: {', '.join(known)}")
@@ -197,5 +211,7 @@ def _explain(error: ValidationError) -> str:
 def _fields(model: type[BaseModel], location: Sequence[int | str]) -> list[str]:
     fields: Mapping[str, Any] = model.model_fields
     for part in location:
-        fields = fields[str(part)].annotation.model_fields
+        if isinstance(part, str):  # a number is a place in a tuple, whose type is found already
+            kind = fields[part].annotation
+            fields = next(kind for kind in (kind, *get_args(kind)) if hasattr(kind, "model_fields")).model_fields
     return list(fields)

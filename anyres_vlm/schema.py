@@ -9,7 +9,7 @@ Legend of shape letters, used by every docstring:
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -36,11 +36,25 @@ class Turn:
 
 
 @dataclass(frozen=True, slots=True)
+class ImageRef:
+    """Where an encoded image lies: a whole file, a slice of a file (a tar member), or bytes in memory (a Parquet cell).
+
+    `name` is what messages call it. `length` is in bytes; None reads to the end of the file.
+    """
+
+    name: str
+    path: Path | None = None
+    offset: int = 0
+    length: int | None = None
+    data: bytes | None = field(default=None, repr=False)
+
+
+@dataclass(frozen=True, slots=True)
 class Record:
     """One conversation as its source has it. `task` names what a held-out question tests, where it does."""
 
     id: str
-    images: tuple[Path, ...]
+    images: tuple[ImageRef, ...]
     turns: tuple[Turn, ...]
     task: str = ""
 
@@ -52,7 +66,7 @@ class Sample:
     id: str
     input_ids: NDArray[np.int32]
     labels: NDArray[np.int32]
-    images: tuple[Path, ...]
+    images: tuple[ImageRef, ...]
     plans: tuple[TilePlan, ...]
 
     @property

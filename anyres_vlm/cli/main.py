@@ -13,6 +13,7 @@ import typer
 from anyres_vlm import __version__
 from anyres_vlm.cli.chat import chat
 from anyres_vlm.cli.evaluate import evaluate
+from anyres_vlm.cli.index import index
 from anyres_vlm.cli.render import render
 from anyres_vlm.cli.tokens import tokens
 from anyres_vlm.cli.train import train
@@ -28,6 +29,7 @@ app = typer.Typer(
 )
 app.command()(tokens)
 app.command()(render)
+app.command()(index)
 app.command()(train)
 app.command("eval")(evaluate)
 app.command()(chat)

@@ -1,25 +1,42 @@
 """From turns to token ids and exact labels.
 
 A conversation is tokenised once, as the whole string that it is; the labels follow from the characters that each token
-covers. A token that would be half supervised is refused with the record's id, never guessed.
+covers. The rule, for every answer:
+
+- Supervised are the tokens from the first one behind the prompt to the end token, both included: the template's `lead`
+  (a space, which SentencePiece writes into the first word: `▁Hello`), the answer and the template's `end`. The end
+  token is a token of its own, so nothing of the next turn can hide in the last label.
+- The ids before them are exactly those of `prompt`, so that the model is trained on what generation sees.
+- They decode to the answer, character by character up to Unicode's canonical equivalence.
+
+A record that cannot keep the rule (a line end of the answer that the tokenizer merges with the prompt's, a character it
+cannot write, a tokenizer that changes case) is refused with its id, never guessed.
 """
 
 from __future__ import annotations
 
+import re
+import string
+import unicodedata
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
+from tokenizers import Encoding
 from transformers import PreTrainedTokenizerFast
 
 from anyres_vlm.config import TemplateName
-from anyres_vlm.data.templates import EOS, TEMPLATES
+from anyres_vlm.data.chat_template import OWN, apply_own, resolve_template
+from anyres_vlm.data.templates import Span, Template
 from anyres_vlm.errors import DataError, UsageError
-from anyres_vlm.schema import IGNORE_INDEX, IMAGE_TOKEN, Record, Turn
+from anyres_vlm.schema import IGNORE_INDEX, IMAGE_TOKEN, Record, Role, Turn
 
-Span = tuple[int, int]  # first character, end
 Ids = NDArray[np.int32]
+
+HALF_CHARACTER = re.compile("[\ud800-\udfff]")  # JSON can hold one, no tokenizer takes it
+ASCII_PROBE = f"It's 12.50,  \n\n\tof   (A) \n{string.printable[:95]}."
 
 
 @dataclass(frozen=True)
@@ -32,90 +49,166 @@ class ConversationTokenizer:
     @property
     def end(self) -> str:
         """The text that ends an answer."""
-        end = TEMPLATES[self.template].end
-        return self._eos if end == EOS else end
+        return self._pieces.end
 
-    @property
+    @cached_property
     def end_id(self) -> int:
         """The token that ends an answer. Raises `UsageError` if the tokenizer has no such token."""
-        token: int | None = self.tokenizer.convert_tokens_to_ids(self.end)
+        token: int | None = self.tokenizer.convert_tokens_to_ids(self._end_token)
         if token is None or token == self.tokenizer.unk_token_id:
             raise UsageError(
-                f"template {self.template} ends answers with {self.end!r}, which is not a token of this llm"
+                f"template {self.template} ends answers with {self._end_token!r}, which is not a token of this llm"
             )
         return token
 
     def render(self, turns: Sequence[Turn], prompt: bool = False) -> tuple[str, list[Span]]:
         """The conversation as text and the supervised spans; `prompt` opens the next answer."""
-        template = TEMPLATES[self.template]
-        text, spans = template.opening, []
-        for turn in turns:
-            if turn.role == "user":
-                words = turn.text if template.user_text else IMAGE_TOKEN * turn.text.count(IMAGE_TOKEN)
-                text += template.user_prefix + words + template.user_suffix
-            else:
-                text += template.assistant_prefix
-                start = len(text)
-                text += template.lead + turn.text + self.end
-                spans.append((start, len(text)))
-                text += template.between
-        return text + template.assistant_prefix * prompt, spans
+        return self._pieces.render(turns, prompt)
 
     def encode(self, records: Sequence[Record]) -> list[tuple[Ids, Ids] | DataError]:
         """Token ids and labels of each record, or why it has none. An image is one token."""
-        checked = [self._forged(f"record {record.id}", record.turns) for record in records]
-        rendered = [self.render(record.turns) for record in records]
-        batch = self.tokenizer([text for text, _ in rendered], return_offsets_mapping=True) if records else None
-        results: list[tuple[Ids, Ids] | DataError] = []
-        for index, (record, (text, spans)) in enumerate(zip(records, rendered, strict=True)):
-            assert batch is not None
-            fault = checked[index]
-            if fault is None:
-                ids, offsets = (
-                    np.array(batch["input_ids"][index], np.int32),
-                    np.array(batch["offset_mapping"][index]),
-                )
-                supervised = _supervised(text, offsets, spans)
-                if supervised is not None:
-                    results.append((ids, np.where(supervised, ids, IGNORE_INDEX).astype(np.int32)))
-                    continue
-                fault = DataError(f"record {record.id}: a token spans the border of an answer: use another template")
+        results: list[tuple[Ids, Ids] | DataError | None] = []
+        texts: list[str] = []
+        rendered = []
+        for index, record in enumerate(records):
+            text, spans = self.render(record.turns)
+            fault = self._fault(f"record {record.id}", record.turns, text)
             results.append(fault)
-        return results
+            if fault is None:
+                texts.append(text)
+                rendered.append((index, spans))
+        for (index, spans), text, encoding in zip(rendered, texts, self._tokenise(texts), strict=True):
+            try:
+                results[index] = self._label(text, spans, encoding)
+            except DataError as error:
+                results[index] = DataError(f"record {records[index].id}: {error}")
+        return [result for result in results if result is not None]
 
     def prompt(self, turns: Sequence[Turn]) -> Ids:
         """Token ids that ask for the next answer, an image as one token. Raises `DataError` for forged tokens."""
-        if fault := self._forged("the conversation", turns):
+        text = self.render(turns, prompt=True)[0]
+        if fault := self._fault("the conversation", turns, text, prompt=True):
             raise fault
-        return np.array(self.tokenizer(self.render(turns, prompt=True)[0])["input_ids"], np.int32)
+        return np.array(self._tokenise([text])[0].ids, np.int32)
 
-    @property
-    def _eos(self) -> str:
-        eos: str | None = self.tokenizer.eos_token
-        if eos is None:
-            raise UsageError(
-                f"template {self.template} needs an end-of-sequence token, which this llm's tokenizer lacks"
-            )
-        return eos
+    @cached_property
+    def _pieces(self) -> Template:
+        return resolve_template(self.template, self.tokenizer)
 
-    def _forged(self, name: str, turns: Sequence[Turn]) -> DataError | None:
-        """Text that would tokenise to control tokens could forge a turn or an image."""
+    @cached_property
+    def _end_token(self) -> str:
+        return self.end.lstrip()
+
+    @cached_property
+    def _control(self) -> dict[Role, re.Pattern[str]]:
+        """What a role's text must not contain: control tokens, with which it could forge a turn or an image."""
+        written = "".join(piece for piece in astuple(self._pieces) if isinstance(piece, str))
+        added = self.tokenizer.added_tokens_decoder.values()
+        tokens = {token.content for token in added if token.special or token.content in written}
+        tokens |= {self._end_token, *self.tokenizer.all_special_tokens}
+        forbidden: dict[Role, set[str]] = {"user": tokens - {IMAGE_TOKEN}, "assistant": tokens}
+        return {
+            role: re.compile("|".join(map(re.escape, sorted(names, key=len, reverse=True))))
+            for role, names in forbidden.items()
+        }
+
+    @cached_property
+    def _tail(self) -> list[int]:
+        """The last ids of every prompt: those of the template's own text between a question and its answer."""
+        tail = self._pieces.user_suffix + self._pieces.assistant_prefix or IMAGE_TOKEN
+        encoding = self._tokenise([f"x{tail}"])[0]
+        first = encoding.char_to_token(1)
+        return encoding.ids[first:]
+
+    @cached_property
+    def _writes_ascii(self) -> bool:
+        """Whether any answer of ASCII characters comes back from its tokens as it was."""
+        text, spans = self.render((Turn("user", "x"), Turn("assistant", ASCII_PROBE)))
+        encoding = self._tokenise([text])[0]
+        try:
+            first, stop = self._supervised(text, spans[0], encoding, encoding.ids)
+        except DataError:
+            return False
+        return self._decodes(encoding.ids[first:stop], text[slice(*spans[0])])
+
+    def _tokenise(self, texts: Sequence[str]) -> list[Encoding]:
+        """One encoding a text. The tokenizer's own first token is left out where the template has written it.
+
+        That is the rule of transformers' processors, with which a checkpoint is served.
+        """
+        backend = self.tokenizer.backend_tokenizer
+        if backend.truncation is not None:
+            backend.no_truncation()
+        if backend.padding is not None:
+            backend.no_padding()
+        bos: str | None = self.tokenizer.bos_token
+        written = bos is not None and self._pieces.opening.startswith(bos)
+        encodings: list[Encoding] = backend.encode_batch(list(texts), add_special_tokens=not written)
+        return encodings
+
+    def _fault(self, name: str, turns: Sequence[Turn], text: str, prompt: bool = False) -> DataError | None:
+        """What is wrong with a conversation before it is tokenised."""
         for turn in turns:
-            for token in self.tokenizer.all_special_tokens:
-                if token in turn.text and not (token == IMAGE_TOKEN and turn.role == "user"):
-                    return DataError(f"{name}: the {turn.role}'s text contains the control token {token!r}")
+            if found := self._control[turn.role].search(turn.text):
+                words = f"the {turn.role}'s text contains the control token {found.group()!r}"
+                return DataError(f"{name}: {words}", kind="control_token")
+        if not text.isascii() and (half := HALF_CHARACTER.search(text)):
+            return DataError(f"{name}: the text contains half a character, {half.group()!a}: write it as UTF-8")
+        if self.template == OWN:
+            try:
+                if apply_own(self.tokenizer, turns, prompt) != text:
+                    return DataError(f"{name}: this llm's chat template changes the turns' text: use another template")
+            except DataError as error:
+                return DataError(f"{name}: {error}")
         return None
 
+    def _label(self, text: str, spans: Sequence[Span], encoding: Encoding) -> tuple[Ids, Ids]:
+        """Ids and labels of one conversation. Raises `DataError` where they would not be exact."""
+        tokens = encoding.ids
+        ids = np.array(tokens, np.int32)
+        labels = np.full_like(ids, IGNORE_INDEX)
+        for span in spans:
+            first, stop = self._supervised(text, span, encoding, tokens)
+            written = text[slice(*span)]
+            if not (written.isascii() and self._writes_ascii) and not self._decodes(tokens[first:stop], written):
+                raise DataError(f"this llm's tokenizer cannot write {_shorten(written)} as it is")
+            labels[first:stop] = ids[first:stop]
+        return ids, labels
 
-def _supervised(text: str, offsets: NDArray[np.int64], spans: Sequence[Span]) -> NDArray[np.bool_] | None:
-    """Which tokens lie in the spans; None if one lies across a border with more than white space."""
-    inside = np.zeros(len(offsets), bool)
-    starts, ends = offsets[:, 0], offsets[:, 1]
-    for first, last in spans:
-        touching = (starts < last) & (ends > first)
-        for token in np.flatnonzero(touching & ((starts < first) | (ends > last))):
-            outside = text[starts[token] : first] + text[last : ends[token]]
-            if outside.strip():
-                return None
-        inside |= touching
-    return inside
+    def _supervised(self, text: str, span: Span, encoding: Encoding, ids: list[int]) -> tuple[int, int]:
+        """The first token behind the prompt and the end of the tokens of one answer.
+
+        Where the tokens before the answer are those of every prompt, and the last of them ends where the answer begins,
+        nothing of the answer reached the prompt: merges of BPE, and the best paths of unigram models, do not depend on
+        what lies behind a border that no token crosses. Otherwise the prompt itself is tokenised and compared.
+        """
+        begin, end = span[0], span[1] - len(self._end_token)
+        first, last = encoding.char_to_token(begin), encoding.char_to_token(end)
+        if last is None or ids[last] != self.end_id or _chars(encoding, last)[0] != end:
+            raise DataError(f"{self._end_token!r} behind {_shorten(text[begin:end])} is not a token of its own")
+        tail = self._tail
+        if first is None or _chars(encoding, first)[0] != begin or ids[max(first - len(tail), 0) : first] != tail:
+            prompt = self._tokenise([text[:begin]])[0].ids
+            first = len(prompt)
+            if ids[:first] != prompt or first > last or (first and _chars(encoding, first - 1)[1] > begin):
+                raise DataError(
+                    f"the tokens of the prompt and of the answer {_shorten(text[begin:end])} depend on each other, so "
+                    "training would not see what generation sees: use another template"
+                )
+        return first, last + 1
+
+    def _decodes(self, ids: list[int], written: str) -> bool:
+        """Whether ids, the last one the end token, decode to what was written; a decoder may drop the first space."""
+        decoded = self.tokenizer.backend_tokenizer.decode(ids[:-1], skip_special_tokens=False)
+        expected = written.removesuffix(self._end_token)
+        return unicodedata.normalize("NFC", decoded).lstrip(" ") == unicodedata.normalize("NFC", expected).lstrip(" ")
+
+
+def _chars(encoding: Encoding, token: int) -> Span:
+    """The characters of a token; none at the start for one that the tokenizer added itself."""
+    span: Span | None = encoding.token_to_chars(token)
+    return span or (0, 0)
+
+
+def _shorten(text: str) -> str:
+    return repr(text if len(text) <= 40 else f"{text[:40]}...")

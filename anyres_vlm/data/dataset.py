@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 from transformers import PreTrainedTokenizerFast
 
 from anyres_vlm.config import TemplateName
@@ -11,10 +12,12 @@ from anyres_vlm.data.conversation import ConversationTokenizer
 from anyres_vlm.data.headers import read_size
 from anyres_vlm.data.sources import Reject, report_rejects
 from anyres_vlm.errors import DataError
-from anyres_vlm.geometry import Tiling, plan_tiles
-from anyres_vlm.schema import Record, Sample
+from anyres_vlm.geometry import TilePlan, Tiling, plan_tiles
+from anyres_vlm.schema import IGNORE_INDEX, IMAGE_TOKEN, ImageRef, Record, Sample
 
 CHUNK = 1000  # conversations tokenised at once
+LONGEST_SIDE = 65_500  # pixels: what JPEG's own library writes
+MOST_ELONGATED = 1000  # longer side over shorter
 
 
 def tokenise(
@@ -31,6 +34,7 @@ def tokenise(
     whole and counted: nothing is truncated. Raises `DataError` when too many are.
     """
     conversation = ConversationTokenizer(template, tokenizer)
+    image_token_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
     samples: list[Sample] = []
     rejects: list[Reject] = []
     for start in range(0, len(records), CHUNK):
@@ -39,9 +43,9 @@ def tokenise(
             try:
                 if isinstance(encoded, DataError):
                     raise encoded
-                plans = tuple(plan_tiles(read_size(path), tiling) for path in record.images)
+                plans = tuple(plan_image(image, tiling) for image in record.images)
                 sample = Sample(record.id, *encoded, record.images, plans)
-                _check(sample, max_length)
+                check_sample(sample, max_length, image_token_id)
                 samples.append(sample)
             except DataError as error:
                 rejects.append(Reject(record.id, str(error)))
@@ -49,12 +53,32 @@ def tokenise(
     return samples
 
 
-def _check(sample: Sample, max_length: int) -> None:
-    if sample.length > max_length:
-        visual = sum(plan.total_tokens for plan in sample.plans)
+def plan_image(image: ImageRef, tiling: Tiling) -> TilePlan:
+    """The plan of one image from its header. Raises `DataError` for a size that no picture has."""
+    size = read_size(image)
+    longer, shorter = max(size.height, size.width), min(size.height, size.width)
+    if longer > LONGEST_SIDE or longer > MOST_ELONGATED * shorter:
         raise DataError(
-            f"record {sample.id}: {sample.length} tokens ({visual} of them visual) exceed max_length={max_length} by "
-            f"{sample.length - max_length}: raise it or lower --grid"
+            f"{image.name}: {size.width}x{size.height} pixels; expected sides up to {LONGEST_SIDE:,} and at most "
+            f"{MOST_ELONGATED}:1: scale the image or remove it",
+            kind="absurd_image",
+        )
+    return plan_tiles(size, tiling)
+
+
+def check_sample(sample: Sample, max_length: int, image_token_id: int) -> None:
+    """Raises `DataError` for a sample that is too long, saying what a truncation would cut, or teaches nothing."""
+    if sample.length > max_length:
+        is_image = sample.input_ids == image_token_id
+        spans = np.ones(len(is_image), np.int64)  # positions of each token
+        spans[is_image] = [plan.total_tokens for plan in sample.plans]
+        beyond = np.clip(np.cumsum(spans) - max_length, 0, spans)
+        supervised = np.count_nonzero((beyond > 0) & (sample.labels != IGNORE_INDEX))
+        raise DataError(
+            f"record {sample.id}: {sample.length:,} tokens exceed max_length={max_length:,}: a truncation would cut "
+            f"{beyond.sum():,} of them, {beyond[is_image].sum():,} visual and {supervised:,} supervised: "
+            "raise it or lower --grid",
+            kind="too_long",
         )
     if sample.num_supervised == 0:
-        raise DataError(f"record {sample.id}: no supervised token")
+        raise DataError(f"record {sample.id}: no supervised token", kind="unsupervised")

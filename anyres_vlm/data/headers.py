@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Callable
 from io import BytesIO
 from pathlib import Path
-from typing import IO
+from typing import IO, TYPE_CHECKING
 
 from PIL import (
     BmpImagePlugin,
@@ -24,8 +24,12 @@ from PIL import (
     WebPImagePlugin,
 )
 
+from anyres_vlm.data.blobs import blob_name, open_blob
 from anyres_vlm.errors import DataError
 from anyres_vlm.geometry import Size
+
+if TYPE_CHECKING:  # schema imports numpy, which `anyres tokens` does without
+    from anyres_vlm.schema import ImageRef
 
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"})
 
@@ -35,38 +39,34 @@ PNG_CHUNKS = frozenset({b"IHDR", b"eXIf", b"tEXt", b"zTXt", b"iTXt", b"IEND"})  
 UNREADABLE = (OSError, SyntaxError, ValueError, TypeError, IndexError, KeyError, EOFError, struct.error)
 
 
-def read_size(path: Path) -> Size:
+def read_size(image: Path | ImageRef) -> Size:
     """Height and width in pixels after the EXIF orientation; no pixel is decoded.
 
-    JPEG, PNG, WebP, GIF, BMP and TIFF. Raises `DataError` for a file that is missing, empty, broken or no image.
+    JPEG, PNG, WebP, GIF, BMP and TIFF. Raises `DataError` for an image that is missing, empty, broken or none.
     """
+    with open_blob(image) as stream:
+        return _size(stream, blob_name(image))
+
+
+def _size(stream: IO[bytes], name: str) -> Size:
     try:
-        with path.open("rb") as stream:
-            return _size(stream, path)
-    except FileNotFoundError:
-        raise DataError(f"{path}: no such file; check the path") from None
-    except IsADirectoryError:
-        raise DataError(f"{path}: a folder, not an image file") from None
+        prefix = stream.read(16)
+        stream.seek(0)
     except OSError as error:
-        raise DataError(f"{path}: cannot be opened ({error.strerror}); check its name and permissions") from None
-
-
-def _size(stream: IO[bytes], path: Path) -> Size:
-    prefix = stream.read(16)
-    stream.seek(0)
+        raise DataError(f"{name}: cannot be read ({error.strerror}); check its disk") from None
     if not prefix:
-        raise DataError(f"{path}: the file is empty; fetch it again or remove it")
+        raise DataError(f"{name}: the file is empty; fetch it again or remove it")
     reader = next((reader for signature, reader in READERS if prefix.startswith(signature)), None)
     if reader is None:
-        raise DataError(f"{path}: not an image; expected JPEG, PNG, WebP, GIF, BMP or TIFF")
+        raise DataError(f"{name}: not an image; expected JPEG, PNG, WebP, GIF, BMP or TIFF")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow's, about odd metadata: a size was found or an error is raised
             return reader(stream)
     except Image.DecompressionBombError:  # only Pillow's WebP reader allocates, and therefore checks, this early
-        raise DataError(f"{path}: too many pixels for WebP; scale the image down") from None
+        raise DataError(f"{name}: too many pixels for WebP; scale the image down") from None
     except UNREADABLE as error:  # Pillow's readers raise all of these, with words about their insides
-        raise DataError(f"{path}: broken image; fetch it again or remove it") from error
+        raise DataError(f"{name}: broken image; fetch it again or remove it") from error
 
 
 def _pillow_reader(factory: Callable[[IO[bytes]], ImageFile.ImageFile]) -> Callable[[IO[bytes]], Size]:

@@ -52,11 +52,11 @@ def collate(samples: Sequence[Sample], tile: int, image_token_id: int) -> Batch:
 
 def load_tiles(sample: Sample, index: int) -> NDArray[np.uint8]:
     """Tiles of one of a sample's images, (T, 3, S, S). Raises `DataError` if the file changed since it was planned."""
-    path, plan = sample.images[index], sample.plans[index]
-    image = open_image(path)
+    reference, plan = sample.images[index], sample.plans[index]
+    image = open_image(reference)
     if Size(height=image.height, width=image.width) != plan.image:
         raise DataError(
-            f"{path} (record {sample.id}): its size is {image.width}x{image.height}, planned were "
+            f"{reference.name} (record {sample.id}): its size is {image.width}x{image.height}, planned were "
             f"{plan.image.width}x{plan.image.height}: it changed since the run began"
         )
     return cut_tiles(image, plan)

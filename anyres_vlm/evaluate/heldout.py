@@ -56,7 +56,7 @@ def ask_all(assistant: Assistant, records: Sequence[Record], progress: Callable[
     """Ask each record's first question, greedily."""
     results = []
     for done, record in enumerate(records, start=1):
-        images = [open_image(path) for path in record.images]
+        images = [open_image(image) for image in record.images]
         answer = assistant.answer(record.turns[:1], images, Decoding(MAX_NEW_TOKENS))
         question, expected = record.turns[0].text, record.turns[1].text
         results.append(Result(record.id, record.task, question, expected, answer.text))

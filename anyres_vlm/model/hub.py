@@ -12,6 +12,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     CLIPImageProcessor,
+    CLIPVisionConfig,
     CLIPVisionModel,
     PreTrainedModel,
     PreTrainedTokenizerFast,
@@ -74,9 +75,7 @@ def load_encoder(config: EncoderConfig) -> Encoder:
     name = resolve(config.name)
     try:
         if config.kind == "timm":
-            options = {} if config.tile is None else {"img_size": config.tile}
-            source = f"local-dir:{name}" if Path(name).is_dir() else name
-            network = timm.create_model(source, pretrained=True, num_classes=0, **options)
+            network = _timm_network(config, pretrained=True)
             pixels = network.pretrained_cfg
             return TimmEncoder(network, config.layer, pixels["mean"], pixels["std"])
         vision_model = CLIPVisionModel.from_pretrained(name, dtype=torch.float32)
@@ -84,6 +83,27 @@ def load_encoder(config: EncoderConfig) -> Encoder:
     except (OSError, RuntimeError) as error:
         raise _unavailable("encoder", config.name, error) from error
     return ClipEncoder(vision_model, config.layer, mean, std)
+
+
+def encoder_geometry(config: EncoderConfig) -> tuple[int, int]:
+    """Tile and patch side in pixels, from the encoder's description alone: no weight is read."""
+    name = resolve(config.name)
+    try:
+        if config.kind == "timm":
+            with torch.device("meta"):
+                embed = _timm_network(config, pretrained=False).patch_embed
+            return int(embed.img_size[0]), int(embed.patch_size[0])
+        vision: Any = CLIPVisionConfig.from_pretrained(name)
+    except (OSError, RuntimeError) as error:
+        raise _unavailable("encoder", config.name, error) from error
+    return int(vision.image_size), int(vision.patch_size)
+
+
+def _timm_network(config: EncoderConfig, pretrained: bool) -> Any:
+    name = resolve(config.name)
+    options = {} if config.tile is None else {"img_size": config.tile}
+    source = f"local-dir:{name}" if Path(name).is_dir() else name
+    return timm.create_model(source, pretrained=pretrained, num_classes=0, **options)
 
 
 def _clip_statistics(name: str) -> tuple[list[float], list[float]]:

@@ -1,4 +1,4 @@
-"""The progress bar of a training run on a terminal; plain lines elsewhere."""
+"""Progress bars on a terminal; a training run prints plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -6,7 +6,14 @@ import sys
 from types import TracebackType
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+)
 
 LINES = 20  # plain lines a stage, where the output is no terminal
 
@@ -32,6 +39,29 @@ class StepProgress:
 
     def __enter__(self) -> StepProgress:
         self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._bar.stop()
+
+
+class RowProgress:
+    """Shows finished rows on a terminal and nothing elsewhere; the bar begins with the first rows."""
+
+    def __init__(self, description: str) -> None:
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        self._bar = Progress(*columns, console=Console(stderr=True), transient=True)
+        self._task = self._bar.add_task(description, total=None)
+
+    def update(self, done: int, total: int) -> None:
+        """Show so many finished rows."""
+        if self._bar.console.is_terminal:
+            self._bar.start()  # after the workers' fork: the bar has a thread
+            self._bar.update(self._task, completed=done, total=total)
+
+    def __enter__(self) -> RowProgress:
         return self
 
     def __exit__(

@@ -13,10 +13,10 @@ import yaml
 from transformers import PreTrainedTokenizerFast
 
 from anyres_vlm.config import RunConfig, StageName, load_config
+from anyres_vlm.data.chat_template import chat_jinja
 from anyres_vlm.data.conversation import ConversationTokenizer
 from anyres_vlm.data.loader import iter_steps
 from anyres_vlm.data.packing import pack_steps
-from anyres_vlm.data.templates import TEMPLATES
 from anyres_vlm.errors import UsageError
 from anyres_vlm.model.hub import build_model
 from anyres_vlm.model.pretrained import load_parts, save_pretrained
@@ -216,5 +216,5 @@ class StageRun:
         self.engine.wait()
 
     def _write_model(self, folder: Path, weights: dict[str, torch.Tensor]) -> None:
-        template = TEMPLATES[self.config.model.template]
-        save_pretrained(self.model, weights, self.tokenizer, template.jinja, folder)
+        chat_template = chat_jinja(self.config.model.template, self.tokenizer)
+        save_pretrained(self.model, weights, self.tokenizer, chat_template, folder)

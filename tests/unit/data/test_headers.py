@@ -157,7 +157,7 @@ def test_broken_file_is_named_with_a_remedy(tmp_path: Path, content: bytes, mess
 def test_missing_file_and_folder(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"gone\.jpg: no such file; check the path"):
         read_size(tmp_path / "gone.jpg")
-    with pytest.raises(DataError, match=f"{tmp_path.name}: a folder, not an image file"):
+    with pytest.raises(DataError, match=f"{tmp_path.name}: a folder, not a file"):
         read_size(tmp_path)
     with pytest.raises(DataError, match=r"cannot be opened \(File name too long\)"):
         read_size(tmp_path / ("x" * 500))

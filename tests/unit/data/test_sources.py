@@ -39,9 +39,12 @@ def test_both_dialects_of_turns_and_images(tmp_path: Path, name: str) -> None:
     several = {"images": ["b/c.png", "d.png"], "messages": messages}
     path = write(tmp_path / name, [record(), several, text_only])
     read = read_records(path, tmp_path / "pictures", 0.0)
-    assert read[0].images == (tmp_path / "pictures" / "a.png",)
+    assert [image.path for image in read[0].images] == [tmp_path / "pictures" / "a.png"]
     assert read[0].turns == (Turn("user", "<image>\nWhat?"), Turn("assistant", "A star."))
-    assert read[1].images == (tmp_path / "pictures" / "b/c.png", tmp_path / "pictures" / "d.png")
+    assert [image.path for image in read[1].images] == [
+        tmp_path / "pictures" / "b/c.png",
+        tmp_path / "pictures" / "d.png",
+    ]
     assert read[2].images == ()
 
 

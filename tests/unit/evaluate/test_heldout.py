@@ -8,7 +8,7 @@ import pytest
 
 from anyres_vlm.errors import DataError
 from anyres_vlm.evaluate.heldout import Result, accuracy_by_task, swap_images
-from anyres_vlm.schema import Record, Turn
+from anyres_vlm.schema import ImageRef, Record, Turn
 
 
 @pytest.mark.parametrize(
@@ -35,7 +35,7 @@ def test_accuracy_by_task() -> None:
 
 def test_swapping_moves_every_picture_within_its_task() -> None:
     turns = (Turn("user", "<image>\n?"), Turn("assistant", "a"))
-    records = [Record(str(n), (Path(f"{n}.png"),), turns, "xy"[n % 2]) for n in range(6)]
+    records = [Record(str(n), (ImageRef(f"{n}.png", Path(f"{n}.png")),), turns, "xy"[n % 2]) for n in range(6)]
     swapped = swap_images(records)
     for before, after in zip(records, swapped, strict=True):
         assert (after.id, after.turns, after.task) == (before.id, before.turns, before.task)

@@ -18,7 +18,7 @@ from anyres_vlm.errors import UsageError
 from anyres_vlm.model import loss as loss_module
 from anyres_vlm.model.hub import build_model
 from anyres_vlm.model.loss import next_token_targets, summed_loss
-from anyres_vlm.schema import IGNORE_INDEX, Record, Turn
+from anyres_vlm.schema import IGNORE_INDEX, ImageRef, Record, Turn
 
 GRADIENT_RTOL = 2e-5  # of the largest entry; worst seen over these packs in fp32 on CPU: 2e-6
 WORDS = "red blue star circle where is the a of what 1 2 3".split()
@@ -35,7 +35,13 @@ def records(folder: Path, count: int, rng: random.Random) -> list[Record]:
             Image.fromarray(pixels).save(images[-1])
         question = "<image>\n" * len(images) + " ".join(rng.choices(WORDS, k=rng.randint(1, 8)))
         answer = " ".join(rng.choices(WORDS, k=rng.randint(1, 8)))
-        made.append(Record(str(number), tuple(images), (Turn("user", question), Turn("assistant", answer))))
+        made.append(
+            Record(
+                str(number),
+                tuple(ImageRef(str(path), path) for path in images),
+                (Turn("user", question), Turn("assistant", answer)),
+            )
+        )
     return made
 
 

@@ -1,0 +1,111 @@
+"""`anyres index`: what a dataset costs in tokens and tiles, and what in it is broken."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any, Literal
+
+import typer
+
+
+def index(
+    data: Path = typer.Argument(..., help="Records: LLaVA JSON or JSONL, or another source that training takes."),
+    images: Path | None = typer.Option(None, help="Image folder; without it, the data's own folder."),
+    out: Path = typer.Option(..., help="Parquet file to write; rejects go to OUT.rejects.jsonl."),
+    config: Path | None = typer.Option(None, help="YAML file; without it the embedded default, configs/tiny.yaml."),
+    stage: Literal["1", "2"] = typer.Option("2", help="Whose template, longest sample and cap on rejects hold."),
+    grid: str | None = typer.Option(None, help="Largest grid of tiles, ROWSxCOLUMNS; 1x1 is the thumbnail alone."),
+    layout: str | None = typer.Option(None, help="spatial_unpad or flat."),
+    dialect: str | None = typer.Option(None, help="hf or llava."),
+    settings: list[str] = typer.Option([], "--set", metavar="KEY=VALUE", help="Override a key of the config."),
+    max_bad_fraction: float | None = typer.Option(
+        None, min=0.0, max=1.0, help="Cap on rejects, instead of the config's."
+    ),
+    workers: int | None = typer.Option(None, min=1, help="Processes; without it one a core."),
+    shard: str | None = typer.Option(
+        None, metavar="I/N", help="Index the I-th of N ranges of rows, from 1; the last of the N to end merges them."
+    ),
+    rebuild: bool = typer.Option(False, "--rebuild", help="Read everything again: image files were replaced in place."),
+    report: bool = typer.Option(False, "--report", help="Draw OUT.report.html and its pictures beside it."),
+    as_json: bool = typer.Option(False, "--json", help="Print the summary as one JSON object."),
+) -> None:
+    """Count every sample's tokens, tiles and labels from headers and text, and list what is broken.
+
+    An interrupted run goes on where it was; an index that is up to date is left as it is.
+
+    Example: anyres index data.json --images images --out index.parquet --report
+    """
+    # Start-up time: torch and transformers take seconds to import.
+    from anyres_vlm.config import load_config, shipped_config
+    from anyres_vlm.data.conversation import ConversationTokenizer
+    from anyres_vlm.data.index.build import Shard, build_index
+    from anyres_vlm.data.index.rows import IndexSettings
+    from anyres_vlm.data.index.summary import summarise
+    from anyres_vlm.model.hub import encoder_geometry, load_tokenizer
+    from anyres_vlm.serve.index_figures import require_matplotlib
+    from anyres_vlm.serve.index_report import draw_report
+    from anyres_vlm.serve.progress import RowProgress
+
+    if report:
+        require_matplotlib()
+    given = {"model.grid": grid, "model.layout": layout, "model.dialect": dialect}
+    flags: dict[str, object] = {key: value for key, value in given.items() if value is not None}
+    if grid is not None:
+        flags["model.pinpoints"] = None  # a grid on the command line replaces the config's own list
+    run_config = load_config(config or shipped_config("tiny"), settings, flags)
+    stage_config = run_config.stage("stage1" if stage == "1" else "stage2")
+    tokenizer = load_tokenizer(run_config.model.llm)
+    conversation = ConversationTokenizer(stage_config.template or run_config.model.template, tokenizer)
+    tiling = run_config.model.tiling(*encoder_geometry(run_config.model.encoder))
+    began = time.perf_counter()
+    with RowProgress("indexing") as progress:
+        built = build_index(
+            data,
+            images,
+            IndexSettings(conversation, tiling, stage_config.max_length),
+            out,
+            workers=workers or os.cpu_count() or 1,
+            max_bad_fraction=stage_config.data.max_bad_fraction if max_bad_fraction is None else max_bad_fraction,
+            shard=None if shard is None else Shard.parse(shard),
+            rebuild=rebuild,
+            progress=progress.update,
+        )
+    seconds = time.perf_counter() - began
+    summary = summarise(built.index) | {"rows_read": built.rows_read, "seconds": round(seconds, 3)}
+    whole = built.rows_read == summary["samples"]
+    summary["images_per_second"] = round(summary["images"] / seconds, 1) if whole else None
+    summary["missing_shards"] = [f"{other.number}/{other.count}" for other in built.missing]
+    summary["report"] = str(draw_report(built.index)) if report else None
+    if as_json:
+        print(json.dumps(summary, indent=2))
+    else:
+        _print(summary)
+
+
+def _print(summary: dict[str, Any]) -> None:
+    tokens, bad = summary["tokens"], sum(summary["rejects"].values())
+    made = f"made in {summary['seconds']:,.1f} s" if summary["rows_read"] else "up to date"
+    if summary["images_per_second"]:
+        made += f", {summary['images_per_second']:,.0f} images/s"
+    print(f"index:    {summary['index']} ({made})")
+    print(
+        f"samples:  {summary['ok']:,} of {summary['samples']:,}, {summary['images']:,} images, {summary['tiles']:,} tiles"
+    )
+    print(
+        f"tokens:   {tokens['total']:,} = {summary['visual_tokens']:,} visual + {summary['newline_tokens']:,} newline "
+        f"+ {summary['text_tokens']:,} text; {summary['supervised']:,} supervised"
+    )
+    print(
+        f"a sample: mean {tokens['mean']:,.0f}, median {tokens['median']:,.0f}, 95% up to {tokens['p95']:,.0f}, "
+        f"longest {tokens['max']:,} tokens"
+    )
+    if bad:
+        kinds = ", ".join(f"{kind} {count:,}" for kind, count in summary["rejects"].items())
+        print(f"rejects:  {bad:,} ({kinds}): {summary['rejects_file']}")
+    if summary["missing_shards"]:
+        print(f"waiting:  for shards {', '.join(summary['missing_shards'])}; the last to end merges them")
+    if summary["report"]:
+        print(f"report:   {summary['report']}")

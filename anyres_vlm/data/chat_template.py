@@ -1,0 +1,109 @@
+"""The tokenizer's own chat template, read into the same pieces as the templates of this package.
+
+The Jinja source is not parsed: dialogues of marker words are rendered, the pieces around the markers are taken and must
+give the same text for dialogues of every length. What is not that regular is refused.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import fields, replace
+from typing import Any, cast
+
+from jinja2 import TemplateError
+from transformers import PreTrainedTokenizerFast
+
+from anyres_vlm.config import TemplateName
+from anyres_vlm.data.templates import BOS, EOS, TEMPLATES, Template
+from anyres_vlm.errors import DataError, UsageError
+from anyres_vlm.schema import Turn
+
+OWN: TemplateName = "chat_template"  # the name that stands for the tokenizer's own
+
+PROBED_ROUNDS = 4  # dialogues of one to so many questions and answers must have the same pieces
+REMEDY = f"use another template: {', '.join(TEMPLATES)}"
+
+
+def chat_jinja(template: TemplateName, tokenizer: PreTrainedTokenizerFast) -> str:
+    """The Jinja source that a checkpoint is saved with. Raises `UsageError` if the tokenizer should have one."""
+    if template != OWN:
+        return TEMPLATES[template].jinja
+    if tokenizer.chat_template is None:
+        raise UsageError(f"template {OWN}: this llm's tokenizer has no chat template: {REMEDY}")
+    return cast(str, tokenizer.get_chat_template())
+
+
+def resolve_template(template: TemplateName, tokenizer: PreTrainedTokenizerFast) -> Template:
+    """The pieces with this tokenizer's own tokens in them.
+
+    Raises `UsageError` for a token that the tokenizer lacks and for an own template that cannot be exact.
+    """
+    if template == OWN:
+        return _read(tokenizer)
+    pieces = TEMPLATES[template]
+    changes: dict[str, Any] = {}
+    for field in fields(pieces):
+        text = getattr(pieces, field.name)
+        for placeholder, name in ((BOS, "bos_token"), (EOS, "eos_token")):
+            if isinstance(text, str) and placeholder in text:
+                token = getattr(tokenizer, name)
+                if token is None:
+                    raise UsageError(f"template {template} needs the {name}, which this llm's tokenizer lacks")
+                changes[field.name] = text = text.replace(placeholder, token)
+    return replace(pieces, **changes)
+
+
+def apply_own(tokenizer: PreTrainedTokenizerFast, turns: Sequence[Turn], prompt: bool = False) -> str:
+    """What the tokenizer's own template writes. Raises `DataError` with the template's words if it refuses."""
+    messages = [{"role": turn.role, "content": turn.text} for turn in turns]
+    try:
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt)
+    except (TemplateError, TypeError) as error:
+        raise DataError(f"this llm's chat template cannot write it: {' '.join(str(error).split())}") from None
+    return cast(str, text)
+
+
+def _read(tokenizer: PreTrainedTokenizerFast) -> Template:
+    if "strftime_now" in chat_jinja(OWN, tokenizer):
+        raise UsageError(f"template {OWN}: this llm's chat template writes today's date: {REMEDY}")
+    marked = [
+        turn for n in range(PROBED_ROUNDS) for turn in (Turn("user", f"qzx{n}xzq"), Turn("assistant", f"azx{n}xza"))
+    ]
+    try:
+        rendered = [apply_own(tokenizer, marked[:count], count % 2 == 1) for count in range(1, len(marked) + 1)]
+    except DataError as error:
+        raise UsageError(f"template {OWN}: {error}: {REMEDY}") from None
+    pieces = _pieces(rendered, marked, tokenizer)
+    for count, text in enumerate(rendered, start=1):
+        if pieces.render(marked[:count], count % 2 == 1)[0] != text:
+            raise UsageError(
+                f"template {OWN}: this llm's chat template writes a turn differently as the dialogue goes on: {REMEDY}"
+            )
+    return pieces
+
+
+def _pieces(rendered: Sequence[str], marked: Sequence[Turn], tokenizer: PreTrainedTokenizerFast) -> Template:
+    """The pieces of a prompt and of a dialogue of two rounds. Raises `UsageError` if they do not fit together."""
+    prompt, dialogue = rendered[0], rendered[3]
+    words = [turn.text for turn in marked[:4]]
+    if any(dialogue.count(word) != 1 for word in words) or prompt.count(words[0]) != 1:
+        raise UsageError(f"template {OWN}: this llm's chat template leaves out or repeats turns: {REMEDY}")
+    opening, question, follow, _, closing = re.split("|".join(words), dialogue)
+    suffix = prompt[len(opening) + len(words[0]) :]
+    if not prompt.startswith(opening) or not question.startswith(suffix):
+        raise UsageError(f"template {OWN}: this llm's generation prompt is not what its dialogues begin with: {REMEDY}")
+    added = [re.escape(token.content) for token in tokenizer.added_tokens_decoder.values()]
+    end = re.match(rf"\s*({'|'.join(sorted(added, key=len, reverse=True))})", closing)
+    if end is None or not added:
+        raise UsageError(f"template {OWN}: this llm's chat template writes no end token behind an answer: {REMEDY}")
+    if not follow.startswith(closing):
+        raise UsageError(f"template {OWN}: this llm's chat template ends the last answer in its own way: {REMEDY}")
+    return Template(
+        opening=opening,
+        again=follow.removeprefix(closing),
+        user_suffix=suffix,
+        lead=question.removeprefix(suffix),
+        end=end.group(),
+        between=closing[end.end() :],
+    )

@@ -1,0 +1,202 @@
+"""An index of a source: made once, gone on with after a kill, left alone while nothing changed, merged from shards."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from anyres_vlm.data.index.parts import Parts, Progress
+from anyres_vlm.data.index.rejects import check_cap, count_rejects, mended, rejects_path, write_rejects
+from anyres_vlm.data.index.rows import IndexSettings
+from anyres_vlm.data.index.stamp import Stamp
+from anyres_vlm.data.index.table import FORMAT, METADATA_KEY, SCHEMA, Index, read_index
+from anyres_vlm.data.sources import open_source
+from anyres_vlm.errors import DataError, UsageError
+
+ROW_GROUP = 65_536
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """The `number`-th of `count` contiguous ranges of rows, from 1."""
+
+    number: int
+    count: int
+
+    @classmethod
+    def parse(cls, text: str) -> Shard:
+        """Read `i/n`."""
+        match = re.fullmatch(r"(\d+)/(\d+)", text.strip())
+        if match is None or not 1 <= int(match[1]) <= int(match[2]):
+            raise UsageError(f"shard {text!r}: expected i/n with i from 1 to n, such as 1/4 to 4/4")
+        return cls(int(match[1]), int(match[2]))
+
+    def span(self, rows: int) -> tuple[int, int]:
+        """First row and end."""
+        return (self.number - 1) * rows // self.count, self.number * rows // self.count
+
+    def path(self, out: Path) -> Path:
+        """Where this shard of an index goes."""
+        return out.with_name(f"{out.stem}.shard-{self.number}-of-{self.count}{out.suffix}")
+
+
+@dataclass(frozen=True, slots=True)
+class Built:
+    """What `build_index` made or found. `rows_read` is 0 where nothing had to be done.
+
+    `missing` are the shards that the whole index still waits for; `index` is this shard then.
+    """
+
+    index: Index
+    rows_read: int
+    missing: tuple[Shard, ...] = ()
+
+
+def build_index(
+    data: Path,
+    images: Path | None,
+    settings: IndexSettings,
+    out: Path,
+    *,
+    workers: int,
+    max_bad_fraction: float,
+    shard: Shard | None = None,
+    rebuild: bool = False,
+    progress: Progress = lambda done, total: None,
+) -> Built:
+    """The index of a source at `out`, its rejects beside it.
+
+    Nothing is read when `out` is of the same content and settings. The shard that ends last merges all of them.
+    Raises `DataError` for a broken source, and for too many rejects: these are listed, and `out` is not written.
+    """
+    target = out if shard is None else shard.path(out)
+    if target.is_dir():
+        raise UsageError(f"{target}: a folder, expected the name of a Parquet file")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    made, rows_read = _make(data, images, settings, target, workers, shard, rebuild, progress)
+    if shard is not None:
+        shards = [Shard(number, shard.count) for number in range(1, shard.count + 1)]
+        missing = tuple(other for other in shards if _of_key(other.path(out), made.key) is None)
+        if missing:
+            return Built(_publish(made, target), rows_read, missing)
+        _publish(made, target)
+        made = _merge([read_index(other.path(out)) for other in shards], out)
+    _list_and_check(made, out, max_bad_fraction)
+    return Built(_publish(made, out), rows_read)
+
+
+def _make(
+    data: Path,
+    images: Path | None,
+    settings: IndexSettings,
+    target: Path,
+    workers: int,
+    shard: Shard | None,
+    rebuild: bool,
+    progress: Progress,
+) -> tuple[Index, int]:
+    """The index of the source or of one shard, not yet in its place where it is new, and the rows read for it."""
+    stamp = Stamp.take(data, images)  # before the source is read: a change in between shows the next time
+    known = None if rebuild else stamp.known_fingerprint(target)
+    if known is not None and (found := _current(target, settings.key(known))):
+        return found, 0
+    source = open_source(data, images)
+    if len(source) == 0:
+        raise DataError(f"{data}: contains no records")
+    fingerprint = source.fingerprint()
+    key = settings.key(fingerprint)
+    if not rebuild and (found := _current(target, key)):
+        stamp.save(target, fingerprint)
+        return found, 0
+    start, stop = (0, len(source)) if shard is None else shard.span(len(source))
+    parts = Parts.open(target, key, start, stop, keep=not rebuild)
+    rows_read = parts.fill(source, settings, workers, progress)
+    metadata = {
+        "format": FORMAT,
+        "key": key,
+        "source": {"name": source.name, "fingerprint": fingerprint, "rows": len(source)},
+        "settings": settings.words,
+        "rows": [start, stop],
+    }
+    made = _write(parts.tables(), target, metadata)
+    parts.remove()
+    stamp.save(target, fingerprint)
+    return made, rows_read
+
+
+def _merge(shards: Sequence[Index], out: Path) -> Index:
+    """One index of all shards, byte for byte what one run over all rows makes; not yet in its place."""
+    metadata = shards[0].metadata | {"rows": [0, shards[0].metadata["source"]["rows"]]}
+    batches = (batch for shard in shards for batch in shard.batches(SCHEMA.names))
+    return _write((pa.Table.from_batches([batch]) for batch in batches), out, metadata)
+
+
+def _write(tables: Iterable[pa.Table], target: Path, metadata: dict[str, Any]) -> Index:
+    """A whole, durable index beside its place."""
+    unfinished = target.with_name(f".{target.name}.unfinished")
+    schema = SCHEMA.with_metadata({METADATA_KEY: json.dumps(metadata, sort_keys=True)})
+    with unfinished.open("wb") as file:
+        with pq.ParquetWriter(file, schema, compression="zstd") as writer:
+            for group in _row_groups(tables):
+                writer.write_table(group.cast(schema), row_group_size=ROW_GROUP)
+        file.flush()
+        os.fsync(file.fileno())
+    return read_index(unfinished)
+
+
+def _row_groups(tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
+    """The same rows in groups of one size, so that the bytes do not depend on how they were read."""
+    held: list[pa.Table] = []
+    rows = 0
+    for table in tables:
+        held.append(table)
+        rows += table.num_rows
+        if rows >= ROW_GROUP:
+            whole = pa.concat_tables(held)
+            yield whole.slice(0, ROW_GROUP).combine_chunks()
+            held, rows = [whole.slice(ROW_GROUP)], rows - ROW_GROUP
+    if rows:
+        yield pa.concat_tables(held).combine_chunks()
+
+
+def _publish(index: Index, target: Path) -> Index:
+    """Put a new index in its place; one that was found lies there already."""
+    index.path.replace(target)
+    return read_index(target)
+
+
+def _list_and_check(index: Index, out: Path, max_bad_fraction: float) -> None:
+    """List the rejects beside the index, then raise if there are too many, and leave no new index behind."""
+    listed = rejects_path(out)
+    write_rejects(index, listed)
+    try:
+        check_cap(count_rejects(index), len(index), max_bad_fraction, listed)
+    except DataError:
+        if index.path != out:
+            index.path.unlink()
+        raise
+
+
+def _current(path: Path, key: str) -> Index | None:
+    """The index at a path if it is what would be made now."""
+    index = _of_key(path, key)
+    return None if index is None or mended(index) else index
+
+
+def _of_key(path: Path, key: str) -> Index | None:
+    """The index at a path if there is one with this key."""
+    if not path.exists():
+        return None
+    try:
+        index = read_index(path)
+    except DataError:  # of another format, or no index: it is made again
+        return None
+    return index if index.key == key else None

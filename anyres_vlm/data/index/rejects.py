@@ -1,0 +1,72 @@
+"""What an index leaves out: counted by kind, listed in a file, capped."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from anyres_vlm.data.index.table import OK, Index
+from anyres_vlm.errors import DataError
+
+LISTED = ["id", "row", "status", "reason"]
+
+
+def rejects_path(index: Path) -> Path:
+    """The list of an index' rejects, beside it."""
+    return index.with_name(f"{index.name}.rejects.jsonl")
+
+
+def write_rejects(index: Index, path: Path) -> None:
+    """One JSON object a line: id, row of the source, kind and reason. Empty where all is well."""
+    unfinished = path.with_name(f".{path.name}.unfinished")
+    with unfinished.open("w", encoding="utf-8") as file:
+        for batch in index.batches(LISTED):
+            for reject in batch.filter(pc.not_equal(batch["status"], OK)).to_pylist():
+                kind = reject.pop("status")
+                line = {"id": reject["id"], "row": reject["row"], "kind": kind, "reason": reject["reason"]}
+                file.write(json.dumps(line, ensure_ascii=False) + "\n")
+    unfinished.replace(path)
+
+
+def count_rejects(index: Index) -> dict[str, int]:
+    """How many rejects there are of each kind, the most frequent first."""
+    counts = {entry["values"]: entry["counts"] for entry in pc.value_counts(index.column("status")).to_pylist()}
+    counts.pop(OK, None)
+    return dict(sorted(counts.items(), key=lambda item: (-item[1], item[0])))
+
+
+def check_cap(counts: Mapping[str, int], total: int, max_bad_fraction: float, listed: Path) -> None:
+    """Raises `DataError` with the counts by kind when more than the allowed share is bad, or everything is."""
+    bad = sum(counts.values())
+    kinds = ", ".join(f"{kind} {count:,}" for kind, count in counts.items())
+    if bad > max_bad_fraction * total:
+        raise DataError(
+            f"{bad:,} of {total:,} records are bad ({kinds}), more than max_bad_fraction={max_bad_fraction:g} allows: "
+            f"see {listed}, mend them or raise it; no index is written"
+        )
+    if bad == total:
+        raise DataError(f"all of {total:,} records are bad ({kinds}): see {listed}; no index is written")
+
+
+def mended(index: Index) -> bool:
+    """Whether an image that was at fault has appeared or changed since the index was made."""
+    made = index.path.stat().st_mtime_ns
+    faults: Iterable[str] = pc.unique(index.column("image").drop_null()).to_pylist()
+    missing = set(_of_kind(index, "missing_file"))
+    for name in faults:
+        try:
+            changed = Path(name).stat().st_mtime_ns
+        except OSError:
+            continue
+        if name in missing or changed > made:
+            return True
+    return False
+
+
+def _of_kind(index: Index, kind: str) -> list[str]:
+    images = pa.table({"image": index.column("image"), "status": index.column("status")})
+    return list(images.filter(pc.equal(images["status"], kind))["image"].drop_null().to_pylist())

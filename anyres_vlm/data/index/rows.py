@@ -1,0 +1,133 @@
+"""From a range of a source's records to rows of the index: the work that the processes share."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass, replace
+from functools import cached_property
+from operator import itemgetter
+from typing import Any, NamedTuple
+
+import pyarrow as pa
+
+from anyres_vlm.data.conversation import ConversationTokenizer, Ids
+from anyres_vlm.data.dataset import check_sample, plan_image
+from anyres_vlm.data.index.table import COUNTS, FORMAT, OK, SCHEMA
+from anyres_vlm.data.sources.base import Source
+from anyres_vlm.errors import DataError, RejectKind
+from anyres_vlm.geometry import TilePlan, Tiling
+from anyres_vlm.schema import IMAGE_TOKEN, Record, Sample, Turn
+
+BATCH = 512  # conversations tokenised at once
+PROBE = (Turn("user", f"{IMAGE_TOKEN}\nquestion"), Turn("assistant", "answer")) * 2
+
+Place = tuple[int, str]  # row and source
+Row = tuple[Any, ...]  # one value a column of the schema
+ROW = SCHEMA.names.index("row")
+
+
+@dataclass(frozen=True)
+class IndexSettings:
+    """What decides the counts besides the source."""
+
+    conversation: ConversationTokenizer
+    tiling: Tiling
+    max_length: int
+
+    @cached_property
+    def words(self) -> dict[str, Any]:
+        """All of it as JSON. The tokenizer is its content's hash, and the template also shows a rendered dialogue."""
+        tokenizer = self.conversation.tokenizer
+        content = json.loads(tokenizer.backend_tokenizer.to_str())
+        content = {name: part for name, part in content.items() if name not in ("truncation", "padding")}
+        content["special"] = tokenizer.special_tokens_map
+        return {
+            "template": self.conversation.template,
+            "dialogue": self.conversation.render(PROBE),
+            "tokenizer": _digest(content),
+            "pinpoints": self.tiling.pinpoints,
+            "layout": self.tiling.layout,
+            "dialect": self.tiling.dialect,
+            "tile": self.tiling.tile,
+            "patch": self.tiling.patch,
+            "max_length": self.max_length,
+        }
+
+    @cached_property
+    def image_token_id(self) -> int:
+        """The id that stands for an image."""
+        return int(self.conversation.tokenizer.convert_tokens_to_ids(IMAGE_TOKEN))
+
+    def key(self, fingerprint: str) -> str:
+        """The content key of an index of a source with this fingerprint."""
+        return _digest({"format": FORMAT, "source": fingerprint, "settings": self.words})
+
+
+def index_rows(source: Source, settings: IndexSettings, start: int, stop: int) -> pa.Table:
+    """Rows `start` to `stop` of the source, rejects included, as the schema has them."""
+    rows: list[Row] = []
+    planned: list[_Planned] = []
+    for row, item in enumerate(source.records(start, stop), start=start):
+        place = (row, source.name)
+        if isinstance(item, DataError):
+            rows.append(_reject(item.record or str(row + 1), place, item, "malformed_record"))
+        else:
+            result = _plan(item, place, settings.tiling)
+            if isinstance(result, _Planned):
+                planned.append(result)
+            else:
+                rows.append(result)
+        if len(planned) == BATCH or row == stop - 1:
+            encoded = settings.conversation.encode([sample.record for sample in planned])
+            rows += [_row(*pair, settings) for pair in zip(planned, encoded, strict=True)]
+            planned = []
+    rows.sort(key=itemgetter(ROW))
+    columns = zip(*rows, strict=True) if rows else iter([()] * len(SCHEMA))
+    return pa.table([pa.array(values, field.type) for values, field in zip(columns, SCHEMA, strict=True)], SCHEMA)
+
+
+class _Planned(NamedTuple):
+    """A record whose images are planned and forgotten, for they may be bytes in memory."""
+
+    record: Record
+    place: Place
+    plans: tuple[TilePlan, ...]
+
+
+def _plan(record: Record, place: Place, tiling: Tiling) -> _Planned | Row:
+    plans: list[TilePlan] = []
+    for image in record.images:
+        try:
+            plans.append(plan_image(image, tiling))
+        except DataError as error:
+            whole_file = image.path is not None and image.offset == 0 and image.length is None
+            return _reject(record.id, place, error, "unreadable_image", str(image.path) if whole_file else None)
+    return _Planned(replace(record, images=()), place, tuple(plans))
+
+
+def _row(planned: _Planned, encoded: tuple[Ids, Ids] | DataError, settings: IndexSettings) -> Row:
+    record, place, plans = planned
+    if isinstance(encoded, DataError):
+        return _reject(record.id, place, encoded, "inexact_labels")
+    sample = Sample(record.id, *encoded, record.images, plans)
+    status, reason = OK, None
+    try:
+        check_sample(sample, settings.max_length, settings.image_token_id)
+    except DataError as error:
+        assert error.kind is not None
+        status, reason = error.kind, str(error)
+    heights, widths = [plan.image.height for plan in plans], [plan.image.width for plan in plans]
+    visual, newline = sum(plan.visual_tokens for plan in plans), sum(plan.newline_tokens for plan in plans)
+    length = sample.length
+    counts = (sample.num_tiles, visual, newline, length - visual - newline, length, sample.num_supervised)
+    return (record.id, *place, heights, widths, *counts, status, reason, None)
+
+
+def _reject(name: str, place: Place, error: DataError, kind: RejectKind, image: str | None = None) -> Row:
+    """A row without counts; `kind` holds where the error itself has none."""
+    return (name, *place, [], [], *[0] * len(COUNTS), error.kind or kind, str(error), image)
+
+
+def _digest(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,200 @@
+"""Several sources as one: a YAML file that says which, and how much of each.
+
+    sources:
+      - {path: llava.json, images: coco, fraction: 0.25, seed: 1}
+      - {path: charts/, first: 1000}
+      - {path: shards/, random: 1000, seed: 7}
+      - {path: ocr.parquet, weight: 2.5}  # all rows twice, and a random half of them once more
+
+Paths are seen from the file's folder. The choice depends on the seed and the number of rows alone, so it is the same
+on every rank and machine, and a larger share with the same seed holds the smaller one. A source's rows keep their
+order. Record ids are prefixed by their source's name, as `ocr/17`; a repetition is `ocr/17#2`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import Field, model_validator
+
+from anyres_vlm.config import Frozen, Positive, Rate, read_mapping, validated
+from anyres_vlm.data.sources.base import Source
+from anyres_vlm.data.sources.kinds import find_files, open_single
+from anyres_vlm.errors import DataError
+from anyres_vlm.schema import Record
+
+DENSE = 4  # rows to read for each one that is wanted, before single reads are better
+
+
+class Part(Frozen):
+    """One source of a mixture; without a share, all of its rows once."""
+
+    path: Path
+    images: Path | None = None
+    fraction: Rate | None = None
+    first: Positive | None = None
+    random: Positive | None = None
+    weight: Annotated[float, Field(gt=0, le=1000)] | None = None
+    seed: Annotated[int, Field(ge=0)] = 0
+
+    @model_validator(mode="after")
+    def _one_share(self) -> Part:
+        given = [key for key in ("fraction", "first", "random", "weight") if getattr(self, key) is not None]
+        if len(given) > 1:
+            raise ValueError(f"give one of fraction, first, random and weight, not {' and '.join(given)}")
+        return self
+
+
+class Mixture(Frozen):
+    """The content of a mixture file."""
+
+    sources: Annotated[tuple[Part, ...], Field(min_length=1)]
+
+
+@dataclass(frozen=True, eq=False)
+class MixtureSource:
+    """Rows of several sources, one source behind another."""
+
+    path: Path
+    sources: tuple[Source, ...]
+    names: tuple[str, ...]
+    chosen: tuple[NDArray[np.int64], ...]  # of each source its rows; repetitions come behind the whole
+    starts: NDArray[np.int64]  # (sources + 1,)
+
+    @classmethod
+    def open(cls, path: Path) -> MixtureSource:
+        """Open every source and choose its rows.
+
+        Raises `UsageError` for a file that is no mixture, and `DataError` for a source that is missing, broken or
+        smaller than what is asked of it.
+        """
+        parts = _read(path)
+        sources, chosen = [], []
+        for number, part in enumerate(parts, start=1):
+            images = None if part.images is None else _resolve(part.images, path)
+            try:
+                source = open_single(_resolve(part.path, path), images)
+                rows = choose(part, len(source))
+            except DataError as error:
+                raise DataError(f"{path} source {number}: {error}") from None
+            sources.append(source)
+            chosen.append(rows)
+        starts = np.cumsum([0, *map(len, chosen)])
+        return cls(path, tuple(sources), _distinct([source.name for source in sources]), tuple(chosen), starts)
+
+    @property
+    def name(self) -> str:
+        return self.path.stem
+
+    def __len__(self) -> int:
+        return int(self.starts[-1])
+
+    def records(self, start: int, stop: int) -> Iterator[Record | DataError]:
+        """One item a row, in order."""
+        for number, chosen in enumerate(self.chosen):
+            first = max(start - int(self.starts[number]), 0)
+            rows = chosen[first : max(stop - int(self.starts[number]), 0)]
+            for at, item in enumerate(_items(self.sources[number], rows), start=first):
+                yield self._own(item, number, at)
+
+    def record(self, row: int) -> Record:
+        """The record of a row. Raises `DataError` for a bad one."""
+        number = int(np.searchsorted(self.starts, row, side="right")) - 1
+        at = row - int(self.starts[number])
+        own = self._own(next(_items(self.sources[number], self.chosen[number][at : at + 1])), number, at)
+        if isinstance(own, DataError):
+            raise own
+        return own
+
+    def fingerprint(self) -> str:
+        """Of the sources' own, their names and the chosen rows."""
+        digest = hashlib.sha256(b"mixture")
+        for source, name, chosen in zip(self.sources, self.names, self.chosen, strict=True):
+            digest.update(f"{source.fingerprint()} {name!r} {len(chosen)} ".encode() + chosen.astype("<i8").tobytes())
+        return digest.hexdigest()
+
+    def _own(self, item: Record | DataError, number: int, at: int) -> Record | DataError:
+        """The record under its id in the mixture, or the error with its source."""
+        if isinstance(item, DataError):
+            record = None if item.record is None else f"{self.names[number]}/{item.record}"
+            return DataError(f"{self.names[number]}: {item}", kind=item.kind, record=record)
+        repetition = at // len(self.sources[number]) + 1
+        mark = f"#{repetition}" if repetition > 1 else ""
+        return replace(item, id=f"{self.names[number]}/{item.id}{mark}")
+
+
+def mixture_files(path: Path) -> list[Path]:
+    """The YAML file and the files of its sources, of which none is opened."""
+    return [path, *(file for part in _read(path) for file in find_files(_resolve(part.path, path)))]
+
+
+def _read(path: Path) -> tuple[Part, ...]:
+    if not path.exists():
+        raise DataError(f"{path}: no such file; expected a YAML mixture")
+    return validated(Mixture, read_mapping(path), path).sources
+
+
+def _items(source: Source, rows: NDArray[np.int64]) -> Iterator[Record | DataError]:
+    """Rows in the given order. Where they lie close, all between them are read too, for a stream is read once."""
+    for ascending in np.split(rows, np.flatnonzero(np.diff(rows) <= 0) + 1):
+        if len(ascending) > 1 and ascending[-1] - ascending[0] < DENSE * len(ascending):
+            stream = enumerate(source.records(int(ascending[0]), int(ascending[-1]) + 1), start=int(ascending[0]))
+            wanted = set(ascending.tolist())
+            yield from (item for row, item in stream if row in wanted)
+            continue
+        for row in ascending.tolist():
+            try:
+                yield source.record(row)
+            except DataError as error:
+                yield error
+
+
+def choose(part: Part, size: int) -> NDArray[np.int64]:
+    """The rows of a source of `size` rows, ascending; with a weight, whole repetitions and then a random rest.
+
+    Raises `DataError` when the source has fewer rows than asked for, or none are left.
+    """
+    asked = part.first or part.random
+    if asked is not None and asked > size:
+        key = "first" if part.first is not None else "random"
+        raise DataError(f"{key}={asked}, but it has {size} records: lower it, or repeat records with weight")
+    if part.first is not None:
+        return np.arange(part.first)
+    if part.random is not None:
+        return _random_rows(size, part.random, part.seed)
+    share = part.fraction if part.fraction is not None else part.weight if part.weight is not None else 1.0
+    total = round(share * size)
+    if total == 0:
+        raise DataError(f"{share:g} of {size} records is none: raise the share or leave the source out")
+    whole, rest = divmod(total, size)
+    return np.concatenate([np.tile(np.arange(size), whole), _random_rows(size, rest, part.seed)])
+
+
+def _random_rows(size: int, count: int, seed: int) -> NDArray[np.int64]:
+    """Distinct rows, ascending. The raw stream of a bit generator, unlike a Generator's, is fixed for all versions."""
+    if count == 0:
+        return np.zeros(0, np.int64)
+    keys = np.random.PCG64(seed).random_raw(size)
+    return np.sort(np.argsort(keys, kind="stable")[:count])
+
+
+def _resolve(path: Path, mixture: Path) -> Path:
+    return mixture.parent / path.expanduser()
+
+
+def _distinct(names: Sequence[str]) -> tuple[str, ...]:
+    """The names; equal ones are numbered."""
+    taken: list[str] = []
+    for name in names:
+        number, free = 1, name
+        while free in taken:
+            number += 1
+            free = f"{name}-{number}"
+        taken.append(free)
+    return tuple(taken)

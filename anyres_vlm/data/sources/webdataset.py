@@ -1,0 +1,191 @@
+"""WebDataset tar shards: members found by offset, each read with one pread."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import tarfile
+from array import array
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+from numpy.typing import NDArray
+
+from anyres_vlm.data.blobs import open_file, read_blob, read_slice
+from anyres_vlm.data.headers import IMAGE_SUFFIXES
+from anyres_vlm.data.sources.base import CONVERSATION_KEYS, to_record
+from anyres_vlm.data.sources.parsing import parse_json, place_in_text
+from anyres_vlm.errors import DataError
+from anyres_vlm.schema import IMAGE_TOKEN, ImageRef, Record
+
+BLOCK = tarfile.BLOCKSIZE
+PADDING_READ = 1 << 20  # bytes behind the end that are looked at; tar pads with 10 kB as a rule
+MEMBER = re.compile(r"(?P<key>(?:.*/)?[^./][^./]*)\.(?P<suffix>[^/]+)", re.DOTALL)
+DIGITS = re.compile(r"(\d+)")
+
+
+@dataclass(frozen=True, eq=False)
+class Shard:
+    """Where the members of one tar lie. Sample i has the members from `firsts[i]` to `firsts[i + 1]`."""
+
+    path: Path
+    keys: bytes  # of all samples, one behind another
+    suffix_names: tuple[str, ...]
+    digest: str  # of the members' names, places and times
+    key_ends: NDArray[np.int64]  # (samples,)
+    firsts: NDArray[np.int64]  # (samples + 1,)
+    offsets: NDArray[np.int64]  # (members,) first byte of the member's data
+    lengths: NDArray[np.int64]  # (members,)
+    suffixes: NDArray[np.int64]  # (members,) into `suffix_names`
+
+    def __len__(self) -> int:
+        return len(self.key_ends)
+
+    def key(self, sample: int) -> str:
+        """What the names of a sample's members have in common."""
+        start = int(self.key_ends[sample - 1]) if sample else 0
+        return self.keys[start : int(self.key_ends[sample])].decode("utf-8", errors="replace")
+
+    def members(self, sample: int) -> dict[str, ImageRef]:
+        """A sample's members by suffix in lower case. Raises `DataError` if two have the same."""
+        key = self.key(sample)
+        found: dict[str, ImageRef] = {}
+        for member in range(int(self.firsts[sample]), int(self.firsts[sample + 1])):
+            suffix = self.suffix_names[self.suffixes[member]]
+            if suffix in found:
+                raise DataError(f"record {key}: {self.path} has two neighbours {key}.{suffix}: rename one")
+            place = int(self.offsets[member]), int(self.lengths[member])
+            found[suffix] = ImageRef(f"{self.path}: {key}.{suffix}", self.path, *place)
+        return found
+
+
+class WebDatasetSource:
+    """A row is a sample: neighbours in a tar whose names agree up to the first dot of their last part.
+
+    Images are the members with an image's suffix, in the order of what stands before it (`a.jpg`, `a.1.jpg`,
+    `a.2.jpg`, `a.10.jpg`). Text is a `.json` with a LLaVA entry, or else a `.txt` with a caption. Other members are
+    not read. Memory holds a table of offsets and keys, some 50 bytes a member.
+    """
+
+    def __init__(self, files: Sequence[Path]) -> None:
+        """Scan the tars' headers. Raises `DataError` for a tar that is missing, compressed, broken or cut short."""
+        self.shards = tuple(scan_shard(path) for path in files)
+        self.starts: NDArray[np.int64] = np.cumsum([0, *map(len, self.shards)])
+
+    @property
+    def name(self) -> str:
+        first = self.shards[0].path
+        return first.stem if len(self.shards) == 1 else first.parent.name
+
+    def __len__(self) -> int:
+        return int(self.starts[-1])
+
+    def records(self, start: int, stop: int) -> Iterator[Record | DataError]:
+        """One item a row, in order; a bad row comes as its `DataError`."""
+        for row in range(start, stop):
+            try:
+                yield self.record(row)
+            except DataError as error:
+                yield error
+
+    def record(self, row: int) -> Record:
+        """The record of a row; its images are slices of the tar. Raises `DataError` for a bad one."""
+        number = int(np.searchsorted(self.starts, row, side="right")) - 1
+        shard, sample = self.shards[number], row - int(self.starts[number])
+        members, key = shard.members(sample), shard.key(sample)
+        images = sorted(filter(_is_image, members), key=_image_order)
+        entry = _entry(members, key, len(images))
+        if isinstance(entry, dict):
+            entry = {**entry, "image": None, "images": [members[suffix] for suffix in images]}
+        return to_record(entry, key, lambda item, name: item)
+
+    def fingerprint(self) -> str:
+        """Of the texts, and of the images' names, places, sizes and times: they may be hundreds of GB."""
+        digest = hashlib.sha256(b"webdataset")
+        for shard in self.shards:
+            digest.update(shard.digest.encode())
+            for member, suffix in enumerate(shard.suffixes):
+                if shard.suffix_names[suffix] in ("json", "txt"):
+                    place = int(shard.offsets[member]), int(shard.lengths[member])
+                    digest.update(read_slice(shard.path, *place, str(shard.path)))
+        return digest.hexdigest()
+
+
+def scan_shard(path: Path) -> Shard:
+    """Read a tar's headers, not its data. Raises `DataError` for a tar that is compressed, broken or cut short."""
+    keys, suffix_ids, previous = bytearray(), dict[str, int](), None
+    key_ends, firsts, offsets, lengths, suffixes = (array("q") for _ in range(5))
+    digest = hashlib.sha256()
+    with open_file(path, str(path)) as stream:
+        for member in _members(stream, path):
+            digest.update(f"{member.name!r} {member.offset_data} {member.size} {member.mtime}\n".encode())
+            match = MEMBER.fullmatch(member.name)
+            if not member.isreg() or match is None:
+                continue
+            if member.issparse():
+                raise DataError(f"{path}: {member.name} is stored sparse: pack the shard without --sparse")
+            if match["key"] != previous:
+                if previous is not None:
+                    key_ends.append(len(keys))
+                previous = match["key"]
+                keys += previous.encode("utf-8", errors="surrogateescape")
+                firsts.append(len(offsets))
+            offsets.append(member.offset_data)
+            lengths.append(member.size)
+            suffixes.append(suffix_ids.setdefault(match["suffix"].lower(), len(suffix_ids)))
+    if previous is not None:
+        key_ends.append(len(keys))
+    firsts.append(len(offsets))
+    tables = [np.array(table, np.int64) for table in (key_ends, firsts, offsets, lengths, suffixes)]
+    return Shard(path, bytes(keys), tuple(suffix_ids), digest.hexdigest(), *tables)
+
+
+def _members(stream: BinaryIO, path: Path) -> Iterator[tarfile.TarInfo]:
+    """All members; then the end is looked at, because `tarfile` takes any garbage for one."""
+    try:
+        with tarfile.open(fileobj=stream, mode="r:") as archive:
+            while (member := archive.next()) is not None:
+                yield member
+                archive.members = []  # type: ignore[attr-defined]  # or it keeps all of them
+            end = archive.offset
+    except (tarfile.TarError, EOFError, OSError, ValueError) as error:
+        raise DataError(f"{path}: a broken or truncated tar ({error}): fetch it again") from None
+    stream.seek(end)
+    ending = stream.read(PADDING_READ)
+    if len(ending) < BLOCK:
+        raise DataError(f"{path}: the tar is cut short: no end mark at byte {end}; fetch it again")
+    if any(ending[:BLOCK]):
+        raise DataError(f"{path}: a broken tar: no header at byte {end}; fetch it again")
+    if any(ending):
+        raise DataError(f"{path}: data behind the tar's end at byte {end}: unite tars with tar --concatenate, not cat")
+
+
+def _entry(members: dict[str, ImageRef], key: str, num_images: int) -> Any:
+    """The sample's LLaVA entry, written out or made of its caption."""
+    entry = None
+    if "json" in members:
+        content, name = read_blob(members["json"]), members["json"].name
+        entry = parse_json(content, lambda position: place_in_text(name, content, position))
+        if "txt" not in members or (isinstance(entry, dict) and entry.keys() & set(CONVERSATION_KEYS)):
+            return entry  # else it is metadata beside the caption, as img2dataset writes it
+    if "txt" not in members:
+        raise DataError(f"record {key}: expected a .json or .txt member, got .{', .'.join(members)}")
+    try:
+        caption = read_blob(members["txt"]).decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{members['txt'].name}: cannot be read as UTF-8 text: {error.reason}") from None
+    question = "\n".join([IMAGE_TOKEN] * num_images)
+    return {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": caption}]}
+
+
+def _is_image(suffix: str) -> bool:
+    return f".{suffix.rpartition('.')[2].lower()}" in IMAGE_SUFFIXES
+
+
+def _image_order(suffix: str) -> list[str | int]:
+    """Numbers by value, and no number first; a split at digits has text and numbers in turn."""
+    middle = suffix.rpartition(".")[0]
+    return [int(part) if place % 2 else part for place, part in enumerate(DIGITS.split(middle))]
