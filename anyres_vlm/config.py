@@ -72,9 +72,10 @@ class DataConfig(Frozen):
     images: Path | None = None
     rendered: Literal["captions", "instructions"] | None = None
     samples: Positive | None = None
+    index: Path | None = None  # where `anyres index` put it or training shall; None is beside the run
     max_bad_fraction: Fraction = 0.01
 
-    @field_validator("path", "images")
+    @field_validator("path", "images", "index")
     @classmethod
     def _home(cls, path: Path | None) -> Path | None:
         return None if path is None else path.expanduser()
@@ -97,7 +98,8 @@ class StageConfig(Frozen):
     batch_size: Positive
     epochs: Positive = 1
     max_length: Positive = 4096
-    capacity: Positive = 8192
+    capacity: Positive = 16384
+    packs_per_step: Positive | None = None  # None follows from batch_size
     warmup_ratio: Fraction = 0.03
     eta_min: Annotated[float, Field(ge=0)] = 0.0
     weight_decay: Annotated[float, Field(ge=0)] = 0.0

@@ -9,6 +9,7 @@ Legend of shape letters, used by every docstring:
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -100,16 +101,24 @@ class Batch:
     tiles: torch.Tensor  # (T, 3, S, S) uint8
     plans: tuple[TilePlan, ...]
     sample_ids: tuple[str, ...]
+    rejects: tuple[str, ...] = ()  # why samples of this pack were left out
 
     def to(self, device: torch.device) -> Batch:
         """The same batch with its tensors on a device."""
+        return self._each(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pin_memory(self) -> Batch:
+        """The same batch in page-locked memory, from which copies to a GPU overlap with work."""
+        return self._each(lambda tensor: tensor.pin_memory())
+
+    def _each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Batch:
         return replace(
             self,
-            input_ids=self.input_ids.to(device, non_blocking=True),
-            labels=self.labels.to(device, non_blocking=True),
-            position_ids=self.position_ids.to(device, non_blocking=True),
-            cu_seqlens=self.cu_seqlens.to(device, non_blocking=True),
-            tiles=self.tiles.to(device, non_blocking=True),
+            input_ids=change(self.input_ids),
+            labels=change(self.labels),
+            position_ids=change(self.position_ids),
+            cu_seqlens=change(self.cu_seqlens),
+            tiles=change(self.tiles),
         )
 
     @property

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,14 @@ from transformers import (
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
 )
+
+from anyres_vlm.config import TemplateName
+from anyres_vlm.data.checks import plan_image
+from anyres_vlm.data.conversation import ConversationTokenizer
+from anyres_vlm.data.loader import Loaded, load
+from anyres_vlm.errors import DataError
+from anyres_vlm.geometry import Tiling
+from anyres_vlm.schema import Record, Sample
 
 CORPUS = [
     "USER: What colour is the star? ASSISTANT: The star is red.",
@@ -70,3 +79,20 @@ def tiny_bases(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: PreTrai
         LlamaForCausalLM(text).save_pretrained(folder / "llm")
     tiny_tokenizer.save_pretrained(folder / "llm")
     return folder
+
+
+@pytest.fixture(scope="session")
+def load_records() -> Callable[[list[Record], TemplateName, PreTrainedTokenizerFast, Tiling], list[Loaded]]:
+    """Records in memory as samples with their tiles, as a pack takes them."""
+
+    def load_all(
+        records: list[Record], template: TemplateName, tokenizer: PreTrainedTokenizerFast, tiling: Tiling
+    ) -> list[Loaded]:
+        loaded = []
+        for record, encoded in zip(records, ConversationTokenizer(template, tokenizer).encode(records), strict=True):
+            assert not isinstance(encoded, DataError)
+            plans = tuple(plan_image(image, tiling) for image in record.images)
+            loaded.append(load(Sample(record.id, *encoded, record.images, plans)))
+        return loaded
+
+    return load_all

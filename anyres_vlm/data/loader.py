@@ -2,20 +2,33 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset
 
-from anyres_vlm.data.images import open_image
-from anyres_vlm.data.packing import Pack
-from anyres_vlm.data.tiling import cut_tiles
+from anyres_vlm.data.blobs import read_blob
+from anyres_vlm.data.samples import IndexedSamples
+from anyres_vlm.data.tiling import tile_image
 from anyres_vlm.errors import DataError
-from anyres_vlm.geometry import Size, TilePlan
-from anyres_vlm.schema import IGNORE_INDEX, Batch, Sample
+from anyres_vlm.geometry import TilePlan
+from anyres_vlm.schema import IGNORE_INDEX, IMAGE_TOKEN, Batch, Sample
+
+logger = logging.getLogger(__name__)
+
+Loaded = tuple[Sample, list[NDArray[np.uint8]]]
+"""A sample with the tiles of each of its images, (T, 3, S, S)."""
+
+
+class Pack(NamedTuple):
+    """Samples of one sequence: the epoch, which with a sample seeds its augmentation, and positions in the index."""
+
+    epoch: int
+    positions: NDArray[np.int64]
 
 
 def token_repeats(ids: NDArray[np.int32], plans: Sequence[TilePlan], image_token_id: int) -> NDArray[np.int64]:
@@ -25,90 +38,87 @@ def token_repeats(ids: NDArray[np.int32], plans: Sequence[TilePlan], image_token
     return repeats
 
 
-def collate(samples: Sequence[Sample], tile: int, image_token_id: int) -> Batch:
-    """Read the images and lay the samples of one pack behind one another; no sample is one unsupervised token."""
+def load(sample: Sample) -> Loaded:
+    """Read and cut a sample's images. Raises `DataError` if one is broken or has changed since it was planned."""
+    pairs = zip(sample.images, sample.plans, strict=True)
+    return sample, [tile_image(read_blob(image), plan, image.name) for image, plan in pairs]
+
+
+def collate(pack: Sequence[Loaded], tile: int, image_token_id: int, rejects: Sequence[str] = ()) -> Batch:
+    """Lay the samples of one pack behind one another; no sample is one unsupervised token."""
     ids: list[NDArray[Any]] = []
     labels: list[NDArray[Any]] = []
     positions: list[NDArray[Any]] = []
-    tiles = [np.zeros((0, 3, tile, tile), np.uint8)]
-    for sample in samples:
+    for sample, _ in pack:
         repeats = token_repeats(sample.input_ids, sample.plans, image_token_id)
         ids.append(np.repeat(sample.input_ids, repeats))
         labels.append(np.repeat(sample.labels, repeats))
         positions.append(np.arange(len(ids[-1])))
-        tiles += [load_tiles(sample, index) for index in range(len(sample.plans))]
-    if not samples:
+    no_tiles = np.zeros((0, 3, tile, tile), np.uint8)
+    if not pack:
         ids, labels, positions = [np.zeros(1)], [np.full(1, IGNORE_INDEX)], [np.zeros(1)]
     return Batch(
         input_ids=_row(ids),
         labels=_row(labels),
         position_ids=_row(positions),
         cu_seqlens=torch.from_numpy(np.cumsum([0, *map(len, ids)])).to(torch.int32),
-        tiles=torch.from_numpy(np.concatenate(tiles)),
-        plans=tuple(plan for sample in samples for plan in sample.plans),
-        sample_ids=tuple(sample.id for sample in samples),
+        tiles=torch.from_numpy(np.concatenate([no_tiles, *(cut for _, images in pack for cut in images)])),
+        plans=tuple(plan for sample, _ in pack for plan in sample.plans),
+        sample_ids=tuple(sample.id for sample, _ in pack),
+        rejects=tuple(rejects),
     )
 
 
-def load_tiles(sample: Sample, index: int) -> NDArray[np.uint8]:
-    """Tiles of one of a sample's images, (T, 3, S, S). Raises `DataError` if the file changed since it was planned."""
-    reference, plan = sample.images[index], sample.plans[index]
-    image = open_image(reference)
-    if Size(height=image.height, width=image.width) != plan.image:
-        raise DataError(
-            f"{reference.name} (record {sample.id}): its size is {image.width}x{image.height}, planned were "
-            f"{plan.image.width}x{plan.image.height}: it changed since the run began"
-        )
-    return cut_tiles(image, plan)
-
-
 def iter_steps(
-    samples: Sequence[Sample],
-    steps: Sequence[Sequence[Pack]],
-    first_step: int,
+    samples: IndexedSamples,
+    shares: Sequence[Sequence[Pack]],
     *,
-    tile: int,
-    image_token_id: int,
-    rank: int,
-    world_size: int,
+    max_bad_fraction: float,
     workers: int,
+    pin_memory: bool,
 ) -> Iterator[list[Batch]]:
-    """For each optimizer step from `first_step` on, this rank's batches.
+    """For each optimizer step, this rank's batches: one a pack of its share, in order.
 
-    Packs are dealt to the ranks in turn. Where they do not divide evenly, the ranks that go short get a batch of one
-    unsupervised token, so that all ranks run the same number of passes.
+    A sample that can no longer be read is left out of its pack and logged; nothing else changes. Raises `DataError`
+    when these are more than `max_bad_fraction` of this rank's samples.
     """
-    shares: list[list[Pack]] = []
-    for packs in steps[first_step:]:
-        passes = -(-len(packs) // world_size)
-        mine = [list(pack) for pack in packs[rank::world_size]]
-        shares.append(mine + [[]] * (passes - len(mine)))
-    dataset = _PackDataset(samples, [pack for share in shares for pack in share], tile, image_token_id)
-    batches = iter(DataLoader(dataset, batch_size=None, num_workers=workers, shuffle=False))
+    dataset = PackDataset(samples, [pack for share in shares for pack in share])
+    allowed = max_bad_fraction * sum(len(pack.positions) for pack in dataset.packs)
+    batches = iter(DataLoader(dataset, batch_size=None, num_workers=workers, shuffle=False, pin_memory=pin_memory))
+    num_rejected = 0
     for share in shares:
-        yield [_unwrap(next(batches)) for _ in share]
+        step = [next(batches) for _ in share]
+        for reject in (reject for batch in step for reject in batch.rejects):
+            num_rejected += 1
+            logger.warning("left out: %s", reject)
+            if num_rejected > allowed:
+                raise DataError(
+                    f"{num_rejected} samples could not be read, the last one: {reject}: mend them or raise "
+                    f"max_bad_fraction above {max_bad_fraction:g}"
+                )
+        yield step
 
 
-class _PackDataset(Dataset[Batch | str]):
-    """Batches by pack; a bad file comes back as its message, for an exception of a worker loses its type."""
+class PackDataset(Dataset[Batch]):
+    """Batches by pack. What cannot be read comes back as a reason: an exception of a worker loses its type."""
 
-    def __init__(self, samples: Sequence[Sample], packs: Sequence[Pack], tile: int, image_token_id: int) -> None:
-        self.samples, self.packs, self.tile, self.image_token_id = samples, packs, tile, image_token_id
+    def __init__(self, samples: IndexedSamples, packs: Sequence[Pack]) -> None:
+        self.samples, self.packs = samples, packs
+        tokenizer = samples.conversation.tokenizer
+        self.image_token_id = int(tokenizer.convert_tokens_to_ids(IMAGE_TOKEN))
 
     def __len__(self) -> int:
         return len(self.packs)
 
-    def __getitem__(self, index: int) -> Batch | str:
-        try:
-            return collate([self.samples[sample] for sample in self.packs[index]], self.tile, self.image_token_id)
-        except DataError as error:
-            return str(error)
-
-
-def _unwrap(batch: Batch | str) -> Batch:
-    if isinstance(batch, str):
-        raise DataError(batch)
-    return batch
+    def __getitem__(self, index: int) -> Batch:
+        loaded: list[Loaded] = []
+        rejects: list[str] = []
+        for position in self.packs[index].positions:
+            try:
+                loaded.append(load(self.samples.sample(int(position))))
+            except DataError as error:
+                rejects.append(str(error))
+        return collate(loaded, self.samples.tiling.tile, self.image_token_id, rejects)
 
 
 def _row(parts: Sequence[NDArray[Any]]) -> torch.Tensor:

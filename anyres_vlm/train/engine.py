@@ -24,6 +24,8 @@ class StepResult:
     grad_norm: float
     supervised_tokens: int
     tokens: int
+    samples: int
+    rejects: int
 
 
 class Engine:
@@ -37,6 +39,7 @@ class Engine:
         self.rank: int = self._accelerator.process_index
         self.world_size: int = self._accelerator.num_processes
         self.is_main: bool = self._accelerator.is_main_process
+        self.is_cuda: bool = self._accelerator.device.type == "cuda"
 
     def prepare(self, model: VisionLanguageModel, optimizer: AdamW) -> None:
         """Move the model to this rank's device and wrap it for gradient exchange."""
@@ -52,9 +55,11 @@ class Engine:
             [
                 sum(batch.num_supervised for batch in batches),
                 sum(batch.input_ids.numel() for batch in batches),
+                sum(len(batch.sample_ids) for batch in batches),
+                sum(len(batch.rejects) for batch in batches),
             ]
         )
-        supervised, tokens = (int(count) for count in self._sum(counts))
+        supervised, *others = (int(count) for count in self._sum(counts))
         total = torch.zeros((), device=self._accelerator.device)
         for position, batch in enumerate(batches):
             is_last = position == len(batches) - 1
@@ -65,7 +70,7 @@ class Engine:
         grad_norm = self._accelerator.clip_grad_norm_(self._model.parameters(), max_grad_norm)
         self._optimizer.step()
         self._optimizer.zero_grad()
-        return StepResult(float(self._sum(total)) / max(supervised, 1), float(grad_norm), supervised, tokens)
+        return StepResult(float(self._sum(total)) / max(supervised, 1), float(grad_norm), supervised, *others)
 
     def weights(self) -> dict[str, Tensor]:
         """The whole model's state on this rank, under the names of a checkpoint."""

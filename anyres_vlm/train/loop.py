@@ -39,6 +39,8 @@ def _numbers(result: StepResult, rate: float, wait_s: float, step_s: float) -> d
         "train/learning_rate": rate,
         "data/tokens": result.tokens,
         "data/supervised_tokens": result.supervised_tokens,
+        "data/samples": result.samples,
+        "data/rejects": result.rejects,
         "time/wait_s": round(wait_s, 4),
         "time/step_s": round(step_s, 4),
         "time/tokens_per_s": round(result.tokens / max(wait_s + step_s, 1e-9), 1),

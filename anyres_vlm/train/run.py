@@ -16,7 +16,6 @@ from anyres_vlm.config import RunConfig, StageName, load_config
 from anyres_vlm.data.chat_template import chat_jinja
 from anyres_vlm.data.conversation import ConversationTokenizer
 from anyres_vlm.data.loader import iter_steps
-from anyres_vlm.data.packing import pack_steps
 from anyres_vlm.errors import UsageError
 from anyres_vlm.model.hub import build_model
 from anyres_vlm.model.pretrained import load_parts, save_pretrained
@@ -26,7 +25,8 @@ from anyres_vlm.train.engine import Engine
 from anyres_vlm.train.loop import run_steps
 from anyres_vlm.train.metrics import MetricsWriter
 from anyres_vlm.train.optim import build_optimizer, build_schedule
-from anyres_vlm.train.samples import load_samples
+from anyres_vlm.train.samples import index_samples
+from anyres_vlm.train.steps import StageSteps
 from anyres_vlm.train.stage import ADAPTER_PARTS, freeze, recipe_warnings, trained_parts
 
 logger = logging.getLogger(__name__)
@@ -110,8 +110,9 @@ class StageRun:
         self.folder = options.output / stage
         self.model, self.tokenizer = self._build_model()
         with engine.main_first():
-            self.samples = load_samples(config, stage, options.output, self.model, self.tokenizer)
-        self.steps = self._plan_steps()
+            self.samples = index_samples(config, stage, options.output, self.model.tiling, self.tokenizer)
+        cost = derive_cost(self.model)
+        self.steps = StageSteps.plan(self.samples.index, config, stage, cost, options.max_steps)
         self.optimizer = build_optimizer(self.model, self.settings)
         self.schedule = build_schedule(self.optimizer, self.settings, len(self.steps))
 
@@ -122,13 +123,10 @@ class StageRun:
         self._announce(finished)
         batches = iter_steps(
             self.samples,
-            self.steps,
-            finished,
-            tile=self.model.tiling.tile,
-            image_token_id=self.model.image_token_id,
-            rank=self.engine.rank,
-            world_size=self.engine.world_size,
+            self.steps.shares(finished, self.engine.rank, self.engine.world_size),
+            max_bad_fraction=self.settings.data.max_bad_fraction,
             workers=self.config.workers,
+            pin_memory=self.engine.is_cuda,
         )
         with MetricsWriter(self.folder if self.engine.is_main else None, finished) as metrics:
 
@@ -153,20 +151,9 @@ class StageRun:
             model.language_model.activation_checkpointing_enable()
         return model.train(), tokenizer
 
-    def _plan_steps(self) -> list[list[list[int]]]:
-        lengths = [sample.length for sample in self.samples]
-        settings, seed = self.settings, self.config.seed
-        steps = [
-            step
-            for epoch in range(settings.epochs)
-            for step in pack_steps(lengths, settings.batch_size, settings.capacity, seed, epoch)
-        ]
-        return steps[: self.options.max_steps]
-
     def _fixed_settings(self) -> dict[str, Any]:
         """What must not change between a checkpoint and its resumption: it decides the sequence of steps."""
-        counts = {"samples": len(self.samples), "steps": len(self.steps)}
-        return {**stage_settings(self.config, self.stage), **counts}
+        return {**stage_settings(self.config, self.stage), "plan": self.steps.key, "steps": len(self.steps)}
 
     def _restore(self) -> int:
         resumed = checkpoint.latest(self.folder / "checkpoints")
@@ -185,8 +172,8 @@ class StageRun:
         logger.info(
             "%s: %s samples, %s tokens, %s steps, %.1f M parameters trained%s",
             self.stage,
-            f"{len(self.samples):,}",
-            f"{sum(sample.length for sample in self.samples):,}",
+            f"{len(self.steps.positions):,}",
+            f"{int(self.steps.epochs[0].tokens.sum()):,}",
             f"{len(self.steps):,}",
             trained / 1e6,
             f", resumed after step {finished}" if finished else "",

@@ -1,38 +1,56 @@
-"""The tokenised samples of a stage, from the user's files or from the renderer."""
+"""The samples of a stage: the user's data or the renderer's, indexed and ready to be packed."""
 
 from __future__ import annotations
 
 import logging
+import os
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerFast
 
-from anyres_vlm.config import RunConfig, StageName
-from anyres_vlm.data.dataset import tokenise
-from anyres_vlm.data.sources import read_records
-from anyres_vlm.model.vlm import VisionLanguageModel
-from anyres_vlm.schema import Sample
+from anyres_vlm.config import DataConfig, RunConfig, StageName
+from anyres_vlm.data.conversation import ConversationTokenizer
+from anyres_vlm.data.index.build import build_index
+from anyres_vlm.data.index.rejects import count_rejects, rejects_path
+from anyres_vlm.data.index.rows import IndexSettings
+from anyres_vlm.data.samples import IndexedSamples
+from anyres_vlm.data.sources import open_source
+from anyres_vlm.geometry import Tiling
 from anyres_vlm.synthetic.dataset import write_dataset
 
 logger = logging.getLogger(__name__)
 
+INDEX_FILE = "index.parquet"
 
-def load_samples(
-    config: RunConfig,
-    stage: StageName,
-    output: Path,
-    model: VisionLanguageModel,
-    tokenizer: PreTrainedTokenizerFast,
-) -> list[Sample]:
-    """Read, check and tokenise a stage's data; the renderer's goes to `output/data` and is reused when it is there."""
-    settings, data = config.stage(stage), config.stage(stage).data
-    if data.rendered is not None:
-        assert data.samples is not None, "validated by the configuration"
-        path = write_dataset(output / "data" / data.rendered, data.rendered, data.samples, config.seed)
-        images: Path | None = path.parent
-    else:
+
+def index_samples(
+    config: RunConfig, stage: StageName, output: Path, tiling: Tiling, tokenizer: PreTrainedTokenizerFast
+) -> IndexedSamples:
+    """Index a stage's data beside the run, or where `data.index` says; an index that is up to date is not made again.
+
+    Raises `DataError` for data that cannot be read or has too many rejects.
+    """
+    settings = config.stage(stage)
+    path, images = _locate(settings.data, output, config.seed)
+    conversation = ConversationTokenizer(settings.template or config.model.template, tokenizer)
+    index = build_index(
+        path,
+        images,
+        IndexSettings(conversation, tiling, settings.max_length),
+        settings.data.index or output / stage / INDEX_FILE,
+        workers=os.cpu_count() or 1,
+        max_bad_fraction=settings.data.max_bad_fraction,
+    ).index
+    if rejects := count_rejects(index):
+        kinds = ", ".join(f"{count:,} {kind}" for kind, count in rejects.items())
+        logger.warning("%s: left out of %s records: %s; see %s", path, f"{len(index):,}", kinds, rejects_path(index.path))
+    return IndexedSamples(open_source(path, images), index, conversation, tiling)
+
+
+def _locate(data: DataConfig, output: Path, seed: int) -> tuple[Path, Path | None]:
+    """The data and its image folder; the renderer's goes to `output/data` and is reused when it is there."""
+    if data.rendered is None:
         assert data.path is not None, "validated by the configuration"
-        path, images = data.path, data.images
-    records = read_records(path, images, data.max_bad_fraction)
-    template = settings.template or config.model.template
-    return tokenise(records, template, tokenizer, model.tiling, settings.max_length, data.max_bad_fraction)
+        return data.path, data.images
+    assert data.samples is not None, "validated by the configuration"
+    return write_dataset(output / "data" / data.rendered, data.rendered, data.samples, seed), None

@@ -1,7 +1,8 @@
-"""Batches hold their samples in order, on any number of ranks and workers, and name a bad file."""
+"""Batches hold their packs' samples in order, with any number of workers; what went bad is left out, counted, capped."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -9,100 +10,105 @@ import pytest
 import torch
 from PIL import Image
 
-from anyres_vlm.data.dataset import tokenise
+from anyres_vlm.data.conversation import ConversationTokenizer
 from anyres_vlm.data.images import open_image
-from anyres_vlm.data.loader import collate, iter_steps
+from anyres_vlm.data.index.build import build_index
+from anyres_vlm.data.index.rows import IndexSettings
+from anyres_vlm.data.loader import Pack, collate, iter_steps, load
+from anyres_vlm.data.samples import IndexedSamples
+from anyres_vlm.data.sources import open_source
 from anyres_vlm.errors import DataError
 from anyres_vlm.geometry import Grid, Tiling
-from anyres_vlm.schema import IGNORE_INDEX, ImageRef, Record, Sample, Turn
+from anyres_vlm.schema import IGNORE_INDEX, Batch
 
 TILING = Tiling.from_grid(Grid(2, 2), tile=28)
 IMAGE = 4  # id of <image> in the tiny tokenizer
+STEPS = [[[0, 1], [2], []], [[4]], [[5, 6], [3]]]
 
 
 @pytest.fixture
-def samples(tmp_path: Path, tiny_tokenizer) -> list[Sample]:
+def samples(tmp_path: Path, tiny_tokenizer) -> IndexedSamples:
+    """Seven records; those whose number 3 divides have no image."""
     records = []
     for number in range(7):
         images = []
         if number % 3:
-            images.append(tmp_path / f"{number}.png")
-            Image.new("RGB", (20 + 9 * number, 40), (number, 0, 0)).save(images[0])
-        turns = (Turn("user", "<image>\n" * len(images) + "what?"), Turn("assistant", f"star {number}"))
-        records.append(Record(str(number), tuple(ImageRef(str(path), path) for path in images), turns))
-    return tokenise(records, "vicuna_v1", tiny_tokenizer, TILING, 4096, 0.0)
+            images.append(f"{number}.png")
+            Image.new("RGB", (20 + 9 * number, 40), (number, 0, 0)).save(tmp_path / images[0])
+        question = "<image>\n" * len(images) + "what?"
+        turns = [{"from": "human", "value": question}, {"from": "gpt", "value": f"star {number}"}]
+        records.append({"id": str(number), "images": images, "conversations": turns})
+    data = tmp_path / "data.json"
+    data.write_text(json.dumps(records))
+    conversation = ConversationTokenizer("vicuna_v1", tiny_tokenizer)
+    settings = IndexSettings(conversation, TILING, max_length=4096)
+    built = build_index(data, None, settings, tmp_path / "index.parquet", workers=1, max_bad_fraction=0.0)
+    return IndexedSamples(open_source(data), built.index, conversation, TILING)
 
 
-def load(samples: list[Sample], steps, first_step=0, rank=0, world_size=1, workers=0):
+def load_steps(samples: IndexedSamples, steps, workers=0, max_bad_fraction=0.0) -> list[list[Batch]]:
+    shares = [[Pack(0, np.array(pack, np.int64)) for pack in step] for step in steps]
     return list(
-        iter_steps(
-            samples,
-            steps,
-            first_step,
-            tile=28,
-            image_token_id=IMAGE,
-            rank=rank,
-            world_size=world_size,
-            workers=workers,
-        )
+        iter_steps(samples, shares, max_bad_fraction=max_bad_fraction, workers=workers, pin_memory=False)
     )
 
 
-def test_a_pack_is_its_samples_one_behind_another(samples: list[Sample]) -> None:
-    batch = collate([samples[1], samples[0], samples[2]], 28, IMAGE)
+def test_a_pack_is_its_samples_one_behind_another(samples: IndexedSamples) -> None:
+    pack = [samples.sample(position) for position in (1, 0, 2)]
+    batch = collate([load(sample) for sample in pack], 28, IMAGE)
     ends = batch.cu_seqlens.tolist()
-    assert ends == [0, *np.cumsum([samples[1].length, samples[0].length, samples[2].length])]
-    for sample, start, end in zip((samples[1], samples[0], samples[2]), ends, ends[1:], strict=False):
+    assert ends == [0, *np.cumsum([sample.length for sample in pack])]
+    for sample, start, end in zip(pack, ends, ends[1:], strict=False):
         ids, labels = batch.input_ids[0, start:end], batch.labels[0, start:end]
         assert batch.position_ids[0, start:end].tolist() == list(range(end - start))
         assert (ids == IMAGE).sum() == sum(plan.total_tokens for plan in sample.plans)
         assert ids[ids != IMAGE].tolist() == sample.input_ids[sample.input_ids != IMAGE].tolist()
         assert labels[labels != IGNORE_INDEX].tolist() == sample.labels[sample.labels != IGNORE_INDEX].tolist()
-    assert batch.tiles.shape[0] == samples[1].num_tiles + samples[2].num_tiles
+    assert batch.tiles.shape[0] == pack[0].num_tiles + pack[2].num_tiles
     assert batch.tiles[:, 0].amax() == 2
-    assert batch.num_supervised == sum(s.num_supervised for s in (samples[0], samples[1], samples[2]))
+    assert batch.num_supervised == sum(sample.num_supervised for sample in pack)
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_ranks_share_the_packs_and_run_as_many_passes(samples: list[Sample], workers: int) -> None:
-    steps = [[[0, 1], [2], [3]], [[4]], [[5, 6], [1]]]
-    alone = load(samples, steps, workers=workers)
-    assert [[batch.sample_ids for batch in step] for step in alone] == [
-        [tuple(str(n) for n in pack) for pack in step] for step in steps
+@pytest.mark.parametrize("workers", [0, 1, 3])
+def test_workers_neither_reorder_nor_lose(samples: IndexedSamples, workers: int) -> None:
+    steps = load_steps(samples, STEPS, workers)
+    assert [[batch.sample_ids for batch in step] for step in steps] == [
+        [tuple(map(str, pack)) for pack in step] for step in STEPS
     ]
-    ranks = [load(samples, steps, rank=rank, world_size=2, workers=workers) for rank in range(2)]
-    for position, packs in enumerate(steps):
-        assert len(ranks[0][position]) == len(ranks[1][position]) == -(-len(packs) // 2)
-        shown = [batch.sample_ids for rank in ranks for batch in rank[position]]
-        assert sorted(ids for ids in shown if ids) == sorted(tuple(map(str, pack)) for pack in packs)
-        assert all(batch.num_supervised == 0 for rank in ranks for batch in rank[position] if not batch.sample_ids)
-    resumed = load(samples, steps, first_step=1, workers=workers)
-    for after, before in zip(resumed, alone[1:], strict=True):
-        assert all(torch.equal(a.tiles, b.tiles) for a, b in zip(after, before, strict=True))
-        assert all(torch.equal(a.input_ids, b.input_ids) for a, b in zip(after, before, strict=True))
+    idle = steps[0][2]
+    assert idle.input_ids.shape == (1, 1)
+    assert idle.num_supervised == 0
+    inline = [batch for step in load_steps(samples, STEPS) for batch in step]
+    for here, there in zip(inline, (batch for step in steps for batch in step), strict=True):
+        assert torch.equal(here.input_ids, there.input_ids)
+        assert torch.equal(here.labels, there.labels)
+        assert torch.equal(here.tiles, there.tiles)
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_a_file_that_went_bad_is_named(samples: list[Sample], workers: int) -> None:
-    path = samples[1].images[0].path
-    content = path.read_bytes()
-    path.write_bytes(content[:-30])
-    with pytest.raises(DataError, match=r"1\.png"):
-        load(samples, [[[0], [1]]], workers=workers)
+def test_what_went_bad_is_left_out_of_its_pack_alone(samples: IndexedSamples, workers: int) -> None:
+    path = samples.sample(1).images[0].path
+    assert path is not None
+    path.write_bytes(path.read_bytes()[:-30])
+    (first, *_), _, _ = steps = load_steps(samples, STEPS, workers, max_bad_fraction=0.2)
+    assert first.sample_ids == ("0",)
+    assert len(first.rejects) == 1
+    assert "1.png" in first.rejects[0]
+    assert sum(len(batch.sample_ids) for step in steps for batch in step) == 6
+    with pytest.raises(DataError, match=r"1 samples could not be read.*1\.png.*raise max_bad_fraction above 0\.1"):
+        load_steps(samples, STEPS, workers, max_bad_fraction=0.1)
+
+
+def test_data_that_changed_since_it_was_indexed_is_named(samples: IndexedSamples, tmp_path: Path) -> None:
+    path = tmp_path / "1.png"
     Image.new("RGB", (99, 99)).save(path)
-    with pytest.raises(DataError, match=r"size is 99x99, planned were 29x40"):
-        load(samples, [[[0], [1]]], workers=workers)
-
-
-def test_over_long_and_missing_are_left_out_whole(tmp_path: Path, tiny_tokenizer) -> None:
-    turns = (Turn("user", "what?"), Turn("assistant", "star " * 50))
-    with pytest.raises(DataError, match=r"record a: \d+ tokens exceed max_length=20: .* \d+ of them, 0 visual"):
-        tokenise([Record("a", (), turns)], "vicuna_v1", tiny_tokenizer, TILING, 20, 0.0)
-    missing = Record(
-        "b", (ImageRef("none.png", tmp_path / "none.png"),), (Turn("user", "<image>"), Turn("assistant", "star"))
-    )
-    with pytest.raises(DataError, match=r"none\.png"):
-        tokenise([missing], "vicuna_v1", tiny_tokenizer, TILING, 4096, 0.0)
+    with pytest.raises(DataError, match=r"1\.png.*99x99.*29x40"):
+        load(samples.sample(1))
+    data = tmp_path / "data.json"
+    data.write_text(data.read_text().replace("star 3", "a star and another star 3"))
+    changed = IndexedSamples(open_source(data), samples.index, samples.conversation, TILING)
+    with pytest.raises(DataError, match=r"record 3: \d+ tokens, indexed were \d+: the data changed since"):
+        changed.sample(3)
 
 
 def test_pictures_come_upright_and_in_rgb(tmp_path: Path) -> None:

@@ -12,7 +12,6 @@ from PIL import Image
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, PreTrainedTokenizerFast, Qwen2Config
 
 from anyres_vlm.config import ModelConfig
-from anyres_vlm.data.dataset import tokenise
 from anyres_vlm.data.loader import collate
 from anyres_vlm.errors import UsageError
 from anyres_vlm.model import loss as loss_module
@@ -75,7 +74,7 @@ def family(bases: Path, folder: Path, name: str, tokenizer: PreTrainedTokenizerF
         ("qwen2", "spatial_unpad", 7),
     ],
 )
-def test_packed_equals_alone(tiny_bases, tiny_tokenizer, tmp_path, name, layout, count) -> None:
+def test_packed_equals_alone(tiny_bases, tiny_tokenizer, load_records, tmp_path, name, layout, count) -> None:
     config = ModelConfig.model_validate(
         {
             "llm": str(family(tiny_bases, tmp_path, name, tiny_tokenizer)),
@@ -86,8 +85,8 @@ def test_packed_equals_alone(tiny_bases, tiny_tokenizer, tmp_path, name, layout,
     )
     model, tokenizer = build_model(config, seed=0)
     made = records(tmp_path, count, random.Random(count))
-    samples = tokenise(made, "vicuna_v1", tokenizer, model.tiling, 4096, 0.0)
-    assert [sample.length for sample in samples] == [
+    samples = load_records(made, "vicuna_v1", tokenizer, model.tiling)
+    assert [sample.length for sample, _ in samples] == [
         collate([sample], 28, model.image_token_id).input_ids.shape[1] for sample in samples
     ]
 
@@ -139,24 +138,24 @@ def test_nothing_is_predicted_across_documents() -> None:
     assert targets.tolist() == [IGNORE_INDEX, 2, 3, IGNORE_INDEX, 5, IGNORE_INDEX]
 
 
-def test_a_window_shorter_than_a_document_is_refused(tiny_bases, tiny_tokenizer, tmp_path) -> None:
+def test_a_window_shorter_than_a_document_is_refused(tiny_bases, tiny_tokenizer, load_records, tmp_path) -> None:
     folder = family(tiny_bases, tmp_path, "mistral", tiny_tokenizer)
     content = (folder / "config.json").read_text().replace('"sliding_window": null', '"sliding_window": 8')
     (folder / "config.json").write_text(content)
     config = {"llm": str(folder), "encoder": {"name": str(tiny_bases / "vit")}, "template": "vicuna_v1"}
     model, tokenizer = build_model(ModelConfig.model_validate(config), seed=0)
-    samples = tokenise(records(tmp_path, 2, random.Random(1)), "vicuna_v1", tokenizer, model.tiling, 4096, 0.0)
+    samples = load_records(records(tmp_path, 2, random.Random(1)), "vicuna_v1", tokenizer, model.tiling)
     with pytest.raises(UsageError, match="sliding window of 8: lower max_length to 8"):
         model(collate(samples, 28, model.image_token_id))
 
 
-def test_llama_config_is_left_alone_by_saving(tiny_bases, tmp_path) -> None:
+def test_llama_config_is_left_alone_by_saving(tiny_bases, load_records, tmp_path) -> None:
     """A saved model goes on with its own attention: once, saving reset it to a mask-free default."""
     from anyres_vlm.model.pretrained import save_pretrained
 
     config = {"llm": str(tiny_bases / "llm"), "encoder": {"name": str(tiny_bases / "vit")}, "template": "vicuna_v1"}
     model, tokenizer = build_model(ModelConfig.model_validate(config), seed=0)
-    samples = tokenise(records(tmp_path, 5, random.Random(2)), "vicuna_v1", tokenizer, model.tiling, 4096, 0.0)
+    samples = load_records(records(tmp_path, 5, random.Random(2)), "vicuna_v1", tokenizer, model.tiling)
     batch = collate(samples, 28, model.image_token_id)
     before = model(batch).item()
     save_pretrained(model, model.state_dict(), tokenizer, "", tmp_path)

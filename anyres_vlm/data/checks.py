@@ -1,56 +1,16 @@
-"""Records to samples: image sizes from headers, plans, token ids and labels."""
+"""What a record must be to become a sample: pictures of possible sizes, not too long, something to learn."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
-from transformers import PreTrainedTokenizerFast
 
-from anyres_vlm.config import TemplateName
-from anyres_vlm.data.conversation import ConversationTokenizer
 from anyres_vlm.data.headers import read_size
-from anyres_vlm.data.sources import Reject, report_rejects
 from anyres_vlm.errors import DataError
 from anyres_vlm.geometry import TilePlan, Tiling, plan_tiles
-from anyres_vlm.schema import IGNORE_INDEX, IMAGE_TOKEN, ImageRef, Record, Sample
+from anyres_vlm.schema import IGNORE_INDEX, ImageRef, Sample
 
-CHUNK = 1000  # conversations tokenised at once
 LONGEST_SIDE = 65_500  # pixels: what JPEG's own library writes
 MOST_ELONGATED = 1000  # longer side over shorter
-
-
-def tokenise(
-    records: Sequence[Record],
-    template: TemplateName,
-    tokenizer: PreTrainedTokenizerFast,
-    tiling: Tiling,
-    max_length: int,
-    max_bad_fraction: float,
-) -> list[Sample]:
-    """Samples of all good records, in order.
-
-    A record with a missing or unreadable image, without a supervised token or longer than `max_length` is left out
-    whole and counted: nothing is truncated. Raises `DataError` when too many are.
-    """
-    conversation = ConversationTokenizer(template, tokenizer)
-    image_token_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
-    samples: list[Sample] = []
-    rejects: list[Reject] = []
-    for start in range(0, len(records), CHUNK):
-        chunk = records[start : start + CHUNK]
-        for record, encoded in zip(chunk, conversation.encode(chunk), strict=True):
-            try:
-                if isinstance(encoded, DataError):
-                    raise encoded
-                plans = tuple(plan_image(image, tiling) for image in record.images)
-                sample = Sample(record.id, *encoded, record.images, plans)
-                check_sample(sample, max_length, image_token_id)
-                samples.append(sample)
-            except DataError as error:
-                rejects.append(Reject(record.id, str(error)))
-    report_rejects("tokenising", rejects, len(records), max_bad_fraction)
-    return samples
 
 
 def plan_image(image: ImageRef, tiling: Tiling) -> TilePlan:

@@ -1,0 +1,62 @@
+"""The optimizer steps of a stage: the plans of its epochs, one behind the other."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from anyres_vlm.config import RunConfig, StageName
+from anyres_vlm.data.index.table import Index
+from anyres_vlm.data.loader import Pack
+from anyres_vlm.data.packing.cost import CostModel
+from anyres_vlm.data.packing.plan import Plan, plan_epoch
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class StageSteps:
+    """All steps of a stage. `positions` are the good samples' in the index, which the plans number from 0."""
+
+    positions: NDArray[np.int64]
+    epochs: tuple[Plan, ...]
+    max_steps: int | None
+
+    @classmethod
+    def plan(cls, index: Index, config: RunConfig, stage: StageName, cost: CostModel, max_steps: int | None) -> StageSteps:
+        """Plan every epoch. Raises `UsageError` for a sample above the capacity."""
+        settings, positions = config.stage(stage), np.flatnonzero(index.ok)
+        epochs = tuple(
+            plan_epoch(
+                index.tokens[positions],
+                index.tiles[positions],
+                capacity=settings.capacity,
+                batch_size=settings.batch_size,
+                packs_per_step=settings.packs_per_step,
+                seed=config.seed,
+                epoch=epoch,
+                cost=cost,
+            )
+            for epoch in range(settings.epochs)
+        )
+        return cls(positions, epochs, max_steps)
+
+    def __len__(self) -> int:
+        steps = sum(plan.num_steps for plan in self.epochs)
+        return steps if self.max_steps is None else min(steps, self.max_steps)
+
+    @property
+    def key(self) -> str:
+        """What the sequence of steps follows from; with a step's number it is the state to resume from."""
+        return self.epochs[0].key
+
+    def shares(self, first_step: int, rank: int, world_size: int) -> list[list[Pack]]:
+        """The packs of one rank for each step from `first_step` on, one a micro-step."""
+        every = [(epoch, plan, step) for epoch, plan in enumerate(self.epochs) for step in range(plan.num_steps)]
+        return [
+            [Pack(epoch, self.positions[rows]) for rows in plan.shares(step, world_size)[rank]]
+            for epoch, plan, step in every[first_step : len(self)]
+        ]
