@@ -13,6 +13,7 @@ import typer
 from anyres_vlm import __version__
 from anyres_vlm.cli.chat import chat
 from anyres_vlm.cli.evaluate import evaluate
+from anyres_vlm.cli.plan import plan
 from anyres_vlm.cli.render import render
 from anyres_vlm.cli.tokens import tokens
 from anyres_vlm.cli.train import train
@@ -27,6 +28,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command()(tokens)
+app.command()(plan)
 app.command()(render)
 app.command()(train)
 app.command("eval")(evaluate)

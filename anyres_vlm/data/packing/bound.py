@@ -86,7 +86,7 @@ def _group(units: Ints, demand: Floats, classes: int) -> Ints:
     return groups[: _cut(units, demand, high, groups)]
 
 
-@numba.njit(cache=True)  # type: ignore[misc]
+@numba.njit(cache=True)  # type: ignore[untyped-decorator]
 def _cut(units: Ints, demand: Floats, most_lost: float, groups: Ints) -> int:
     """Greedy classes that lose at most so much each; their number, or one more than `groups` holds."""
     count, lost = 0, 0.0
@@ -102,7 +102,7 @@ def _cut(units: Ints, demand: Floats, most_lost: float, groups: Ints) -> int:
     return count
 
 
-@numba.njit(cache=True)  # type: ignore[misc]
+@numba.njit(cache=True)  # type: ignore[untyped-decorator]
 def _dearest(units: Ints, prices: Floats, capacity: int, pattern: Floats) -> float:
     """The worth of the dearest pattern, itself written to `pattern`: an unbounded knapsack."""
     worth, last = np.zeros(capacity + 1), np.full(capacity + 1, -1)
@@ -118,10 +118,10 @@ def _dearest(units: Ints, prices: Floats, capacity: int, pattern: Floats) -> flo
     while last[size] >= 0:
         pattern[last[size]] += 1
         size -= units[last[size]]
-    return worth[capacity]
+    return float(worth[capacity])
 
 
-@numba.njit(cache=True)  # type: ignore[misc]
+@numba.njit(cache=True)  # type: ignore[untyped-decorator]
 def _solve(units: Ints, demand: Floats, capacity: int, pivots: int) -> tuple[float, Floats]:
     """Column generation by the revised simplex method. The least number of packs, proven, and prices in packs."""
     count = len(units)

@@ -101,7 +101,9 @@ def _tile_flops(vision: Any, layer: int) -> int:
     positions = patches + 1  # CLS
     layers = vision.num_hidden_layers + 1 + layer if layer < 0 else layer
     weights = 4 * width**2 + 2 * width * vision.intermediate_size
-    return int(layers * (2 * weights * positions + 4 * width * positions**2) + 6 * patches * width * vision.patch_size**2)
+    return int(
+        layers * (2 * weights * positions + 4 * width * positions**2) + 6 * patches * width * vision.patch_size**2
+    )
 
 
 def _projector_flops(vision: Any, width: int) -> int:

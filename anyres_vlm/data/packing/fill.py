@@ -11,10 +11,13 @@ All arithmetic is on integers. Lengths and prices are in tokens; costs are in 1/
 
 from __future__ import annotations
 
+from typing import Any
+
 import numba
 import numpy as np
 from numpy.typing import NDArray
 
+Int = Any  # Python's or numpy's: compiled, there is no difference
 Ints = NDArray[np.int64]
 
 UNIT = 1024  # cost units a token
@@ -26,8 +29,8 @@ SHIFT = 32  # a key of the buffer is length << 32 | position in the shuffled ord
 MASK = (1 << SHIFT) - 1
 
 
-@numba.njit(cache=True)  # type: ignore[misc]
-def shuffle(count: int, seed: np.uint64) -> NDArray[np.int32]:
+@numba.njit(cache=True)  # type: ignore[untyped-decorator]
+def shuffle(count: Int, seed: np.uint64) -> NDArray[np.int32]:
     """Fisher-Yates by splitmix64: the same order on every machine and with every version of numpy."""
     order = np.arange(count).astype(np.int32)
     state = seed
@@ -41,9 +44,9 @@ def shuffle(count: int, seed: np.uint64) -> NDArray[np.int32]:
     return order
 
 
-@numba.njit(cache=True)  # type: ignore[misc]
+@numba.njit(cache=True)  # type: ignore[untyped-decorator]
 def gather(
-    order: NDArray[np.int32], tokens: Ints, tiles: Ints, square: int, tile: int
+    order: NDArray[np.int32], tokens: Ints, tiles: Ints, square: Int, tile: Int
 ) -> tuple[NDArray[np.int32], Ints]:
     """Lengths, and costs beyond the length in 1/1024 token, in the shuffled order.
 
@@ -58,8 +61,8 @@ def gather(
     return length, extra
 
 
-@numba.njit(cache=True)  # type: ignore[misc]
-def locate(keys: Ints, count: int, key: int) -> int:
+@numba.njit(cache=True)  # type: ignore[untyped-decorator]
+def locate(keys: Ints, count: Int, key: Int) -> Int:
     """The first index whose key is not smaller."""
     low, high = 0, count
     while low < high:
@@ -71,8 +74,8 @@ def locate(keys: Ints, count: int, key: int) -> int:
     return low
 
 
-@numba.njit(cache=True)  # type: ignore[misc]
-def insert(keys: Ints, count: int, key: int) -> None:
+@numba.njit(cache=True)  # type: ignore[untyped-decorator]
+def insert(keys: Ints, count: Int, key: Int) -> None:
     """Insert into the first `count` sorted keys."""
     at = locate(keys, count, key)
     for index in range(count, at, -1):
@@ -80,28 +83,28 @@ def insert(keys: Ints, count: int, key: int) -> None:
     keys[at] = key
 
 
-@numba.njit(cache=True)  # type: ignore[misc]
-def remove(keys: Ints, count: int, at: int) -> None:
+@numba.njit(cache=True)  # type: ignore[untyped-decorator]
+def remove(keys: Ints, count: Int, at: Int) -> None:
     """Remove one of the first `count` keys."""
     for index in range(at, count - 1):
         keys[index] = keys[index + 1]
 
 
-@numba.njit(cache=True)  # type: ignore[misc]
+@numba.njit(cache=True)  # type: ignore[untyped-decorator]
 def best_pair(
     keys: Ints,
-    count: int,
+    count: Int,
     extra: Ints,
     value: NDArray[np.int32],
-    room: int,
-    worth: int,
-    goal: int,
-    taken: tuple[int, int],
-    best: int,
-    accept: int,
+    room: Int,
+    worth: Int,
+    goal: Int,
+    taken: tuple[Int, Int],
+    best: Int,
+    accept: Int,
     settings: Ints,
     pair: Ints,
-) -> tuple[int, bool]:
+) -> tuple[Int, bool]:
     """The pair within `room` of the lowest score, written to `pair` if below `best`. Index 0 stands for no sample.
 
     Returns the lowest score and whether it is good enough to end the search: at most `accept`, with next to no lost
@@ -144,23 +147,23 @@ def best_pair(
     return best, False
 
 
-@numba.njit(cache=True)  # type: ignore[misc]
+@numba.njit(cache=True)  # type: ignore[untyped-decorator]
 def best_end(
     keys: Ints,
-    count: int,
-    oldest: int,
-    head: int,
+    count: Int,
+    oldest: Int,
+    head: Int,
     used: NDArray[np.uint8],
     length: NDArray[np.int32],
     extra: Ints,
     value: NDArray[np.int32],
-    room: int,
-    worth: int,
-    goal: int,
-    accept: int,
+    room: Int,
+    worth: Int,
+    goal: Int,
+    accept: Int,
     settings: Ints,
     chosen: Ints,
-) -> int:
+) -> Int:
     """Choose up to four samples that end a pack; their indices in the buffer, 0 for none, go to `chosen`."""
     place, where = np.empty(CANDIDATES, np.int64), np.empty(CANDIDATES, np.int64)
     found, at = 0, oldest
@@ -177,10 +180,14 @@ def best_end(
             size, gain, cost, first, second = np.int64(0), np.int64(0), np.int64(0), -1, -1
             if one >= 0:
                 at, first = place[one], where[one]
-                size, gain, cost = size + length[at], gain + value[at], cost + extra[at]
+                size += length[at]
+                gain += value[at]
+                cost += extra[at]
             if two >= 0:
                 at, second = place[two], where[two]
-                size, gain, cost = size + length[at], gain + value[at], cost + extra[at]
+                size += length[at]
+                gain += value[at]
+                cost += extra[at]
             if size > room:
                 continue
             score, good = best_pair(
@@ -195,18 +202,18 @@ def best_end(
     return best
 
 
-@numba.njit(cache=True)  # type: ignore[misc]
+@numba.njit(cache=True)  # type: ignore[untyped-decorator]
 def best_next(
-    oldest: int,
-    head: int,
+    oldest: Int,
+    head: Int,
     used: NDArray[np.uint8],
     length: NDArray[np.int32],
     extra: Ints,
-    room: int,
-    goal: int,
-    full: int,
-    capacity: int,
-) -> int:
+    room: Int,
+    goal: Int,
+    full: Int,
+    capacity: Int,
+) -> Int:
     """The one of the oldest samples that brings the pack's cost nearest to its due for its length; -1 if none fits."""
     due = goal - room * full // capacity
     best, choice, seen, at = LIMIT, -1, 0, oldest
@@ -222,16 +229,16 @@ def best_next(
     return choice
 
 
-@numba.njit(cache=True)  # type: ignore[misc]
+@numba.njit(cache=True)  # type: ignore[untyped-decorator]
 def fill(
     order: NDArray[np.int32],
     length: NDArray[np.int32],
     extra: Ints,
     value: NDArray[np.int32],
-    capacity: int,
-    per_step: int,
+    capacity: Int,
+    per_step: Int,
     settings: Ints,
-) -> tuple[NDArray[np.int32], Ints, Ints, int, int]:
+) -> tuple[NDArray[np.int32], Ints, Ints, Int, Int]:
     """Fill packs until no sample is left.
 
     Returns the samples in the order of their packs, each pack's first index in it (packs + 1), each pack's cost in

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -76,11 +75,15 @@ class Plan:
         Packs are sorted by cost and dealt in groups, so that those that run at the same time cost about the same.
         """
         packs = self.packs(step)
-        micro_steps, ranks = deal(self.costs[slice(*self._range(step))], world_size)
+        micro_steps, ranks = _deal(self.costs[slice(*self._range(step))], np.zeros(len(packs), np.int64), world_size)
         shares = [[self.rows[:0]] * -(-len(packs) // world_size) for _ in range(world_size)]
         for pack, micro_step, rank in zip(packs, micro_steps, ranks, strict=True):
             shares[rank][micro_step] = pack
         return shares
+
+    def assign(self, world_size: int) -> tuple[Ints, Ints]:
+        """For each pack, its micro-step within its step and its rank, as `shares` deals them. (packs,), (packs,)."""
+        return _deal(self.costs, np.arange(self.num_packs) // self.packs_per_step, world_size)
 
     def _range(self, step: int) -> tuple[int, int]:
         if not 0 <= step < self.num_steps:
@@ -89,10 +92,13 @@ class Plan:
         return first, min(first + self.packs_per_step, self.num_packs)
 
 
-def deal(costs: Ints, world_size: int) -> tuple[Ints, Ints]:
-    """Micro-step and rank of each pack of one step: the costliest first; the cheapest group is the one not full."""
+def _deal(costs: Ints, steps: Ints, world_size: int) -> tuple[Ints, Ints]:
+    """Micro-step and rank of each pack: in a step the costliest come first, so that a group not full is the cheapest."""
+    if world_size < 1:
+        raise UsageError(f"{world_size} ranks: expected at least 1")
+    order = np.lexsort((-costs, steps))  # stable; steps are sorted already, so that they stay where they are
     place = np.empty(len(costs), np.int64)
-    place[np.argsort(-costs, kind="stable")] = np.arange(len(costs))
+    place[order] = np.arange(len(costs)) - np.searchsorted(steps, steps)
     return place // world_size, place % world_size
 
 
@@ -125,11 +131,11 @@ def plan_epoch(
 
 
 def round_packs(exact: float) -> int:
-    """A number of packs that many numbers of ranks divide: the roundest one, in powers of two, within an eighth."""
+    """A number of packs that many numbers of ranks divide: the roundest one, in powers of two, within a sixth."""
     power = 1 << 30
     while power > 1:
         near = round(exact / power) * power
-        if near and abs(near - exact) <= exact / 8:
+        if near and abs(near - exact) <= exact / 6:
             return near
         power //= 2
     return max(1, round(exact))
@@ -157,7 +163,7 @@ def _check(tokens: Ints, tiles: Ints, capacity: int, batch_size: int, packs_per_
         raise UsageError(f"sample {int(tiles.argmin())} has {tiles.min()} tiles: expected 0 or more")
 
 
-def _choose(order: Rows, length: Rows, extra: Ints, capacity: int, per_step: int) -> tuple[Ints, Any, float]:
+def _choose(order: Rows, length: Rows, extra: Ints, capacity: int, per_step: int) -> tuple[Ints, Rows | None, float]:
     """The way to fill that wastes least on the first samples: settings, worth of each length or None, efficiency.
 
     Where packs fill to the end, a token is worth a token. Where the lengths forbid that, the prices of the bound say
@@ -174,19 +180,18 @@ def _choose(order: Rows, length: Rows, extra: Ints, capacity: int, per_step: int
     if efficiency >= GOOD:
         return way, None, efficiency
     bound = bound_efficiency(length, capacity, PRICE_CLASSES)
-    priced, best = bound.values(capacity), (way, None, efficiency)
+    priced = bound.values(capacity)
+    best: tuple[Ints, Rows | None, float] = way, None, efficiency
     value, expected = priced[length[pilot]], min(0.995 * bound.efficiency, 0.9995)
     for near, relax in ((40, 0), (35, 8)):
         way = _settings(capacity, weight=8, over=30, near=near, pairs=8, expected=expected, relax=relax)
         efficiency = try_way(way, value)
         if efficiency > best[2] * 1.002:
-            best = (way, priced, efficiency)
+            best = way, priced, efficiency
     return best
 
 
-def _settings(
-    capacity: int, *, weight: int, over: int, near: int, pairs: int, expected: float, relax: int
-) -> Ints:
+def _settings(capacity: int, *, weight: int, over: int, near: int, pairs: int, expected: float, relax: int) -> Ints:
     """See `fill.fill`; scores and scales grow with the capacity, as the gaps and costs that they measure do."""
     accept, scale = 60 * capacity // 16_384, max(capacity // over, 1)
     return np.array([accept, weight, scale, 2 * scale, near, pairs, int(expected * 1024), relax])
