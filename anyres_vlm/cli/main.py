@@ -14,6 +14,7 @@ from anyres_vlm import __version__
 from anyres_vlm.cli.chat import chat
 from anyres_vlm.cli.evaluate import evaluate
 from anyres_vlm.cli.index import index
+from anyres_vlm.cli.plan import plan
 from anyres_vlm.cli.render import render
 from anyres_vlm.cli.tokens import tokens
 from anyres_vlm.cli.train import train
@@ -28,8 +29,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command()(tokens)
-app.command()(render)
 app.command()(index)
+app.command()(plan)
+app.command()(render)
 app.command()(train)
 app.command("eval")(evaluate)
 app.command()(chat)

@@ -1,0 +1,197 @@
+"""The plan of an epoch: every sample in one pack, every optimizer step the same number of packs.
+
+Ranks have no part in it: which packs a step holds depends on the lengths, the capacity, the batch size, the cost model,
+the seed and the epoch alone. `shares` then deals a step's packs to any number of ranks.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import NDArray
+
+from anyres_vlm.data.packing import fill
+from anyres_vlm.data.packing.bound import bound_efficiency
+from anyres_vlm.data.packing.cost import CostModel
+from anyres_vlm.errors import UsageError
+
+Ints = NDArray[np.int64]
+Rows = NDArray[np.int32]
+
+VERSION = 1  # of the algorithm: part of a plan's key
+PILOT = 16_384  # samples on which the ways to fill are tried
+PRICE_CLASSES = 96  # classes of lengths for prices: 50 ms
+GOOD = 0.9975  # efficiency at which the first way is taken unseen
+LONGEST = 2**20  # tokens; keeps the fixed-point costs within 64 bits
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Samples in the order of their packs; pack p holds `rows[starts[p]:starts[p + 1]]`, step s `packs_per_step` packs.
+
+    `costs` are the packs', in 1/1024 token. The last step holds what is left.
+    """
+
+    tokens: Ints
+    tiles: Ints
+    capacity: int
+    batch_size: int
+    seed: int
+    epoch: int
+    cost: CostModel
+    packs_per_step: int
+    rows: Rows
+    starts: Ints
+    costs: Ints
+
+    @property
+    def num_packs(self) -> int:
+        return len(self.costs)
+
+    @property
+    def num_steps(self) -> int:
+        return -(-self.num_packs // self.packs_per_step)
+
+    @cached_property
+    def key(self) -> str:
+        """Hash of all that decides the plan; with a step's number it is the state to resume from."""
+        digest = hashlib.blake2b(self.tokens.tobytes(), digest_size=16)
+        digest.update(self.tiles.tobytes())
+        settings = (self.capacity, self.batch_size, self.packs_per_step, self.seed, self.epoch)
+        digest.update(repr((VERSION, *settings, self.cost.fixed_square, self.cost.fixed_tile)).encode())
+        return digest.hexdigest()
+
+    def packs(self, step: int) -> list[Rows]:
+        """The packs of a step as sample rows."""
+        first, last = self._range(step)
+        return [self.rows[self.starts[pack] : self.starts[pack + 1]] for pack in range(first, last)]
+
+    def shares(self, step: int, world_size: int) -> list[list[Rows]]:
+        """For each rank, its packs of a step, one a micro-step; an empty one where the packs do not go round.
+
+        Packs are sorted by cost and dealt in groups, so that those that run at the same time cost about the same.
+        """
+        packs = self.packs(step)
+        micro_steps, ranks = _deal(self.costs[slice(*self._range(step))], np.zeros(len(packs), np.int64), world_size)
+        shares = [[self.rows[:0]] * -(-len(packs) // world_size) for _ in range(world_size)]
+        for pack, micro_step, rank in zip(packs, micro_steps, ranks, strict=True):
+            shares[rank][micro_step] = pack
+        return shares
+
+    def assign(self, world_size: int) -> tuple[Ints, Ints]:
+        """For each pack, its micro-step within its step and its rank, as `shares` deals them. (packs,), (packs,)."""
+        return _deal(self.costs, np.arange(self.num_packs) // self.packs_per_step, world_size)
+
+    def _range(self, step: int) -> tuple[int, int]:
+        if not 0 <= step < self.num_steps:
+            raise IndexError(f"step {step} of a plan of {self.num_steps}")
+        first = step * self.packs_per_step
+        return first, min(first + self.packs_per_step, self.num_packs)
+
+
+def _deal(costs: Ints, steps: Ints, world_size: int) -> tuple[Ints, Ints]:
+    """Micro-step and rank of each pack: in a step the costliest come first, so that a group not full is the cheapest."""
+    if world_size < 1:
+        raise UsageError(f"{world_size} ranks: expected at least 1")
+    order = np.lexsort((-costs, steps))  # stable; steps are sorted already, so that they stay where they are
+    place = np.empty(len(costs), np.int64)
+    place[order] = np.arange(len(costs)) - np.searchsorted(steps, steps)
+    return place // world_size, place % world_size
+
+
+def plan_epoch(
+    tokens: Ints,
+    tiles: Ints,
+    *,
+    capacity: int,
+    batch_size: int,
+    seed: int,
+    epoch: int,
+    cost: CostModel,
+    packs_per_step: int | None = None,
+) -> Plan:
+    """Pack every sample once. `tokens` and `tiles` (N,), one a sample; `capacity` in tokens, `batch_size` in samples.
+
+    Without `packs_per_step` a step has as many packs as `batch_size` samples fill, rounded by `round_packs`. The same
+    arguments give the same plan on every machine. Raises `UsageError` for settings and lengths that cannot work.
+    """
+    _check(tokens, tiles, capacity, batch_size, packs_per_step)
+    seed_bytes = hashlib.blake2b(f"packing/{seed}/{epoch}".encode(), digest_size=8).digest()
+    order = fill.shuffle(len(tokens), np.uint64(int.from_bytes(seed_bytes, "little")))
+    length, extra = fill.gather(order, tokens, tiles, cost.fixed_square, cost.fixed_tile)
+    exact = batch_size * float(tokens.mean()) / capacity
+    way, table, efficiency = _choose(order, length, extra, capacity, packs_per_step or max(1, round(exact)))
+    packs_per_step = packs_per_step or round_packs(exact / efficiency)
+    value = length if table is None else table[length]
+    rows, starts, costs, _, _ = fill.fill(order, length, extra, value, capacity, packs_per_step, way)
+    return Plan(tokens, tiles, capacity, batch_size, seed, epoch, cost, packs_per_step, rows, starts, costs)
+
+
+def round_packs(exact: float) -> int:
+    """A number of packs that many numbers of ranks divide: the roundest one, in powers of two, within a sixth."""
+    power = 1 << 30
+    while power > 1:
+        near = round(exact / power) * power
+        if near and abs(near - exact) <= exact / 6:
+            return near
+        power //= 2
+    return max(1, round(exact))
+
+
+def _check(tokens: Ints, tiles: Ints, capacity: int, batch_size: int, packs_per_step: int | None) -> None:
+    if len(tokens) == 0 or len(tokens) != len(tiles):
+        raise UsageError(f"{len(tokens)} lengths and {len(tiles)} numbers of tiles: expected as many, at least one")
+    if len(tokens) >= 2**31:
+        raise UsageError(f"{len(tokens):,} samples: at most {2**31 - 1:,} fit a plan; split the data")
+    for name, number in (("batch size", batch_size), ("packs per step", packs_per_step)):
+        if number is not None and number < 1:
+            raise UsageError(f"{name} {number}: expected at least 1")
+    shortest, longest = int(tokens.argmin()), int(tokens.argmax())
+    if tokens[shortest] < 1:
+        raise UsageError(f"sample {shortest} has {tokens[shortest]} tokens: every sample needs at least 1")
+    if tokens[longest] > capacity:
+        raise UsageError(
+            f"sample {longest} has {tokens[longest]:,} tokens, more than the capacity of {capacity:,}: raise the "
+            f"capacity to {tokens[longest]:,} or more, or shorten the sample"
+        )
+    if capacity > LONGEST:
+        raise UsageError(f"capacity {capacity:,}: at most {LONGEST:,} tokens")
+    if tiles.min() < 0:
+        raise UsageError(f"sample {int(tiles.argmin())} has {tiles.min()} tiles: expected 0 or more")
+
+
+def _choose(order: Rows, length: Rows, extra: Ints, capacity: int, per_step: int) -> tuple[Ints, Rows | None, float]:
+    """The way to fill that wastes least on the first samples: settings, worth of each length or None, efficiency.
+
+    Where packs fill to the end, a token is worth a token. Where the lengths forbid that, the prices of the bound say
+    which combinations to prefer, and a full pack matters more than an equal cost.
+    """
+    pilot = slice(0, PILOT)
+
+    def try_way(way: Ints, value: Rows) -> float:
+        *_, packs, filled = fill.fill(order[pilot], length[pilot], extra[pilot], value[pilot], capacity, per_step, way)
+        return float(filled / (packs * capacity))
+
+    way = _settings(capacity, weight=4, over=180, near=35, pairs=8, expected=0.9995, relax=12)
+    efficiency = try_way(way, length)
+    if efficiency >= GOOD:
+        return way, None, efficiency
+    bound = bound_efficiency(length, capacity, PRICE_CLASSES)
+    priced = bound.values(capacity)
+    best: tuple[Ints, Rows | None, float] = way, None, efficiency
+    value, expected = priced[length[pilot]], min(0.995 * bound.efficiency, 0.9995)
+    for near, relax in ((40, 0), (35, 8)):
+        way = _settings(capacity, weight=8, over=30, near=near, pairs=8, expected=expected, relax=relax)
+        efficiency = try_way(way, value)
+        if efficiency > best[2] * 1.002:
+            best = way, priced, efficiency
+    return best
+
+
+def _settings(capacity: int, *, weight: int, over: int, near: int, pairs: int, expected: float, relax: int) -> Ints:
+    """See `fill.fill`; scores and scales grow with the capacity, as the gaps and costs that they measure do."""
+    accept, scale = 60 * capacity // 16_384, max(capacity // over, 1)
+    return np.array([accept, weight, scale, 2 * scale, near, pairs, int(expected * 1024), relax])
