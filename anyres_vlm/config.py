@@ -18,6 +18,7 @@ from anyres_vlm.geometry import Dialect, Grid, Layout, Tiling
 
 StageName = Literal["stage1", "stage2"]
 TemplateName = Literal["plain", "tiny", "vicuna_v1", "mistral", "llama_3", "chatml", "chatml_direct"]
+TilingMode = Literal["fast", "exact"]
 Positive = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Rate = Annotated[float, Field(gt=0, le=1)]
@@ -62,6 +63,14 @@ class ModelConfig(Frozen):
         return Tiling.from_grid(Grid.parse(self.grid), tile=tile, patch=patch, layout=self.layout, dialect=self.dialect)
 
 
+class AugmentConfig(Frozen):
+    """Photometric changes that leave text readable and geometry alone. Each happens to a sample with `probability`."""
+
+    color: Annotated[float, Field(ge=0, le=0.4)] = 0.2  # brightness, contrast and saturation, by up to this share
+    jpeg_quality: Annotated[int, Field(ge=40, le=100)] = 70  # the lowest that compression uses; 100 is hardly seen
+    probability: Annotated[float, Field(ge=0, le=1)] = 0.5
+
+
 class DataConfig(Frozen):
     """LLaVA JSON or JSONL with an image folder, or so many rendered samples of the embedded default."""
 
@@ -70,6 +79,8 @@ class DataConfig(Frozen):
     rendered: Literal["captions", "instructions"] | None = None
     samples: Positive | None = None
     max_bad_fraction: Fraction = 0.01
+    tiling_mode: TilingMode = "fast"  # `exact`: the pixels of transformers' processor, at about 1.5 times the cost
+    augment: AugmentConfig | None = None
 
     @field_validator("path", "images")
     @classmethod
