@@ -94,11 +94,16 @@ def assert_close(data: bytes, plan: TilePlan, tiling: Tiling) -> bool:
 
 @pytest.mark.parametrize(("width", "height"), SHAPES)
 @pytest.mark.parametrize(("tile", "patch", "grid"), TILINGS)
-@pytest.mark.parametrize("image_format", ["JPEG", "PNG"])
-def test_every_shape(width: int, height: int, tile: int, patch: int, grid: str, image_format: str) -> None:
+def test_every_shape(width: int, height: int, tile: int, patch: int, grid: str) -> None:
     image = smooth(width, height)
     tiling = Tiling.from_grid(Grid.parse(grid), tile=tile, patch=patch)
-    assert_close(encoded(image, image_format), planned(image, tiling), tiling)
+    assert_close(encoded(image), planned(image, tiling), tiling)
+
+
+@pytest.mark.parametrize("image_format", ["PNG", "WEBP", "GIF", "BMP", "TIFF"])
+def test_every_format(image_format: str) -> None:
+    image, tiling = smooth(500, 300), Tiling.from_grid(Grid(2, 2), tile=84)
+    assert not assert_close(encoded(image, image_format), planned(image, tiling), tiling)
 
 
 @pytest.mark.skipif(find_spec("skimage") is None, reason="the photographs are scikit-image's")
@@ -128,7 +133,7 @@ def test_the_last_half_pixel_of_an_odd_side_moves_nothing() -> None:
     assert half.shape == (421, 841, 3)
     assert size == plan.image
     fast, exact = (tile_image(data, plan, "stripes", mode).astype(int) for mode in ("fast", "exact"))
-    assert np.abs(fast - exact).max() <= 4  # 12 without the correction
+    assert np.abs(fast - exact).max() <= 2  # seen: 1; without the correction: 6
 
 
 @pytest.mark.parametrize("layout", ["flat", "spatial_unpad"])
