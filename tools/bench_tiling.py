@@ -1,8 +1,8 @@
 """From JPEG bytes to uint8 tiles on one core: our two modes beside transformers' two LlavaNext processors.
 
 Part of `tools/bench_data.py tiling`. All get the same bytes and one thread, and take turns; transformers' torchvision
-processor runs once behind Pillow's decoder and once behind torchvision's; the faster is what counts. Neither
-of the two has to rescale, normalise or pad a batch. Times are CPU time, medians over the rounds.
+processor runs once behind Pillow's decoder and once behind torchvision's; the faster is what counts. Neither of the two
+has to rescale, normalise or pad a batch. Times are CPU time, medians over the rounds.
 """
 
 from __future__ import annotations
@@ -21,12 +21,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from einops import rearrange
 from numpy.typing import NDArray
 from PIL import Image
 
+from anyres_vlm.data.headers import IMAGE_SUFFIXES
 from anyres_vlm.data.images import open_image
 from anyres_vlm.data.tiling import tile_image
-from anyres_vlm.errors import DataError, UsageError
+from anyres_vlm.errors import UsageError
 from anyres_vlm.geometry import Size, TilePlan, Tiling, plan_tiles
 
 SIZES = (
@@ -71,7 +73,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Measure. Raises `UsageError` for too few rounds or no photographs."""
+    """Measure. Raises `UsageError` for too few rounds or no photographs, `DataError` for a broken one."""
     if arguments.rounds < LEAST_ROUNDS or arguments.pictures < 1:
         raise UsageError(f"--rounds must be at least {LEAST_ROUNDS} and --pictures at least 1")
     photographs = cycle(list(_photographs(arguments.photos)))
@@ -113,24 +115,21 @@ def show(result: dict[str, Any]) -> None:
 
 
 def _photographs(folder: Path | None) -> Iterator[Image.Image]:
-    if folder is not None:
-        paths = sorted(path for path in folder.iterdir() if path.is_file())
+    if folder is None:
+        specs = [(find_spec(package), below, names) for package, below, names in PHOTOGRAPHS]
+        paths = [
+            Path(spec.origin).parent / below / name
+            for spec, below, names in specs
+            if spec is not None
+            for name in names
+        ]
+    elif folder.is_dir():
+        paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES)
     else:
-        paths = []
-        for package, below, names in PHOTOGRAPHS:
-            spec = find_spec(package)
-            if spec is not None and spec.origin is not None:
-                paths += [Path(spec.origin).parent / below / name for name in names]
-    found = 0
-    for path in paths:
-        if path.exists():
-            try:
-                yield open_image(path)
-                found += 1
-            except DataError as error:
-                print(f"left out: {error}")
-    if not found:
-        raise UsageError("no photographs: pip install scikit-image, or give a folder with --photos FOLDER")
+        raise UsageError(f"--photos {folder}: no such folder")
+    if not paths:
+        raise UsageError("no photographs: pip install scikit-image, or give a folder of them with --photos FOLDER")
+    yield from map(open_image, paths)
 
 
 def _picture(photograph: Image.Image, size: Size) -> Picture:
@@ -241,11 +240,5 @@ def _inside(plan: TilePlan) -> NDArray[np.bool_]:
     """Which pixels of the tiles show the image, (T, S, S)."""
     canvas = np.zeros((plan.canvas.height, plan.canvas.width), bool)
     canvas[plan.top : plan.top + plan.resized.height, plan.left : plan.left + plan.resized.width] = True
-    tiles = [canvas[r : r + plan.tile, c : c + plan.tile] for r, c in _corners(plan)]
-    return np.stack([np.ones((plan.tile, plan.tile), bool), *tiles])
-
-
-def _corners(plan: TilePlan) -> Iterator[tuple[int, int]]:
-    for row in range(plan.grid.rows):
-        for col in range(plan.grid.cols):
-            yield row * plan.tile, col * plan.tile
+    grid = rearrange(canvas, "(r h) (c w) -> (r c) h w", r=plan.grid.rows, c=plan.grid.cols)
+    return np.concatenate([np.ones((1, plan.tile, plan.tile), bool), grid])
