@@ -20,6 +20,7 @@ StageName = Literal["stage1", "stage2"]
 TemplateName = Literal[
     "plain", "tiny", "vicuna_v1", "llama_2", "mistral", "llama_3", "chatml", "chatml_direct", "chat_template"
 ]  # `chat_template` is the tokenizer's own
+TilingMode = Literal["fast", "exact"]
 Positive = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Rate = Annotated[float, Field(gt=0, le=1)]
@@ -65,6 +66,14 @@ class ModelConfig(Frozen):
         return Tiling.from_grid(Grid.parse(self.grid), tile=tile, patch=patch, layout=self.layout, dialect=self.dialect)
 
 
+class AugmentConfig(Frozen):
+    """Photometric changes that leave text readable and geometry alone. Each happens to a sample with `probability`."""
+
+    color: Annotated[float, Field(ge=0, le=0.4)] = 0.2  # brightness, contrast and saturation, by up to this share
+    jpeg_quality: Annotated[int, Field(ge=40, le=100)] = 70  # the lowest that compression uses; 100 is hardly seen
+    probability: Annotated[float, Field(ge=0, le=1)] = 0.5
+
+
 class DataConfig(Frozen):
     """A source of any kind (see `open_source`) with its image folder, or so many rendered samples of the default."""
 
@@ -74,6 +83,8 @@ class DataConfig(Frozen):
     samples: Positive | None = None
     index: Path | None = None  # where `anyres index` put it or training shall; None is beside the run
     max_bad_fraction: Fraction = 0.01
+    tiling_mode: TilingMode = "fast"  # `exact`: the pixels of transformers' processor, at about 1.5 times the cost
+    augment: AugmentConfig | None = None
 
     @field_validator("path", "images", "index")
     @classmethod

@@ -1,37 +1,58 @@
-"""Pictures from disk, as RGB and upright."""
+"""Pictures of any format and mode to RGB and upright, through Pillow."""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from io import BytesIO
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING
 
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageFile, ImageOps, UnidentifiedImageError
 
-from anyres_vlm.data.blobs import blob_name, open_blob
+from anyres_vlm.data.blobs import blob_name, read_blob
+from anyres_vlm.data.headers import UNREADABLE
 from anyres_vlm.errors import DataError
 
 if TYPE_CHECKING:  # schema imports numpy, which `anyres tokens` does without
     from anyres_vlm.schema import ImageRef
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")  # those whose headers are counted
+BYTES_LIMIT = 256 * 2**20  # a file of 160 megapixels at 12 bits a pixel has 240 MB
+PIXELS_LIMIT = 160_000_000  # 480 MB as RGB; below Pillow's own limit of 179 million
+UNDEFINED_WHITE = ("I", "F")  # 32-bit grey: nothing in the file says which number is white
 
 
 def open_image(image: Path | ImageRef) -> Image.Image:
     """The picture in RGB, upright. Raises `DataError` for a missing, broken, truncated or absurdly large file."""
-    with open_blob(image) as stream, _opened(stream, blob_name(image)) as picture:
-        return ImageOps.exif_transpose(picture).convert("RGB")
+    return decode_image(read_blob(image), blob_name(image))
+
+
+def decode_image(data: bytes, name: str) -> Image.Image:
+    """The picture in RGB, upright; `name` is for the `DataError` that a broken, truncated or huge one raises.
+
+    Alpha lies over white, 16-bit grey keeps its range, of an animation the first frame counts.
+    """
+    with opened(data, name) as image:
+        return to_rgb(image, name)
 
 
 @contextmanager
-def _opened(stream: BinaryIO, name: str) -> Iterator[Image.Image]:
+def opened(data: bytes, name: str) -> Iterator[ImageFile.ImageFile]:
+    """The picture with its header read and its limits checked; what fails inside is a `DataError` with the name."""
     try:
         with warnings.catch_warnings():
             # Pillow warns of large or odd files; what cannot be decoded raises.
             warnings.simplefilter("ignore")
-            with Image.open(stream, formats=FORMATS) as image:
+            if len(data) > BYTES_LIMIT:
+                raise DataError(f"{name}: {len(data)} bytes, at most {BYTES_LIMIT} are read: scale the image down")
+            with Image.open(BytesIO(data), formats=FORMATS) as image:
+                if image.width * image.height > PIXELS_LIMIT:
+                    raise DataError(
+                        f"{name}: {image.width}x{image.height} is too large to decode, at most {PIXELS_LIMIT} pixels "
+                        f"are: scale the image down"
+                    )
                 yield image
     except Image.DecompressionBombError as error:
         raise DataError(f"{name}: too large to decode ({error}): scale the image down") from None
@@ -39,5 +60,25 @@ def _opened(stream: BinaryIO, name: str) -> Iterator[Image.Image]:
         raise DataError(
             f"{name}: not an image in one of the formats {', '.join(FORMATS)}: replace or remove it"
         ) from None
-    except (OSError, SyntaxError, ValueError) as error:
+    except UNREADABLE as error:
         raise DataError(f"{name}: broken image ({error}): replace or remove it") from None
+
+
+def orientation(image: Image.Image) -> int:
+    """The EXIF orientation, 1 to 8; 1 is upright and what other numbers count as."""
+    number = image.getexif().get(ExifTags.Base.Orientation, 1)
+    return number if number in range(1, 9) else 1
+
+
+def to_rgb(image: Image.Image, name: str) -> Image.Image:
+    """Decode an opened picture: RGB, upright. Raises what Pillow raises; `opened` turns it into a `DataError`."""
+    image.load()
+    if orientation(image) != 1:
+        image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I;16"):  # Pillow's own conversion cuts everything above 255
+        return image.convert("I").point(lambda level: level * (1 / 257) + 0.5).convert("L").convert("RGB")
+    if image.mode in UNDEFINED_WHITE:
+        raise DataError(f"{name}: 32-bit grey ({image.mode}) has no defined white: save it with 8 or 16 bits")
+    if image.has_transparency_data:
+        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA")).convert("RGB")
+    return image.convert("RGB")
