@@ -27,7 +27,7 @@ from pydantic import Field, model_validator
 from anyres_vlm.config import Frozen, Positive, Rate, read_mapping, validated
 from anyres_vlm.data.sources.base import Source
 from anyres_vlm.data.sources.kinds import open_single
-from anyres_vlm.errors import DataError
+from anyres_vlm.errors import DataError, UsageError
 from anyres_vlm.schema import Record
 
 DENSE = 4  # rows to read for each one that is wanted, before single reads are better
@@ -55,7 +55,7 @@ class Part(Frozen):
 class Mixture(Frozen):
     """The content of a mixture file."""
 
-    sources: Annotated[tuple[Part, ...], Field(min_length=1)]
+    sources: tuple[Part, ...]
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,6 +78,8 @@ class MixtureSource:
         if not path.exists():
             raise DataError(f"{path}: no such file; expected a YAML mixture")
         parts = validated(Mixture, read_mapping(path), path).sources
+        if not parts:
+            raise UsageError(f"config {path}: sources is empty: list at least one")
         sources, chosen = [], []
         for number, part in enumerate(parts, start=1):
             images = None if part.images is None else _resolve(part.images, path)
@@ -151,6 +153,8 @@ def choose(part: Part, size: int) -> NDArray[np.int64]:
 
     Raises `DataError` when the source has fewer rows than asked for, or none are left.
     """
+    if size == 0:
+        raise DataError("contains no records")
     asked = part.first or part.random
     if asked is not None and asked > size:
         key = "first" if part.first is not None else "random"
