@@ -27,7 +27,7 @@ from pydantic import Field, model_validator
 from anyres_vlm.config import Frozen, Positive, Rate, read_mapping, validated
 from anyres_vlm.data.sources.base import Source
 from anyres_vlm.data.sources.kinds import open_single
-from anyres_vlm.errors import DataError
+from anyres_vlm.errors import DataError, UsageError
 from anyres_vlm.schema import Record
 
 DENSE = 4  # rows to read for each one that is wanted, before single reads are better
@@ -57,12 +57,6 @@ class Mixture(Frozen):
 
     sources: tuple[Part, ...]
 
-    @model_validator(mode="after")
-    def _not_empty(self) -> Mixture:
-        if not self.sources:
-            raise ValueError("sources is empty: list at least one")
-        return self
-
 
 @dataclass(frozen=True, eq=False)
 class MixtureSource:
@@ -84,6 +78,8 @@ class MixtureSource:
         if not path.exists():
             raise DataError(f"{path}: no such file; expected a YAML mixture")
         parts = validated(Mixture, read_mapping(path), path).sources
+        if not parts:
+            raise UsageError(f"config {path}: sources is empty: list at least one")
         sources, chosen = [], []
         for number, part in enumerate(parts, start=1):
             images = None if part.images is None else _resolve(part.images, path)
