@@ -92,7 +92,7 @@ def load_records() -> Callable[[list[Record], TemplateName, PreTrainedTokenizerF
         for record, encoded in zip(records, ConversationTokenizer(template, tokenizer).encode(records), strict=True):
             assert not isinstance(encoded, DataError)
             plans = tuple(plan_image(image, tiling) for image in record.images)
-            loaded.append(load(Sample(record.id, *encoded, record.images, plans)))
+            loaded.append(load(Sample(record.id, *encoded, record.images, plans), "exact"))
         return loaded
 
     return load_all

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -11,9 +12,11 @@ import torch
 from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset
 
+from anyres_vlm.config import DataConfig, TilingMode
+from anyres_vlm.data.augment import Augmentation
 from anyres_vlm.data.blobs import read_blob
 from anyres_vlm.data.samples import IndexedSamples
-from anyres_vlm.data.tiling import tile_image
+from anyres_vlm.data.tiling import Pixels, tile_image
 from anyres_vlm.errors import DataError
 from anyres_vlm.geometry import TilePlan
 from anyres_vlm.schema import IGNORE_INDEX, IMAGE_TOKEN, Batch, Sample
@@ -38,10 +41,16 @@ def token_repeats(ids: NDArray[np.int32], plans: Sequence[TilePlan], image_token
     return repeats
 
 
-def load(sample: Sample) -> Loaded:
-    """Read and cut a sample's images. Raises `DataError` if one is broken or has changed since it was planned."""
-    pairs = zip(sample.images, sample.plans, strict=True)
-    return sample, [tile_image(read_blob(image), plan, image.name) for image, plan in pairs]
+def load(sample: Sample, mode: TilingMode, change: Callable[[int, Pixels], Pixels] | None = None) -> Loaded:
+    """Read and cut a sample's images; `change` gets each image's number and its pixels.
+
+    Raises `DataError` if an image is broken or has changed since it was planned.
+    """
+    tiles = []
+    for number, (image, plan) in enumerate(zip(sample.images, sample.plans, strict=True)):
+        augment = None if change is None else partial(change, number)
+        tiles.append(tile_image(read_blob(image), plan, image.name, mode, augment))
+    return sample, tiles
 
 
 def collate(pack: Sequence[Loaded], tile: int, image_token_id: int, rejects: Sequence[str] = ()) -> Batch:
@@ -72,18 +81,19 @@ def collate(pack: Sequence[Loaded], tile: int, image_token_id: int, rejects: Seq
 def iter_steps(
     samples: IndexedSamples,
     shares: Sequence[Sequence[Pack]],
+    data: DataConfig,
+    seed: int,
     *,
-    max_bad_fraction: float,
     workers: int,
     pin_memory: bool,
 ) -> Iterator[list[Batch]]:
-    """For each optimizer step, this rank's batches: one a pack of its share, in order.
+    """For each optimizer step, this rank's batches: one a pack of its share, in order. `seed` is of augmentation.
 
     A sample that can no longer be read is left out of its pack and logged; nothing else changes. Raises `DataError`
-    when these are more than `max_bad_fraction` of this rank's samples.
+    when these are more than `data.max_bad_fraction` of this rank's samples.
     """
-    dataset = PackDataset(samples, [pack for share in shares for pack in share])
-    allowed = max_bad_fraction * sum(len(pack.positions) for pack in dataset.packs)
+    dataset = PackDataset(samples, [pack for share in shares for pack in share], data, seed)
+    allowed = data.max_bad_fraction * sum(len(pack.positions) for pack in dataset.packs)
     batches = iter(DataLoader(dataset, batch_size=None, num_workers=workers, shuffle=False, pin_memory=pin_memory))
     num_rejected = 0
     for share in shares:
@@ -94,7 +104,7 @@ def iter_steps(
             if num_rejected > allowed:
                 raise DataError(
                     f"{num_rejected} samples could not be read, the last one: {reject}: mend them or raise "
-                    f"max_bad_fraction above {max_bad_fraction:g}"
+                    f"max_bad_fraction above {data.max_bad_fraction:g}"
                 )
         yield step
 
@@ -102,8 +112,9 @@ def iter_steps(
 class PackDataset(Dataset[Batch]):
     """Batches by pack. What cannot be read comes back as a reason: an exception of a worker loses its type."""
 
-    def __init__(self, samples: IndexedSamples, packs: Sequence[Pack]) -> None:
-        self.samples, self.packs = samples, packs
+    def __init__(self, samples: IndexedSamples, packs: Sequence[Pack], data: DataConfig, seed: int) -> None:
+        self.samples, self.packs, self.seed, self.mode = samples, packs, seed, data.tiling_mode
+        self.augmentation = None if data.augment is None else Augmentation(data.augment)
         tokenizer = samples.conversation.tokenizer
         self.image_token_id = int(tokenizer.convert_tokens_to_ids(IMAGE_TOKEN))
 
@@ -113,12 +124,18 @@ class PackDataset(Dataset[Batch]):
     def __getitem__(self, index: int) -> Batch:
         loaded: list[Loaded] = []
         rejects: list[str] = []
-        for position in self.packs[index].positions:
+        epoch, positions = self.packs[index]
+        for position in positions.tolist():
+            change = None if self.augmentation is None else partial(self._augment, epoch, position)
             try:
-                loaded.append(load(self.samples.sample(int(position))))
+                loaded.append(load(self.samples.sample(position), self.mode, change))
             except DataError as error:
                 rejects.append(str(error))
         return collate(loaded, self.samples.tiling.tile, self.image_token_id, rejects)
+
+    def _augment(self, epoch: int, position: int, number: int, pixels: Pixels) -> Pixels:
+        assert self.augmentation is not None
+        return self.augmentation(pixels, (self.seed, epoch, position, number))
 
 
 def _row(parts: Sequence[NDArray[Any]]) -> torch.Tensor:

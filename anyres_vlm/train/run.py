@@ -111,8 +111,7 @@ class StageRun:
         self.model, self.tokenizer = self._build_model()
         with engine.main_first():
             self.samples = index_samples(config, stage, options.output, self.model.tiling, self.tokenizer)
-        cost = derive_cost(self.model)
-        self.steps = StageSteps.plan(self.samples.index, config, stage, cost, options.max_steps)
+        self.steps = StageSteps.plan(self.samples.index, config, stage, self._cost(), options.max_steps)
         self.optimizer = build_optimizer(self.model, self.settings)
         self.schedule = build_schedule(self.optimizer, self.settings, len(self.steps))
 
@@ -124,7 +123,8 @@ class StageRun:
         batches = iter_steps(
             self.samples,
             self.steps.shares(finished, self.engine.rank, self.engine.world_size),
-            max_bad_fraction=self.settings.data.max_bad_fraction,
+            self.settings.data,
+            self.config.seed,
             workers=self.config.workers,
             pin_memory=self.engine.is_cuda,
         )

@@ -26,7 +26,9 @@ class StageSteps:
     max_steps: int | None
 
     @classmethod
-    def plan(cls, index: Index, config: RunConfig, stage: StageName, cost: CostModel, max_steps: int | None) -> StageSteps:
+    def plan(
+        cls, index: Index, config: RunConfig, stage: StageName, cost: CostModel, max_steps: int | None
+    ) -> StageSteps:
         """Plan every epoch. Raises `UsageError` for a sample above the capacity."""
         settings, positions = config.stage(stage), np.flatnonzero(index.ok)
         epochs = tuple(

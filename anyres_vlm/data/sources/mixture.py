@@ -16,6 +16,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import compress
 from pathlib import Path
 from typing import Annotated
 
@@ -25,8 +26,8 @@ from pydantic import Field, model_validator
 
 from anyres_vlm.config import Frozen, Positive, Rate, read_mapping, validated
 from anyres_vlm.data.sources.base import Source
-from anyres_vlm.data.sources.kinds import find_files, open_single
-from anyres_vlm.errors import DataError
+from anyres_vlm.data.sources.kinds import open_single
+from anyres_vlm.errors import DataError, UsageError
 from anyres_vlm.schema import Record
 
 DENSE = 4  # rows to read for each one that is wanted, before single reads are better
@@ -54,7 +55,7 @@ class Part(Frozen):
 class Mixture(Frozen):
     """The content of a mixture file."""
 
-    sources: Annotated[tuple[Part, ...], Field(min_length=1)]
+    sources: tuple[Part, ...]
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,7 +75,11 @@ class MixtureSource:
         Raises `UsageError` for a file that is no mixture, and `DataError` for a source that is missing, broken or
         smaller than what is asked of it.
         """
-        parts = _read(path)
+        if not path.exists():
+            raise DataError(f"{path}: no such file; expected a YAML mixture")
+        parts = validated(Mixture, read_mapping(path), path).sources
+        if not parts:
+            raise UsageError(f"config {path}: sources is empty: list at least one")
         sources, chosen = [], []
         for number, part in enumerate(parts, start=1):
             images = None if part.images is None else _resolve(part.images, path)
@@ -122,33 +127,21 @@ class MixtureSource:
     def _own(self, item: Record | DataError, number: int, at: int) -> Record | DataError:
         """The record under its id in the mixture, or the error with its source."""
         if isinstance(item, DataError):
-            record = None if item.record is None else f"{self.names[number]}/{item.record}"
-            return DataError(f"{self.names[number]}: {item}", kind=item.kind, record=record)
+            return DataError(f"{self.names[number]}: {item}")
         repetition = at // len(self.sources[number]) + 1
         mark = f"#{repetition}" if repetition > 1 else ""
         return replace(item, id=f"{self.names[number]}/{item.id}{mark}")
-
-
-def mixture_files(path: Path) -> list[Path]:
-    """The YAML file and the files of its sources, of which none is opened."""
-    return [path, *(file for part in _read(path) for file in find_files(_resolve(part.path, path)))]
-
-
-def _read(path: Path) -> tuple[Part, ...]:
-    if not path.exists():
-        raise DataError(f"{path}: no such file; expected a YAML mixture")
-    return validated(Mixture, read_mapping(path), path).sources
 
 
 def _items(source: Source, rows: NDArray[np.int64]) -> Iterator[Record | DataError]:
     """Rows in the given order. Where they lie close, all between them are read too, for a stream is read once."""
     for ascending in np.split(rows, np.flatnonzero(np.diff(rows) <= 0) + 1):
         if len(ascending) > 1 and ascending[-1] - ascending[0] < DENSE * len(ascending):
-            stream = enumerate(source.records(int(ascending[0]), int(ascending[-1]) + 1), start=int(ascending[0]))
-            wanted = set(ascending.tolist())
-            yield from (item for row, item in stream if row in wanted)
+            wanted = np.zeros(ascending[-1] + 1 - ascending[0], bool)
+            wanted[ascending - ascending[0]] = True
+            yield from compress(source.records(int(ascending[0]), int(ascending[-1]) + 1), wanted)
             continue
-        for row in ascending.tolist():
+        for row in map(int, ascending):
             try:
                 yield source.record(row)
             except DataError as error:
@@ -160,6 +153,8 @@ def choose(part: Part, size: int) -> NDArray[np.int64]:
 
     Raises `DataError` when the source has fewer rows than asked for, or none are left.
     """
+    if size == 0:
+        raise DataError("contains no records")
     asked = part.first or part.random
     if asked is not None and asked > size:
         key = "first" if part.first is not None else "random"

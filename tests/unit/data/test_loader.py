@@ -1,4 +1,4 @@
-"""Batches hold their packs' samples in order, with any number of workers; what went bad is left out, counted, capped."""
+"""Batches hold their packs' samples in order, with any number of workers; what went bad is left out and capped."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
+from anyres_vlm.config import DataConfig
 from anyres_vlm.data.conversation import ConversationTokenizer
 from anyres_vlm.data.images import open_image
 from anyres_vlm.data.index.build import build_index
@@ -46,16 +47,15 @@ def samples(tmp_path: Path, tiny_tokenizer) -> IndexedSamples:
     return IndexedSamples(open_source(data), built.index, conversation, TILING)
 
 
-def load_steps(samples: IndexedSamples, steps, workers=0, max_bad_fraction=0.0) -> list[list[Batch]]:
+def load_steps(samples: IndexedSamples, steps, workers=0, **settings) -> list[list[Batch]]:
     shares = [[Pack(0, np.array(pack, np.int64)) for pack in step] for step in steps]
-    return list(
-        iter_steps(samples, shares, max_bad_fraction=max_bad_fraction, workers=workers, pin_memory=False)
-    )
+    data = DataConfig(path=Path("data.json"), **{"max_bad_fraction": 0.0, **settings})
+    return list(iter_steps(samples, shares, data, seed=0, workers=workers, pin_memory=False))
 
 
 def test_a_pack_is_its_samples_one_behind_another(samples: IndexedSamples) -> None:
     pack = [samples.sample(position) for position in (1, 0, 2)]
-    batch = collate([load(sample) for sample in pack], 28, IMAGE)
+    batch = collate([load(sample, "exact") for sample in pack], 28, IMAGE)
     ends = batch.cu_seqlens.tolist()
     assert ends == [0, *np.cumsum([sample.length for sample in pack])]
     for sample, start, end in zip(pack, ends, ends[1:], strict=False):
@@ -103,7 +103,7 @@ def test_data_that_changed_since_it_was_indexed_is_named(samples: IndexedSamples
     path = tmp_path / "1.png"
     Image.new("RGB", (99, 99)).save(path)
     with pytest.raises(DataError, match=r"1\.png.*99x99.*29x40"):
-        load(samples.sample(1))
+        load(samples.sample(1), "fast")
     data = tmp_path / "data.json"
     data.write_text(data.read_text().replace("star 3", "a star and another star 3"))
     changed = IndexedSamples(open_source(data), samples.index, samples.conversation, TILING)
