@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 from anyres_vlm.data.blobs import open_file, read_slice
@@ -13,6 +14,8 @@ from anyres_vlm.data.sources.parsing import parse_json, place_in_file
 from anyres_vlm.data.sources.scan import Offsets, scan_rows
 from anyres_vlm.errors import DataError
 from anyres_vlm.schema import Record
+
+BLOCK = 64  # rows of a stream read at once
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,21 +40,36 @@ class LlavaSource:
 
     def records(self, start: int, stop: int) -> Iterator[Record | DataError]:
         """One item a row, in order; a bad row comes as its `DataError`."""
-        for row in range(start, stop):
+        for first in range(start, stop, BLOCK):
+            rows = range(first, min(first + BLOCK, stop))
             try:
-                yield self.record(row)
+                contents = self._read(rows)
             except DataError as error:
-                yield error
+                yield from (error for _ in rows)
+                continue
+            for row, content in zip(rows, contents, strict=True):
+                try:
+                    yield self._record(row, content)
+                except DataError as error:
+                    yield error
 
     def record(self, row: int) -> Record:
         """The record of a row, read with one pread. Raises `DataError` for a bad one."""
-        start, stop = int(self.offsets[row]), int(self.offsets[row + 1]) - 1
-        content = read_slice(self.path, start, stop - start, f"{self.path} record {row + 1}")
-        entry = parse_json(content, lambda position: place_in_file(self.path, start + position))
-        return to_record(entry, str(row + 1), lambda item, name: image_file(item, name, self.images))
+        (content,) = self._read(range(row, row + 1))
+        return self._record(row, content)
 
     def fingerprint(self) -> str:
         """Of the file's bytes and the image folder's place beside it, not of the images."""
         with open_file(self.path, str(self.path)) as stream:
             content = hashlib.file_digest(stream, "sha256").hexdigest()
         return hashlib.sha256(f"llava {content} {folder_key(self.images, self.path)}".encode()).hexdigest()
+
+    def _read(self, rows: range) -> list[bytes]:
+        bounds = [int(offset) for offset in self.offsets[rows.start : rows.stop + 1]]
+        name = f"{self.path} record {rows.start + 1}"
+        content = memoryview(read_slice(self.path, bounds[0], bounds[-1] - 1 - bounds[0], name))
+        return [bytes(content[start - bounds[0] : end - 1 - bounds[0]]) for start, end in pairwise(bounds)]
+
+    def _record(self, row: int, content: bytes) -> Record:
+        entry = parse_json(content, lambda position: place_in_file(self.path, int(self.offsets[row]) + position))
+        return to_record(entry, str(row + 1), lambda item, name: image_file(item, name, self.images))

@@ -16,6 +16,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import compress
 from pathlib import Path
 from typing import Annotated
 
@@ -144,11 +145,11 @@ def _items(source: Source, rows: NDArray[np.int64]) -> Iterator[Record | DataErr
     """Rows in the given order. Where they lie close, all between them are read too, for a stream is read once."""
     for ascending in np.split(rows, np.flatnonzero(np.diff(rows) <= 0) + 1):
         if len(ascending) > 1 and ascending[-1] - ascending[0] < DENSE * len(ascending):
-            stream = enumerate(source.records(int(ascending[0]), int(ascending[-1]) + 1), start=int(ascending[0]))
-            wanted = set(ascending.tolist())
-            yield from (item for row, item in stream if row in wanted)
+            wanted = np.zeros(ascending[-1] + 1 - ascending[0], bool)
+            wanted[ascending - ascending[0]] = True
+            yield from compress(source.records(int(ascending[0]), int(ascending[-1]) + 1), wanted)
             continue
-        for row in ascending.tolist():
+        for row in map(int, ascending):
             try:
                 yield source.record(row)
             except DataError as error:

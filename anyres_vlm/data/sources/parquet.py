@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -26,6 +27,35 @@ MAGIC = b"PAR1"
 BROKEN = (OSError, pa.ArrowException)
 
 
+class _Cursor:
+    """Reads the rows of one row group forwards, a few at a time."""
+
+    def __init__(self, path: Path, group: int, columns: list[str]) -> None:
+        self.process = os.getpid()
+        self.path, self.group = path, group
+        file = pq.ParquetFile(path, pre_buffer=False)
+        self.batches = file.iter_batches(BATCH, row_groups=[group], columns=columns, use_threads=False)
+        self.batch: pa.RecordBatch | None = None
+        self.first = 0  # row of the group that the batch begins with
+
+    def reaches(self, path: Path, group: int, row: int) -> bool:
+        """Whether it can go on to a row: not backwards, and not with a file that was opened before a fork."""
+        return (self.process, self.path, self.group) == (os.getpid(), path, group) and row >= self.first
+
+    def entries(self, start: int, stop: int) -> Iterator[dict[str, Any]]:
+        """Rows as Python objects."""
+        while start < stop:
+            if self.batch is None or start >= self.first + self.batch.num_rows:
+                self.first += 0 if self.batch is None else self.batch.num_rows
+                self.batch = next(self.batches, None)
+                if self.batch is None:
+                    raise pa.ArrowInvalid("it has fewer rows than its footer said")
+                continue
+            part = self.batch.slice(start - self.first, stop - start).to_pylist()
+            start += len(part)
+            yield from part
+
+
 class ParquetSource:
     """A row is a row of the files one behind another. Memory holds where row groups begin, and two of them at most.
 
@@ -39,16 +69,19 @@ class ParquetSource:
         self.images = images if images is not None else self.files[0].parent
         self.columns: list[list[str]] = []
         groups: list[tuple[int, int, int]] = []
+        self.file_starts = [0]
         for number, path in enumerate(self.files):
             footer = _footer(path)
+            self.file_starts.append(self.file_starts[-1] + footer.num_rows)
             self.columns.append(_columns(footer, path))
             groups += [(number, group, footer.row_group(group).num_rows) for group in range(footer.num_row_groups)]
         self.groups = [(number, group) for number, group, _ in groups]
         self.starts: NDArray[np.int64] = np.cumsum([0, *(rows for *_, rows in groups)])
         self._cache: OrderedDict[int, pa.Table] = OrderedDict()
+        self._cursor: _Cursor | None = None  # where the last stream ended, for the next to go on
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_cache": OrderedDict()}
+        return {**self.__dict__, "_cache": OrderedDict(), "_cursor": None}
 
     @property
     def name(self) -> str:
@@ -65,9 +98,11 @@ class ParquetSource:
                 return
             row, end = max(start, first), min(stop, int(self.starts[group + 1]))
             try:
-                for entry in self._entries(group, row - first, end - first):
+                cursor = self._take_cursor(group, row - first)
+                for entry in cursor.entries(row - first, end - first):
                     row += 1
                     yield self._record(entry, row - 1)
+                self._cursor = cursor
             except BROKEN as error:
                 for unread in range(row, end):
                     yield self._broken(unread, error)
@@ -90,7 +125,7 @@ class ParquetSource:
         digest = hashlib.sha256(f"parquet {folder_key(self.images, self.files[0])}".encode())
         for path in self.files:
             with open_file(path, str(path)) as stream:
-                size = stream.seek(0, 2)
+                size = stream.seek(0, os.SEEK_END)
             ending = read_slice(path, size - FOOTER_END, FOOTER_END, str(path))
             length = int.from_bytes(ending[:4], "little")
             digest.update(f"{size} ".encode() + read_slice(path, size - FOOTER_END - length, length, str(path)))
@@ -99,30 +134,24 @@ class ParquetSource:
     def _group_of(self, row: int) -> int:
         return int(np.searchsorted(self.starts, row, side="right")) - 1
 
-    def _open(self, group: int) -> tuple[pq.ParquetFile, int, list[str]]:
+    def _take_cursor(self, group: int, row: int) -> _Cursor:
+        """The last stream's, if it reaches the row, for this stream alone; else a new one."""
         number, group_in_file = self.groups[group]
-        return pq.ParquetFile(self.files[number], pre_buffer=False), group_in_file, self.columns[number]
+        path, cursor = self.files[number], self._cursor
+        self._cursor = None
+        if cursor is not None and cursor.reaches(path, group_in_file, row):
+            return cursor
+        return _Cursor(path, group_in_file, self.columns[number])
 
     def _table(self, group: int) -> pa.Table:
         if group not in self._cache:
-            file, group_in_file, columns = self._open(group)
-            with file:
-                self._cache[group] = file.read_row_group(group_in_file, columns=columns, use_threads=False)
+            number, group_in_file = self.groups[group]
+            with pq.ParquetFile(self.files[number], pre_buffer=False) as file:
+                self._cache[group] = file.read_row_group(group_in_file, columns=self.columns[number], use_threads=False)
             if len(self._cache) > CACHED_GROUPS:
                 self._cache.popitem(last=False)
         self._cache.move_to_end(group)
         return self._cache[group]
-
-    def _entries(self, group: int, start: int, stop: int) -> Iterator[dict[str, Any]]:
-        """Rows from `start` to `stop` of a row group as Python objects."""
-        file, group_in_file, columns = self._open(group)
-        with file:
-            at = 0
-            for batch in file.iter_batches(BATCH, row_groups=[group_in_file], columns=columns, use_threads=False):
-                yield from batch.slice(max(start - at, 0), max(stop - max(start, at), 0)).to_pylist()
-                at += batch.num_rows
-                if at >= stop:
-                    return
 
     def _record(self, entry: dict[str, Any], row: int) -> Record | DataError:
         def find_image(item: Any, name: str) -> ImageRef:
@@ -141,10 +170,8 @@ class ParquetSource:
         return DataError(f"{self._place(row)}: the row group cannot be read ({reason}); fetch the file again")
 
     def _place(self, row: int) -> str:
-        group = self._group_of(row)
-        number = self.groups[group][0]
-        first = next(index for index, (file, _) in enumerate(self.groups) if file == number)
-        return f"{self.files[number]} row {row - int(self.starts[first]) + 1}"
+        number = self.groups[self._group_of(row)][0]
+        return f"{self.files[number]} row {row - self.file_starts[number] + 1}"
 
 
 def _footer(path: Path) -> pq.FileMetaData:

@@ -1,15 +1,16 @@
-"""LLaVA JSON: what is read, what is rejected and how it is said."""
+"""LLaVA JSON: what is read, what is rejected and how it is said; what every kind of source promises."""
 
 from __future__ import annotations
 
 import json
 import logging
+import pickle
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from anyres_vlm.data.sources import read_records
+from anyres_vlm.data.sources import open_source, read_records
 from anyres_vlm.errors import DataError
 from anyres_vlm.schema import Turn
 
@@ -63,6 +64,19 @@ def test_both_dialects_of_turns_and_images(tmp_path: Path, name: str) -> None:
         (record(image="../a.png"), "outside the image folder"),
         (record(image="/etc/passwd"), "outside the image folder"),
         (record(image=5), "must be a file name"),
+        (record(image="a\0.png"), "must be a file name"),
+        (record(image="\ud800.png"), "record a: the image's name holds a lone surrogate"),
+        (record(conversations=turns("<image>", "\udcff")), "record a turn 2: the text holds a lone surrogate"),
+        (record(conversations=[{"from": "system", "value": "Hi"}]), "move its text into the first question"),
+        (
+            record(conversations=None, messages=[{"role": "user", "content": 5}]),
+            "turn 1: expected text under 'content'",
+        ),
+        (
+            record(conversations=None, messages=[{"role": "user", "content": [{"type": "video"}]}]),
+            "record a turn 1: expected parts of type 'text' or 'image', got 'video'",
+        ),
+        (record(conversations=None), "expected a non-empty list under 'conversations' or 'messages'"),
     ],
 )
 def test_bad_records_are_named(tmp_path: Path, entry: Any, reason: str) -> None:
@@ -88,6 +102,12 @@ def test_a_few_bad_records_are_left_out_and_logged(tmp_path: Path, caplog: pytes
         ("a.jsonl", '{}\n{"id"}', r"a\.jsonl line 2 column 6: malformed JSON"),
         ("a.json", '{"id": 1}', "expected a list of records, got dict"),
         ("a.json", "[]", "contains no records"),
+        ("a.json", '[{"id": "x", "conversations": }]', r"a\.json line 1 column 31: malformed JSON: Expecting value"),
+        ("a.json", '[{"id": "x"}\n {}]', r"a\.json line 2 column 2: malformed JSON: Extra data"),
+        ("a.jsonl", "\n\n", "contains no records"),
+        ("a.jsonl", "[" * 100_000, r"a\.jsonl line 1 column 1: cannot be parsed as JSON"),
+        ("a.jsonl", "1" * 5000, r"a\.jsonl line 1 column 1: cannot be parsed as JSON"),
+        ("a.txt", "[]", r"expected \.json or \.jsonl, \.parquet or \.tar files .* got a\.txt"),
     ],
 )
 def test_unreadable_files(tmp_path: Path, name: str, content: str, message: str) -> None:
@@ -96,3 +116,66 @@ def test_unreadable_files(tmp_path: Path, name: str, content: str, message: str)
         read_records(tmp_path / name, None, 1.0)
     with pytest.raises(DataError, match="no such file"):
         read_records(tmp_path / "none.json", None, 1.0)
+
+
+def test_parts_of_chat_datasets_and_the_cauldron(tmp_path: Path) -> None:
+    parts = [
+        {"type": "text", "text": "Look:"},
+        {"type": "image", "text": None},
+        {"type": "text", "text": "What is it?"},
+    ]
+    answer = [{"type": "text", "text": "A star."}]
+    chat = {
+        "image": "a.png",
+        "messages": [{"role": "user", "content": parts}, {"role": "assistant", "content": answer}],
+    }
+    texts = [{"user": "What?", "assistant": "A star."}, {"user": "Where?", "assistant": "There."}]
+    cauldron = {"image": None, "images": ["a.png", "b.png"], "texts": texts}
+    read = read_records(write(tmp_path / "a.jsonl", [chat, cauldron]), None, 0.0)
+    assert read[0].turns == (Turn("user", "Look:\n<image>\nWhat is it?"), Turn("assistant", "A star."))
+    assert [turn.text for turn in read[1].turns] == ["<image>\n<image>\nWhat?", "A star.", "Where?", "There."]
+    assert [record.id for record in read] == ["1", "2"]
+
+
+def test_bytes_that_are_no_text(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(b'{"id": 1}\n{"id": "\xff"}')
+    source = open_source(tmp_path / "a.jsonl")
+    with pytest.raises(DataError, match=r"a\.jsonl line 2 column 9: cannot be read as UTF-8 text"):
+        source.record(1)
+
+
+@pytest.mark.parametrize("name", ["data.json", "data.jsonl"])
+def test_any_row_equals_the_stream_and_its_copies(tmp_path: Path, name: str) -> None:
+    entries = [record(id=f"é{n}", conversations=turns(f"<image> {{[{n}", "x\n")) for n in range(50)]
+    entries[17] = "no object"
+    source = open_source(write(tmp_path / name, entries))
+    stream = list(source.records(0, len(source)))
+    assert len(stream) == 50
+    assert isinstance(stream[17], DataError)
+    copy = pickle.loads(pickle.dumps(source))
+    order = [row for row in range(49, -1, -1) if row != 17]
+    assert [copy.record(row) for row in order] == [stream[row] for row in order]
+    assert [record.id for record in source.records(20, 23)] == ["é20", "é21", "é22"]
+    with pytest.raises(DataError, match="record 18: expected an object, got str"):
+        source.record(17)
+
+
+def test_fingerprint_follows_the_content(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.json", [record()])
+    before = open_source(path).fingerprint()
+    assert open_source(path, tmp_path).fingerprint() == before
+    assert open_source(path, tmp_path / "other").fingerprint() != before
+    moved = tmp_path / "elsewhere"
+    moved.mkdir()
+    assert open_source(path.rename(moved / "a.json")).fingerprint() == before
+    assert open_source(write(moved / "a.json", [record(id="b")])).fingerprint() != before
+
+
+def test_a_file_that_shrank_is_named(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.json", [record(), record()])
+    source = open_source(path)
+    path.write_text("[]")
+    with pytest.raises(
+        DataError, match=r"a\.json record 2: .* ends before it: .* the file changed since it was opened"
+    ):
+        source.record(1)
