@@ -13,8 +13,10 @@ import typer
 def evaluate(
     benchmark: Literal["heldout"] = typer.Argument(..., help="heldout: short exact answers, by task."),
     model: Path = typer.Option(..., help="Checkpoint folder."),
-    data: Path = typer.Option(..., help="LLaVA JSON of single questions with a `task` each; see anyres render."),
-    images: Path | None = typer.Option(None, help="Image folder of the data; without it, the JSON's own folder."),
+    data: Path = typer.Option(
+        ..., help="Single questions with a `task` each: LLaVA JSON, Parquet or tar; see anyres render."
+    ),
+    images: Path | None = typer.Option(None, help="Image folder of the data; without it, the data's own folder."),
     limit: int | None = typer.Option(None, min=2, help="Questions at most."),
     swap_images: bool = typer.Option(
         False, "--swap-images", help="Blind baseline: every question about another image."

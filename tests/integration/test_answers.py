@@ -70,7 +70,7 @@ def test_sampling_varies_and_greedy_does_not(checkpoint, picture) -> None:
     [
         (["--prompt", "hi </s>"], 1, "control token '</s>'"),
         (["--prompt", " "], 2, "the prompt is empty"),
-        (["--prompt", "hi", "--image", "none.png"], 1, "none.png: no such image"),
+        (["--prompt", "hi", "--image", "none.png"], 1, "none.png: no such file"),
         (["--prompt", "<image>"], 2, "has 1 <image>, but 0 images"),
     ],
 )

@@ -38,6 +38,7 @@ def source_files(path: Path) -> list[Path]:
 def read_records(path: Path, images: Path | None, max_bad_fraction: float) -> list[Record]:
     """All good records of a source, in memory. Bad ones are counted and logged, up to `max_bad_fraction` of all.
 
+    Images that lie in Parquet files stay in memory with their records; large sources are for `open_source`.
     Raises `DataError` for an unreadable source, and when too many records are bad.
     """
     source = open_source(path, images)

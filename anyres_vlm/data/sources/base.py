@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -71,6 +71,11 @@ def image_file(item: Any, name: str, folder: Path) -> ImageRef:
         raise DataError(f"record {name}: image {item!r} lies outside the image folder")
     path = folder / _unicode(item, f"record {name}: the image's name")
     return ImageRef(str(path), path)
+
+
+def shards_name(files: Sequence[Path]) -> str:
+    """The name of a source of several files is their folder's."""
+    return files[0].stem if len(files) == 1 else files[0].absolute().parent.name
 
 
 def folder_key(images: Path, data: Path) -> str:

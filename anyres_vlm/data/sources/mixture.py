@@ -27,7 +27,7 @@ from pydantic import Field, model_validator
 from anyres_vlm.config import Frozen, Positive, Rate, read_mapping, validated
 from anyres_vlm.data.sources.base import Source
 from anyres_vlm.data.sources.kinds import find_files, open_single
-from anyres_vlm.errors import DataError
+from anyres_vlm.errors import DataError, UsageError
 from anyres_vlm.schema import Record
 
 DENSE = 4  # rows to read for each one that is wanted, before single reads are better
@@ -55,7 +55,7 @@ class Part(Frozen):
 class Mixture(Frozen):
     """The content of a mixture file."""
 
-    sources: Annotated[tuple[Part, ...], Field(min_length=1)]
+    sources: tuple[Part, ...]
 
 
 @dataclass(frozen=True, eq=False)
@@ -138,7 +138,10 @@ def mixture_files(path: Path) -> list[Path]:
 def _read(path: Path) -> tuple[Part, ...]:
     if not path.exists():
         raise DataError(f"{path}: no such file; expected a YAML mixture")
-    return validated(Mixture, read_mapping(path), path).sources
+    parts = validated(Mixture, read_mapping(path), path).sources
+    if not parts:
+        raise UsageError(f"config {path}: sources is empty: list at least one")
+    return parts
 
 
 def _items(source: Source, rows: NDArray[np.int64]) -> Iterator[Record | DataError]:
@@ -161,6 +164,8 @@ def choose(part: Part, size: int) -> NDArray[np.int64]:
 
     Raises `DataError` when the source has fewer rows than asked for, or none are left.
     """
+    if size == 0:
+        raise DataError("contains no records")
     asked = part.first or part.random
     if asked is not None and asked > size:
         key = "first" if part.first is not None else "random"

@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from anyres_vlm.data.blobs import open_file, read_slice
-from anyres_vlm.data.sources.base import CONVERSATION_KEYS, folder_key, image_file, to_record
+from anyres_vlm.data.sources.base import CONVERSATION_KEYS, folder_key, image_file, shards_name, to_record
 from anyres_vlm.errors import DataError
 from anyres_vlm.schema import ImageRef, Record
 
@@ -85,7 +85,7 @@ class ParquetSource:
 
     @property
     def name(self) -> str:
-        return self.files[0].stem if len(self.files) == 1 else self.files[0].parent.name
+        return shards_name(self.files)
 
     def __len__(self) -> int:
         return int(self.starts[-1])
@@ -184,7 +184,7 @@ def _footer(path: Path) -> pq.FileMetaData:
 
 
 def _columns(footer: pq.FileMetaData, path: Path) -> list[str]:
-    """The columns to read: the first conversation that there is, and what goes with it."""
+    """The columns to read. Raises `DataError` if none of them is a conversation."""
     found = footer.schema.to_arrow_schema().names
     if not set(found) & set(CONVERSATION_KEYS):
         raise DataError(

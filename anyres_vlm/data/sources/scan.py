@@ -16,7 +16,7 @@ Bytes = NDArray[np.uint8]
 Offsets = NDArray[np.int64]
 
 WHITE_SPACE = b" \t\r\n"
-CHUNK = 1 << 20  # bytes classified at once: fits the cache and bounds memory
+CHUNK = 1 << 18  # bytes classified at once: fits the cache and bounds memory
 
 QUOTE, ESCAPE, OPENING, CLOSING, COMMA = range(1, 6)
 KINDS = np.zeros(256, np.uint8)
@@ -64,11 +64,13 @@ def _elements(data: Bytes, start: int, path: Path) -> Offsets:
         raise DataError(f"{path}: expected a list of records, got {kind}; JSONL files end in .jsonl")
     separators, closing = _separators(data, opening)
     bounds = np.concatenate([[opening], separators])
-    if closing is None:
-        tail = int(bounds[-1]) + 1
-        parse_json(data[tail:].tobytes(), lambda position: place_in_file(path, tail + position))
-        raise DataError(f"{path}: the list does not end: the file was cut short, or a bracket is missing")
-    if (rest := _skip_white_space(data, closing + 1)) != len(data):
+    last = int(bounds[-1]) + 1
+    rest = len(data) if closing is None else _skip_white_space(data, closing + (data[closing] == ord("]")))
+    if closing is None or rest != len(data):
+        # The fault is in the last row, as a rule, and its parser knows better where.
+        parse_json(data[last:closing].tobytes(), lambda position: place_in_file(path, last + position))
+        if closing is None:
+            raise DataError(f"{path}: the list does not end: the file was cut short, or a bracket is missing")
         raise DataError(f"{place_in_file(path, rest)}: malformed JSON: Extra data")
     if len(separators) == 0 and _skip_white_space(data[:closing], opening + 1) == closing:
         return np.zeros(1, np.int64)
@@ -83,8 +85,8 @@ def _separators(data: Bytes, opening: int) -> tuple[Offsets, int | None]:
         end = min(at + CHUNK, len(data))
         while end < len(data) and data[end - 1] == ord("\\"):
             end += 1  # a run of backslashes is judged as a whole
-        kinds = KINDS[data[at:end]]
-        places = np.flatnonzero(kinds)
+        kinds = KINDS.take(data[at:end])
+        places = np.flatnonzero(kinds != 0)  # of booleans: four times as fast
         kinds = kinds[places]
         live = ~_escaped(places, kinds)
         places, kinds = places[live], kinds[live]

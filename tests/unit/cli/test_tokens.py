@@ -154,7 +154,7 @@ def test_file_with_the_name_of_a_pattern(tmp_path: Path, capsys: pytest.CaptureF
     assert rows(capsys)[0]["path"] == str(file)
 
 
-@pytest.mark.parametrize(("name", "reason"), [("*.gif", "no such file"), ("nothing", "a folder, not an image file")])
+@pytest.mark.parametrize(("name", "reason"), [("*.gif", "no such file"), ("nothing", "a folder, not a file")])
 def test_nothing_found_is_an_error_of_its_own(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, reason: str
 ) -> None:

@@ -31,6 +31,7 @@ def entries(count: int, bad: int | None = None) -> list[dict[str, Any]]:
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     (tmp_path / "a.json").write_text(json.dumps(entries(40)))
+    (tmp_path / "empty.json").write_text("[]")
     (tmp_path / "sub").mkdir()
     pq.write_table(pa.Table.from_pylist(entries(300)), tmp_path / "sub" / "b.parquet", row_group_size=50)
     (tmp_path / "c.jsonl").write_text("\n".join(map(json.dumps, entries(10, bad=3))))
@@ -177,6 +178,7 @@ def test_mistakes_in_the_file_are_named(folder: Path, source: dict[str, Any], me
         open_source(mixture(folder, source))
     assert message in str(caught.value)
     assert "mix.yaml" in str(caught.value)
+    assert ";" not in str(caught.value).replace("; did you mean", "").replace("; known", ""), "one fault, one message"
     assert "\n" not in str(caught.value)
 
 
@@ -186,6 +188,7 @@ def test_mistakes_in_the_file_are_named(folder: Path, source: dict[str, Any], me
         ({"path": "a.json", "first": 41}, "source 1: first=41, but it has 40 records: lower it"),
         ({"path": "a.json", "random": 41}, "source 1: random=41, but it has 40 records: lower it"),
         ({"path": "a.json", "fraction": 0.01}, "source 1: 0.01 of 40 records is none: raise the share"),
+        ({"path": "empty.json"}, "source 1: contains no records"),
         ({"path": "mix.yaml"}, "a mixture inside a mixture: list its sources themselves"),
     ],
 )
@@ -196,7 +199,11 @@ def test_what_a_source_cannot_give_is_said(folder: Path, source: dict[str, Any],
 
 
 def test_files_that_are_no_mixture(folder: Path) -> None:
-    for content, message in (("sources: []", "at least 1 item"), ("- a", "expected a mapping"), ("a: [", "YAML")):
+    for content, message in (
+        ("sources: []", "sources is empty: list at least one"),
+        ("- a", "expected a mapping"),
+        ("a: [", "YAML"),
+    ):
         (folder / "mix.yaml").write_text(content)
         with pytest.raises(UsageError, match=message):
             open_source(folder / "mix.yaml")

@@ -74,8 +74,8 @@ def test_lines_are_rows_and_blank_ones_are_none(folder: Path, values: list[Any],
     assert rows(folder / "a.jsonl") == values
 
 
-@given(text=st.text(st.sampled_from('[]{}",:\\ 1a'), max_size=14))
-@settings(max_examples=500, deadline=None)
+@given(text=st.text(st.sampled_from('[]{}",:\\ 1a'), max_size=14).map("[".__add__))
+@settings(max_examples=1000, deadline=None)
 def test_what_is_no_list_is_never_taken_for_one(folder: Path, text: str) -> None:
     """Either the scan refuses it or a row does; and every list is accepted."""
     (folder / "b.json").write_text(text)
@@ -104,6 +104,10 @@ def test_runs_of_backslashes(tmp_path: Path, text: str, chunk: int) -> None:
         ("[1, 2", "the list does not end: the file was cut short"),
         ("[1,\n", r"a\.json line 2 column 1: malformed JSON: Expecting value"),
         ("[1]\n\n [2]", r"a\.json line 3 column 2: malformed JSON: Extra data"),
+        ('[1,\n{"a": 2]}, 3]', r"a\.json line 2 column 8: malformed JSON: Expecting ',' delimiter"),
+        ('[{"a": 2}}', r"a\.json line 1 column 10: malformed JSON: Extra data"),
+        ("[}", r"a\.json line 1 column 2: malformed JSON: Expecting value"),
+        ('[[1,\n{"a": 2}, 3]', "the list does not end"),
         ("{}", "expected a list of records, got dict; JSONL files end in .jsonl"),
         ("hello", "expected a list of records, got 'hello'"),
         ("", "the file is empty"),

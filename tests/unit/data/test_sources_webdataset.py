@@ -178,12 +178,18 @@ def test_tars_that_cannot_be_used(tmp_path: Path) -> None:
         end = last.offset_data + 512
     broken = bytearray(whole)
     broken[last.offset + 5] ^= 1
+    backwards = tarfile.TarInfo("a.jpg")
+    backwards.size = -1024
     cases = {
         "data": (whole[: last.offset - 100], "a broken or truncated tar .unexpected end of data"),
         "header": (whole[: last.offset + 100], "the tar is cut short: no end mark at byte"),
         "border": (whole[:end], rf"the tar is cut short: no end mark at byte {end}"),
         "bits": (bytes(broken), rf"a broken tar: no header at byte {last.offset}"),
         "cat": (whole + whole, rf"data behind the tar's end at byte {end}: unite tars with tar --concatenate"),
+        "back": (
+            backwards.tobuf(tarfile.GNU_FORMAT) * 2 + bytes(1024),
+            "a broken or truncated tar",
+        ),
         "text": (b"hello " * 500, "a broken or truncated tar"),
         "empty": (b"", "a broken or truncated tar"),
     }
