@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from label_oracle import expected_labels, odd_record, ordinary_record
 from tokenizer_kinds import EXACT, byte_level, exact_tokenizer, sentencepiece, wordpiece
+from tokenizers import AddedToken, Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
 from anyres_vlm.config import TemplateName
@@ -91,6 +92,40 @@ def test_a_line_end_merged_with_the_prompt_is_refused() -> None:
     assert not isinstance(good, DataError)
     assert isinstance(bad, DataError)
     assert "record r7: the tokens of the prompt and of the answer '\\nyes' depend on each other" in str(bad)
+
+
+def by_hand(*added: AddedToken) -> PreTrainedTokenizerFast:
+    """Characters, one merge of a colon with what follows it, and `<|im_end|>` as a word like any other."""
+    pieces = ["<unk>", *"ab: \n<|im_end|>start/s", ":b", "<|im_end|>"]
+    vocab = {piece: number for number, piece in enumerate(dict.fromkeys(pieces))}
+    tokenizer = Tokenizer(models.BPE(vocab, [(":", "b")], unk_token="<unk>"))
+    tokenizer.decoder = decoders.Fuse()
+    tokenizer.add_special_tokens(list(added))
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>")
+
+
+def test_a_merge_across_the_border_is_seen_where_the_tokens_before_it_look_right() -> None:
+    tokenizer = by_hand(AddedToken("<|im_end|>", special=True))
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m.content + ('::' if m.role == 'user' else '<|im_end|>') }}{% endfor %}"
+    )
+    good, bad = ConversationTokenizer("chat_template", tokenizer).encode([dialogue("a:", "a"), dialogue("a:", "b")])
+    assert not isinstance(good, DataError)
+    assert "depend on each other" in str(bad)
+
+
+def test_the_end_token_stands_alone() -> None:
+    whole = AddedToken("<|im_end|>", special=True)
+    greedy = AddedToken("<|im_end|>", special=True, lstrip=True)
+    for added, answer, fits in (
+        ((), "b", False),
+        ((whole,), "b ", True),
+        ((greedy,), "b", True),
+        ((greedy,), "b ", False),
+    ):
+        (result,) = ConversationTokenizer("chatml", by_hand(*added)).encode([dialogue("a", answer)])
+        assert isinstance(result, DataError) != fits
+        assert fits or "record r7: '<|im_end|>' behind 'b" in str(result)
 
 
 def test_a_character_that_the_tokenizer_lacks_is_refused() -> None:
