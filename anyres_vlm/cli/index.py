@@ -92,7 +92,8 @@ def _print(summary: dict[str, Any]) -> None:
         made += f", {summary['images_per_second']:,.0f} images/s"
     print(f"index:    {summary['index']} ({made})")
     print(
-        f"samples:  {summary['ok']:,} of {summary['samples']:,}, {summary['images']:,} images, {summary['tiles']:,} tiles"
+        f"samples:  {summary['ok']:,} of {summary['samples']:,}, {summary['images']:,} images, "
+        f"{summary['tiles']:,} tiles"
     )
     print(
         f"tokens:   {tokens['total']:,} = {summary['visual_tokens']:,} visual + {summary['newline_tokens']:,} newline "

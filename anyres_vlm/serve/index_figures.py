@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
 from importlib.util import find_spec
 from io import BytesIO
 from typing import Any
@@ -183,11 +182,10 @@ def _new_figure() -> tuple[Any, Any]:
     return figure, axes
 
 
-def _thousands() -> Callable[[float, int | None], str]:
+def _thousands() -> Any:
     from matplotlib.ticker import FuncFormatter  # an optional extra
 
-    formatter: Callable[[float, int | None], str] = FuncFormatter(lambda value, _: f"{value:,.6g}")
-    return formatter
+    return FuncFormatter(lambda value, _: f"{value:,.6g}")
 
 
 def _png(figure: Any) -> bytes:

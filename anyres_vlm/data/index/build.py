@@ -83,12 +83,14 @@ def build_index(
     target.parent.mkdir(parents=True, exist_ok=True)
     made, rows_read = _make(data, images, settings, target, workers, shard, rebuild, progress)
     if shard is not None:
+        made = _publish(made, target)
+        write_rejects(made, rejects_path(target))
         shards = [Shard(number, shard.count) for number in range(1, shard.count + 1)]
         missing = tuple(other for other in shards if _of_key(other.path(out), made.key) is None)
         if missing:
-            return Built(_publish(made, target), rows_read, missing)
-        _publish(made, target)
-        made = _merge([read_index(other.path(out)) for other in shards], out)
+            return Built(made, rows_read, missing)
+        found = _current(out, made.key) if rows_read == 0 else None
+        made = found or _merge([read_index(other.path(out)) for other in shards], out)
     _list_and_check(made, out, max_bad_fraction)
     return Built(_publish(made, out), rows_read)
 
@@ -159,7 +161,7 @@ def _row_groups(tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
     for table in tables:
         held.append(table)
         rows += table.num_rows
-        if rows >= ROW_GROUP:
+        while rows >= ROW_GROUP:
             whole = pa.concat_tables(held)
             yield whole.slice(0, ROW_GROUP).combine_chunks()
             held, rows = [whole.slice(ROW_GROUP)], rows - ROW_GROUP

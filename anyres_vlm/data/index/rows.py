@@ -115,8 +115,7 @@ def _row(planned: _Planned, encoded: tuple[Ids, Ids] | DataError, settings: Inde
     try:
         check_sample(sample, settings.max_length, settings.image_token_id)
     except DataError as error:
-        assert error.kind is not None
-        status, reason = error.kind, str(error)
+        status, reason = str(error.kind), str(error)
     heights, widths = [plan.image.height for plan in plans], [plan.image.width for plan in plans]
     visual, newline = sum(plan.visual_tokens for plan in plans), sum(plan.newline_tokens for plan in plans)
     length = sample.length

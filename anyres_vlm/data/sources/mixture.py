@@ -26,7 +26,7 @@ from pydantic import Field, model_validator
 
 from anyres_vlm.config import Frozen, Positive, Rate, read_mapping, validated
 from anyres_vlm.data.sources.base import Source
-from anyres_vlm.data.sources.kinds import open_single
+from anyres_vlm.data.sources.kinds import find_files, open_single
 from anyres_vlm.errors import DataError, UsageError
 from anyres_vlm.schema import Record
 
@@ -75,11 +75,7 @@ class MixtureSource:
         Raises `UsageError` for a file that is no mixture, and `DataError` for a source that is missing, broken or
         smaller than what is asked of it.
         """
-        if not path.exists():
-            raise DataError(f"{path}: no such file; expected a YAML mixture")
-        parts = validated(Mixture, read_mapping(path), path).sources
-        if not parts:
-            raise UsageError(f"config {path}: sources is empty: list at least one")
+        parts = _read(path)
         sources, chosen = [], []
         for number, part in enumerate(parts, start=1):
             images = None if part.images is None else _resolve(part.images, path)
@@ -127,10 +123,25 @@ class MixtureSource:
     def _own(self, item: Record | DataError, number: int, at: int) -> Record | DataError:
         """The record under its id in the mixture, or the error with its source."""
         if isinstance(item, DataError):
-            return DataError(f"{self.names[number]}: {item}")
+            record = None if item.record is None else f"{self.names[number]}/{item.record}"
+            return DataError(f"{self.names[number]}: {item}", kind=item.kind, record=record)
         repetition = at // len(self.sources[number]) + 1
         mark = f"#{repetition}" if repetition > 1 else ""
         return replace(item, id=f"{self.names[number]}/{item.id}{mark}")
+
+
+def mixture_files(path: Path) -> list[Path]:
+    """The YAML file and the files of its sources, of which none is opened."""
+    return [path, *(file for part in _read(path) for file in find_files(_resolve(part.path, path)))]
+
+
+def _read(path: Path) -> tuple[Part, ...]:
+    if not path.exists():
+        raise DataError(f"{path}: no such file; expected a YAML mixture")
+    parts = validated(Mixture, read_mapping(path), path).sources
+    if not parts:
+        raise UsageError(f"config {path}: sources is empty: list at least one")
+    return parts
 
 
 def _items(source: Source, rows: NDArray[np.int64]) -> Iterator[Record | DataError]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from functools import cache
 from importlib import resources
 
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
@@ -135,3 +136,9 @@ EXACT: dict[str, Callable[[], PreTrainedTokenizerFast]] = {
     "no_split": lambda: byte_level(split_on(r"\n{9}")),  # merges may cross everything but control tokens
     "embedded": embedded,
 }
+
+
+@cache
+def exact_tokenizer(kind: str) -> PreTrainedTokenizerFast:
+    """One of `EXACT`, trained once."""
+    return EXACT[kind]()
