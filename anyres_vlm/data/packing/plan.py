@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from anyres_vlm.data.packing import fill
 from anyres_vlm.data.packing.bound import bound_efficiency
 from anyres_vlm.data.packing.cost import CostModel
+from anyres_vlm.data.packing.even import even_out
 from anyres_vlm.errors import UsageError
 
 Ints = NDArray[np.int64]
@@ -127,6 +128,7 @@ def plan_epoch(
     packs_per_step = packs_per_step or round_packs(exact / efficiency)
     value = length if table is None else table[length]
     rows, starts, costs, _, _ = fill.fill(order, length, extra, value, capacity, packs_per_step, way)
+    even_out(rows, starts, costs, tokens, tiles, cost.fixed_square, cost.fixed_tile, capacity, packs_per_step)
     return Plan(tokens, tiles, capacity, batch_size, seed, epoch, cost, packs_per_step, rows, starts, costs)
 
 
