@@ -177,7 +177,11 @@ def best_end(
     chosen[:] = 0
     for one in range(-1, found):
         for two in range(-1, max(one, 0) if one < settings[5] else 0):
-            size, gain, cost, first, second = np.int64(0), np.int64(0), np.int64(0), -1, -1
+            size: Int = np.int64(0)
+            gain: Int = np.int64(0)
+            cost: Int = np.int64(0)
+            first: Int = -1
+            second: Int = -1
             if one >= 0:
                 at, first = place[one], where[one]
                 size += length[at]

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from anyres_vlm.data.packing import fill
 from anyres_vlm.data.packing.bound import bound_efficiency
 from anyres_vlm.data.packing.cost import CostModel
+from anyres_vlm.data.packing.even import even_out
 from anyres_vlm.errors import UsageError
 
 Ints = NDArray[np.int64]
@@ -93,7 +94,7 @@ class Plan:
 
 
 def _deal(costs: Ints, steps: Ints, world_size: int) -> tuple[Ints, Ints]:
-    """Micro-step and rank of each pack: in a step the costliest come first, so that a group not full is the cheapest."""
+    """Micro-step and rank of each pack: in a step the costliest come first, so that the cheapest group may be short."""
     if world_size < 1:
         raise UsageError(f"{world_size} ranks: expected at least 1")
     order = np.lexsort((-costs, steps))  # stable; steps are sorted already, so that they stay where they are
@@ -127,6 +128,7 @@ def plan_epoch(
     packs_per_step = packs_per_step or round_packs(exact / efficiency)
     value = length if table is None else table[length]
     rows, starts, costs, _, _ = fill.fill(order, length, extra, value, capacity, packs_per_step, way)
+    even_out(rows, starts, costs, tokens, tiles, cost.fixed_square, cost.fixed_tile, capacity, packs_per_step)
     return Plan(tokens, tiles, capacity, batch_size, seed, epoch, cost, packs_per_step, rows, starts, costs)
 
 
@@ -193,5 +195,5 @@ def _choose(order: Rows, length: Rows, extra: Ints, capacity: int, per_step: int
 
 def _settings(capacity: int, *, weight: int, over: int, near: int, pairs: int, expected: float, relax: int) -> Ints:
     """See `fill.fill`; scores and scales grow with the capacity, as the gaps and costs that they measure do."""
-    accept, scale = 60 * capacity // 16_384, max(capacity // over, 1)
+    accept, scale = weight * (15 * capacity // 16_384 + 4), max(capacity // over, 1)
     return np.array([accept, weight, scale, 2 * scale, near, pairs, int(expected * 1024), relax])

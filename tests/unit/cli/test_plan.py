@@ -1,0 +1,126 @@
+"""`anyres plan`: the report, the file that an independent script reads, and what is said about mistakes."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from anyres_vlm.cli.main import main
+
+
+def anyres(*arguments: str | Path) -> int:
+    with pytest.raises(SystemExit) as stop:
+        sys.exit(main([str(argument) for argument in arguments]))
+    return int(stop.value.code or 0)
+
+
+def write(path: Path, **columns: Any) -> Path:
+    pq.write_table(pa.table(columns), path)
+    return path
+
+
+@pytest.fixture
+def index(tmp_path: Path) -> Path:
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(100, 3000, 3000)
+    return write(tmp_path / "index.parquet", tokens=tokens, tiles=rng.integers(0, 6, 3000).astype(np.int32))
+
+
+def test_plan_file_says_what_the_report_says(index: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Efficiency and straggler factor recomputed from the file, by the definitions."""
+    out = index.with_name("plan.parquet")
+    options = ("--ranks", "4", "--capacity", "8192", "--cost-sq", "4.4e-5", "--cost-tile", "385", "--json")
+    assert anyres("plan", index, *options, "--out", out) == 0
+    report = json.loads(capsys.readouterr().out)
+    given, plan = pq.read_table(index).to_pydict(), pq.read_table(out)
+    assert plan.column_names == ["sample", "pack", "step", "micro_step", "rank"]
+    assert sorted(plan["sample"].to_pylist()) == list(range(3000))
+    loads: dict[tuple[int, ...], int] = {}
+    costs: dict[tuple[int, ...], float] = {}
+    for sample, pack, *place in zip(*(plan[name].to_pylist() for name in plan.column_names), strict=True):
+        size, tiles = given["tokens"][sample], given["tiles"][sample]
+        loads[pack, *place] = loads.get((pack, *place), 0) + size
+        costs[tuple(place)] = costs.get(tuple(place), 0) + size + 4.4e-5 * size**2 + 385 * tiles
+    assert max(loads.values()) <= 8192
+    assert len(loads) == len(costs) == report["packs"]
+    assert report["efficiency"] == pytest.approx(sum(given["tokens"]) / (len(loads) * 8192))
+    slowest: dict[tuple[int, ...], float] = {}
+    for (*micro_step, _), cost in costs.items():
+        slowest[tuple(micro_step)] = max(slowest.get(tuple(micro_step), 0), cost)
+    assert report["straggler"] == pytest.approx(sum(slowest.values()) / (sum(costs.values()) / 4), rel=1e-5)
+
+
+def test_same_arguments_same_bytes_and_ranks_keep_the_steps(index: Path) -> None:
+    files = [index.with_name(f"{name}.parquet") for name in "abc"]
+    for out, ranks in zip(files, ("8", "8", "2"), strict=True):
+        assert anyres("plan", index, "--ranks", ranks, "--out", out) == 0
+    assert files[0].read_bytes() == files[1].read_bytes()
+    eight, two = (pq.read_table(out).select(["sample", "pack", "step"]) for out in (files[0], files[2]))
+    assert eight.equals(two)
+
+
+def test_rows_with_another_status_are_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    status = ["ok", "no image", "ok", "ok"]
+    path = write(
+        tmp_path / "i.parquet", tokens=[5, 9999999, 7, 8], tiles=[1, 1, 1, 0], status=status, supervised=[1] * 4
+    )
+    assert anyres("plan", path, "--out", tmp_path / "p.parquet") == 0
+    text = capsys.readouterr().out
+    assert "3 samples, 20 tokens, 2 tiles (1 rows left out: status not ok), 3 supervised tokens" in text
+    assert sorted(pq.read_table(tmp_path / "p.parquet")["sample"].to_pylist()) == [0, 2, 3]
+
+
+def test_human_report(index: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert anyres("plan", index, "--packs-per-step", "6", "--ranks", "4") == 0
+    text = capsys.readouterr().out
+    assert "a 7B model with CLIP ViT-L/14-336; --model-config" in text
+    assert "6 packs a step do not go round 4 ranks: 2 of 8 places stay idle" in text
+
+
+@pytest.mark.parametrize(
+    ("columns", "options", "status", "message"),
+    [
+        (None, (), 2, "no such file; expected a Parquet file"),
+        ({"tokens": [1]}, (), 1, "no column 'tiles' among tokens"),
+        ({"tokens": [1.5], "tiles": [1]}, (), 1, "column 'tokens' is double"),
+        ({"tokens": [1, None], "tiles": [1, 1]}, (), 1, "1 empty values; expected an integer in every row"),
+        ({"tokens": [1, 0], "tiles": [1, 1]}, (), 1, "sample 1 has 0 tokens, expected at least 1"),
+        ({"tokens": [1], "tiles": [-2]}, (), 1, "sample 0 has -2 tiles, expected at least 0"),
+        (
+            {"tokens": [1, 300], "tiles": [1, 1]},
+            ("--capacity", "200"),
+            2,
+            "sample 1 has 300 tokens, more than --capacity",
+        ),
+        ({"tokens": [1], "tiles": [1], "status": ["bad"]}, (), 1, "no sample to plan"),
+        ({"tokens": [1], "tiles": [1]}, ("--cost-sq", "1e-5"), 2, "--cost-sq and --cost-tile go together"),
+    ],
+)
+def test_mistakes(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    columns: dict[str, list[Any]] | None,
+    options: tuple[str, ...],
+    status: int,
+    message: str,
+) -> None:
+    path = tmp_path / "index.parquet"
+    if columns is not None:
+        write(path, **columns)
+    assert anyres("plan", path, *options) == status
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+
+
+def test_a_file_that_is_not_parquet(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "index.parquet").write_text("tokens,tiles\n1,2\n")
+    assert anyres("plan", tmp_path / "index.parquet") == 1
+    assert "cannot be read as Parquet" in capsys.readouterr().err

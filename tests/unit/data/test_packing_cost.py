@@ -1,0 +1,52 @@
+"""Costs derived from configurations that transformers writes: the figures of the literature's models."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from transformers import CLIPVisionConfig, LlamaConfig, LlavaNextConfig, Qwen2Config
+
+from anyres_vlm.data.packing.cost import CostModel, read_cost
+from anyres_vlm.errors import UsageError
+
+CLIP_LARGE = {
+    "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16,
+    "image_size": 336, "patch_size": 14,
+}  # fmt: skip
+VICUNA_7B = LlamaConfig(vocab_size=32_064)
+QWEN2_05B = Qwen2Config(
+    vocab_size=151_936, hidden_size=896, intermediate_size=4864, num_hidden_layers=24, num_attention_heads=14,
+    num_key_value_heads=2, tie_word_embeddings=True,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("language", "square", "tile"), [(VICUNA_7B, 2.0e-5, 29), (QWEN2_05B, 4.4e-5, 385)], ids=["7B", "0.5B"]
+)
+def test_costs_of_known_models(tmp_path: Path, language: object, square: float, tile: float) -> None:
+    LlavaNextConfig(text_config=language, vision_config=CLIPVisionConfig(**CLIP_LARGE)).save_pretrained(tmp_path)
+    for path in (tmp_path, tmp_path / "config.json"):
+        cost = read_cost(path)
+        assert cost.square == pytest.approx(square, rel=0.05)
+        assert cost.tile == pytest.approx(tile, rel=0.05)
+
+
+def test_costs_of_a_run_by_its_local_folders(tmp_path: Path) -> None:
+    VICUNA_7B.save_pretrained(tmp_path / "llm")
+    CLIPVisionConfig(**CLIP_LARGE).save_pretrained(tmp_path / "encoder")
+    shipped = Path(__file__).parents[3] / "configs" / "llava_next_vicuna_7b.yaml"
+    text = shipped.read_text().replace("lmsys/vicuna-7b-v1.5", str(tmp_path / "llm"))
+    run = tmp_path / "run.yaml"
+    run.write_text(text.replace("openai/clip-vit-large-patch14-336", str(tmp_path / "encoder")))
+    assert read_cost(run).tile == pytest.approx(29, rel=0.05)
+
+
+def test_what_cannot_be_derived_is_said(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"nowhere: no such file; expected a folder with a config\.json"):
+        read_cost(tmp_path / "nowhere")
+    VICUNA_7B.save_pretrained(tmp_path)
+    with pytest.raises(UsageError, match="a llama has no text_config and vision_config"):
+        read_cost(tmp_path)
+    with pytest.raises(UsageError, match="cost of a tile -1"):
+        CostModel(2e-5, -1)
