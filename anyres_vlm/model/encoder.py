@@ -21,6 +21,7 @@ class Encoder(nn.Module):
 
     mean: Tensor
     std: Tensor
+    layers_used: int
 
     def __init__(self, tile: int, patch: int, width: int, mean: Sequence[float], std: Sequence[float]) -> None:
         super().__init__()
@@ -75,14 +76,14 @@ class TimmEncoder(Encoder):
             raise UsageError(f"encoder layer {layer}: the encoder has {depth} layers, choose from -{depth} to -1")
         embed = vision_model.patch_embed
         super().__init__(embed.img_size[0], embed.patch_size[0], vision_model.embed_dim, mean, std)
-        self.block = depth + layer
+        self.layers_used = depth + layer + 1
         self.vision_model = vision_model
 
     def forward(self, tiles: Tensor) -> Tensor:
         """Patch features without prefix tokens. (T, 3, S, S) uint8 -> (T, P, Dv)."""
         (features,) = self.vision_model.forward_intermediates(
             self.normalise(tiles),
-            indices=[self.block],
+            indices=[self.layers_used - 1],
             norm=False,
             stop_early=True,
             output_fmt="NLC",

@@ -26,8 +26,8 @@ from anyres_vlm.train.loop import run_steps
 from anyres_vlm.train.metrics import MetricsWriter
 from anyres_vlm.train.optim import build_optimizer, build_schedule
 from anyres_vlm.train.samples import index_samples
-from anyres_vlm.train.steps import StageSteps
 from anyres_vlm.train.stage import ADAPTER_PARTS, freeze, recipe_warnings, trained_parts
+from anyres_vlm.train.steps import StageSteps, packing_cost
 
 logger = logging.getLogger(__name__)
 
@@ -111,7 +111,8 @@ class StageRun:
         self.model, self.tokenizer = self._build_model()
         with engine.main_first():
             self.samples = index_samples(config, stage, options.output, self.model.tiling, self.tokenizer)
-        self.steps = StageSteps.plan(self.samples.index, config, stage, self._cost(), options.max_steps)
+        cost = packing_cost(self.model)
+        self.steps = StageSteps.plan(self.samples.index, config, stage, cost, options.max_steps)
         self.optimizer = build_optimizer(self.model, self.settings)
         self.schedule = build_schedule(self.optimizer, self.settings, len(self.steps))
 
@@ -166,7 +167,8 @@ class StageRun:
     def _announce(self, finished: int) -> None:
         if not self.engine.is_main:
             return
-        for warning in recipe_warnings(self.config, self.stage):
+        packs, advice = self.steps.describe(self.engine.world_size)
+        for warning in [*recipe_warnings(self.config, self.stage), *advice]:
             logger.warning(warning)
         trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
         logger.info(
@@ -178,6 +180,7 @@ class StageRun:
             trained / 1e6,
             f", resumed after step {finished}" if finished else "",
         )
+        logger.info("%s: %s", self.stage, packs)
         self.folder.mkdir(parents=True, exist_ok=True)
         content = yaml.safe_dump(self.config.model_dump(mode="json"), sort_keys=False)
         (self.folder / CONFIG_FILE).write_text(content, encoding="utf-8")

@@ -43,7 +43,9 @@ def index_samples(
     ).index
     if rejects := count_rejects(index):
         kinds = ", ".join(f"{count:,} {kind}" for kind, count in rejects.items())
-        logger.warning("%s: left out of %s records: %s; see %s", path, f"{len(index):,}", kinds, rejects_path(index.path))
+        logger.warning(
+            "%s: left out of %s records: %s; see %s", path, f"{len(index):,}", kinds, rejects_path(index.path)
+        )
     return IndexedSamples(open_source(path, images), index, conversation, tiling)
 
 

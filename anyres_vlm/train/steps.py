@@ -7,12 +7,17 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
+from transformers import CLIPVisionConfig
 
 from anyres_vlm.config import RunConfig, StageName
 from anyres_vlm.data.index.table import Index
 from anyres_vlm.data.loader import Pack
-from anyres_vlm.data.packing.cost import CostModel
+from anyres_vlm.data.packing.cost import CostModel, derive_cost
 from anyres_vlm.data.packing.plan import Plan, plan_epoch
+from anyres_vlm.data.packing.report import measure
+from anyres_vlm.errors import UsageError
+from anyres_vlm.model.encoder import ClipEncoder
+from anyres_vlm.model.vlm import VisionLanguageModel
 
 logger = logging.getLogger(__name__)
 
@@ -50,6 +55,16 @@ class StageSteps:
         steps = sum(plan.num_steps for plan in self.epochs)
         return steps if self.max_steps is None else min(steps, self.max_steps)
 
+    def describe(self, world_size: int) -> tuple[str, tuple[str, ...]]:
+        """What the first epoch's plan is worth on so many ranks, in a line, and advice where it could be worth more."""
+        report = measure(self.epochs[0], world_size)
+        line = (
+            f"{report.packs_per_step} packs a step of up to {report.capacity:,} tokens, {report.efficiency:.1%} full; "
+            f"{report.samples_per_step_mean:.1f} samples a step for a batch size of {report.batch_size}; "
+            f"straggler factor {report.straggler:.3f} on {world_size} rank{'s' * (world_size > 1)}"
+        )
+        return line, report.advice
+
     @property
     def key(self) -> str:
         """What the sequence of steps follows from; with a step's number it is the state to resume from."""
@@ -62,3 +77,18 @@ class StageSteps:
             [Pack(epoch, self.positions[rows]) for rows in plan.shares(step, world_size)[rank]]
             for epoch, plan, step in every[first_step : len(self)]
         ]
+
+
+def packing_cost(model: VisionLanguageModel) -> CostModel:
+    """What the planner takes a token, a squared token and a tile of this model to cost."""
+    tower = model.vision_tower
+    if isinstance(tower, ClipEncoder):
+        vision, layers = tower.vision_model.config, tower.layers_used
+    else:  # a plain vision transformer, so CLIP's configuration has the words for it
+        vision, layers = CLIPVisionConfig(hidden_size=tower.width, intermediate_size=4 * tower.width), tower.layers_used
+        vision.image_size, vision.patch_size = tower.tile, tower.patch
+    try:
+        return derive_cost(model.language_model.config, vision, layers)
+    except UsageError as error:
+        logger.info("packs are balanced by the costs of a 7B model: %s", error)
+        return CostModel()

@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 
 import pyarrow as pa
 
-from anyres_vlm.data.conversation import ConversationTokenizer, Ids
 from anyres_vlm.data.checks import check_sample, plan_image
+from anyres_vlm.data.conversation import ConversationTokenizer, Ids
 from anyres_vlm.data.index.table import COUNTS, FORMAT, OK, SCHEMA
 from anyres_vlm.data.sources.base import Source
 from anyres_vlm.errors import DataError, RejectKind

@@ -16,7 +16,7 @@ BUDGETS = (4096, 6144, 8192, 10_240, 12_288, 16_384, 20_480, 24_576, 32_768)
 
 @dataclass(frozen=True)
 class PlanReport:
-    """Figures of a plan at a number of ranks, as DESIGN.md defines them.
+    """Figures of a plan at a number of ranks.
 
     `straggler` is the sum over micro-steps of the costliest rank over the sum of the mean rank; `utilisation` its
     inverse. `idle_places` are the (micro-step, rank) places of a full step that no pack fills. The samples a step are

@@ -20,8 +20,8 @@ from PIL import Image
 from tokenizers import normalizers
 from transformers import PreTrainedTokenizerFast
 
+from anyres_vlm.data.checks import check_sample
 from anyres_vlm.data.conversation import ConversationTokenizer
-from anyres_vlm.data.dataset import check_sample
 from anyres_vlm.data.index.build import Built, Shard, build_index
 from anyres_vlm.data.index.rows import IndexSettings
 from anyres_vlm.data.index.summary import summarise

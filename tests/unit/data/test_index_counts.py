@@ -14,11 +14,11 @@ from transformers import LlavaNextImageProcessorPil, PreTrainedTokenizerFast
 from transformers.models.llava_next.processing_llava_next import LlavaNextProcessor
 
 from anyres_vlm.data.conversation import ConversationTokenizer
-from anyres_vlm.data.dataset import tokenise
 from anyres_vlm.data.index.build import build_index
 from anyres_vlm.data.index.rows import IndexSettings
-from anyres_vlm.data.loader import collate
-from anyres_vlm.data.sources import read_records
+from anyres_vlm.data.loader import collate, load
+from anyres_vlm.data.samples import IndexedSamples
+from anyres_vlm.data.sources import open_source
 from anyres_vlm.geometry import Dialect, Grid, Layout, Size, Tiling
 from anyres_vlm.model.merge import merge_tiles
 from anyres_vlm.schema import IGNORE_INDEX
@@ -83,13 +83,13 @@ def test_counts_equal_what_the_model_gets(
     settings = IndexSettings(ConversationTokenizer("vicuna_v1", tiny_tokenizer), tiling, max_length=4096)
     index = build_index(data, None, settings, tmp_path / "index.parquet", workers=1, max_bad_fraction=0.0).index
     assert index.ok.all()
-    records = read_records(data, None, 0.0)
-    samples = tokenise(records, "vicuna_v1", tiny_tokenizer, tiling, 4096, 0.0)
+    samples = IndexedSamples(open_source(data), index, settings.conversation, tiling)
     image_token_id = tiny_tokenizer.convert_tokens_to_ids("<image>")
     visual, newline, text = (index.numbers(f"{part}_tokens") for part in ("visual", "newline", "text"))
     marker = torch.full((1,), -1.0)
-    for place, sample in enumerate(samples):
-        batch = collate([sample], tiling.tile, image_token_id)
+    for place in range(len(index)):
+        sample = samples.sample(place)
+        batch = collate([load(sample, "fast")], tiling.tile, image_token_id)
         ids, labels = batch.input_ids[0], batch.labels[0]
         assert index.id(place) == sample.id
         assert index.tokens[place] == len(ids) == visual[place] + newline[place] + text[place]
