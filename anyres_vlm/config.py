@@ -79,7 +79,7 @@ class DataConfig(Frozen):
     rendered: Literal["captions", "instructions"] | None = None
     samples: Positive | None = None
     max_bad_fraction: Fraction = 0.01
-    tiling_mode: TilingMode = "fast"  # `exact`: the pixels of transformers' processor, at about 1.5 times the cost
+    tiling_mode: TilingMode = "fast"  # `exact`: the pixels of transformers' processor, at 1.7 times the cost
     augment: AugmentConfig | None = None
 
     @field_validator("path", "images")
