@@ -83,7 +83,7 @@ class DataConfig(Frozen):
     samples: Positive | None = None
     index: Path | None = None  # where `anyres index` put it or training shall; None is beside the run
     max_bad_fraction: Fraction = 0.01
-    tiling_mode: TilingMode = "fast"  # `exact`: the pixels of transformers' processor, at about 1.5 times the cost
+    tiling_mode: TilingMode = "fast"  # `exact`: the pixels of transformers' processor, at 1.7 times the cost
     augment: AugmentConfig | None = None
 
     @field_validator("path", "images", "index")

@@ -33,7 +33,7 @@ class Augmentation:
 
     def __call__(self, pixels: NDArray[np.uint8], key: Sequence[int]) -> NDArray[np.uint8]:
         """(H, W, 3) RGB -> the same shape. `key`: run seed, epoch, sample and, where it has several, the image."""
-        seed = np.random.SeedSequence(key).generate_state(1)[0]
+        seed = np.random.SeedSequence([number % 2**64 for number in key]).generate_state(1)[0]  # none may be negative
         self._compose.set_random_seed(int(seed))
         changed: NDArray[np.uint8] = self._compose(image=pixels)["image"]
         return changed

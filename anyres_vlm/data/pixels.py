@@ -8,9 +8,9 @@ from typing import Any
 import cv2
 import numpy as np
 from numpy.typing import NDArray
-from PIL import JpegImagePlugin
+from PIL import Image, JpegImagePlugin
 
-from anyres_vlm.data.images import opened, orientation, to_rgb
+from anyres_vlm.data.images import decode_image, opened, orientation, to_rgb
 from anyres_vlm.geometry import Size
 
 END = b"\xff\xd9"  # of every whole JPEG
@@ -30,7 +30,9 @@ TURNS: dict[int, tuple[bool, int | None]] = {
 # Half-size pixels for each of the target's, and the detail up to which they are enough. A half-size decode drops the
 # upper frequencies of each block. How far that shows after the resize depends on how much finer than the target it is
 # and on the detail in the file: bits a pixel times the root of the mean luminance quantiser, which is alike for all
-# qualities of one picture (most photographs 2 to 8, foliage 10 to 14).
+# qualities of one picture (most photographs 2 to 8, foliage 10 to 14). Measured on 128 JPEGs of 20 photographs, quality
+# 75 to 100: what passes differs by a mean of 0.74 levels at most and, in 275 of 283 cases, by 3 or less at the 99th
+# percentile; the others (4 to 6) are of three photographs below 2 megapixels, sharper than large ones are.
 HALF_IS_ENOUGH = ((1.4, 4.0), (1.7, 7.0), (2.4, math.inf))
 
 
@@ -42,23 +44,29 @@ def decode_pixels(data: bytes, name: str, fineness: float = 1.0) -> tuple[NDArra
     """
     with opened(data, name) as image:
         # OpenCV shows the rest of a truncated file in grey; Pillow knows it from one with other bytes behind its end.
-        if isinstance(image, JpegImagePlugin.JpegImageFile) and image.mode in ("RGB", "L") and data.endswith(END):
-            turn = orientation(image)
-            # For OpenCV "reduced grayscale" is the bit that halves; with the RGB bit the result is in colour.
-            halved = cv2.IMREAD_REDUCED_GRAYSCALE_2 if _may_halve(image, len(data), fineness, turn) else 0
-            flags = halved | cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION
-            pixels: NDArray[Any] | None = cv2.imdecode(np.frombuffer(data, np.uint8), flags)
-            if pixels is not None:
-                width, height = image.size[::-1] if TURNS[turn][0] else image.size
-                return _turned(pixels, turn), Size(height=height, width=width)
-        upright = to_rgb(image, name)
-        return np.array(upright), Size(height=upright.height, width=upright.width)
+        plain = data.endswith(END) and image.mode in ("RGB", "L")
+        if not (plain and isinstance(image, JpegImagePlugin.JpegImageFile)):
+            return _whole(to_rgb(image, name))
+        turn = orientation(image)
+    # For OpenCV "reduced grayscale" is the bit that halves; with the RGB bit the result is in colour.
+    halved = cv2.IMREAD_REDUCED_GRAYSCALE_2 if _may_halve(image, len(data), fineness, turn) else 0
+    flags = halved | cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION
+    pixels: NDArray[Any] | None = cv2.imdecode(np.frombuffer(data, np.uint8), flags)
+    if pixels is None:
+        return _whole(decode_image(data, name))  # or what Pillow has to say
+    width, height = image.size[::-1] if TURNS[turn][0] else image.size
+    return _turned(pixels, turn), Size(height=height, width=width)
+
+
+def _whole(image: Image.Image) -> tuple[NDArray[np.uint8], Size]:
+    return np.array(image), Size(height=image.height, width=image.width)
 
 
 def _may_halve(image: JpegImagePlugin.JpegImageFile, num_bytes: int, fineness: float, turn: int) -> bool:
     if turn != 1 and (image.width % 2 or image.height % 2):
         return False  # the half pixel that rounding adds would come to lie at the start
-    detail = 8 * num_bytes / (image.width * image.height) * np.mean(image.quantization[0]) ** 0.5
+    quantiser = np.mean(next(iter(image.quantization.values()), [1]))  # the luminance's comes first
+    detail = 8 * num_bytes / (image.width * image.height) * quantiser**0.5
     return any(fineness >= 2 * least and detail <= most for least, most in HALF_IS_ENOUGH)
 
 

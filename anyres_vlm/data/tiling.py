@@ -23,9 +23,7 @@ from anyres_vlm.errors import DataError
 from anyres_vlm.geometry import Size, TilePlan
 
 Pixels = NDArray[np.uint8]  # (H, W, 3), RGB
-REUSED = (
-    1.25  # tile sides, at least, of what `fast` makes the thumbnail from (worst of 9 photographs: 0.61 levels, p99 3)
-)
+REUSED = 1.25  # tile sides of what `fast` makes the thumbnail from; worst of 9 photographs: mean 0.61 levels, p99 3
 
 
 def tile_image(

@@ -33,7 +33,7 @@ def chart(height: int = 90, width: int = 120) -> np.ndarray:
 
 
 def test_the_key_alone_decides(augmentation: Augmentation) -> None:
-    keys = [(0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1), (0, 0, 1, 1)]
+    keys = [(0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1), (0, 0, 1, 1), (-1, 0, 0)]
     pictures = [augmentation(chart(), key) for key in keys]
     augmentation(chart(30, 30), (9, 9, 9))
     for key, picture in zip(keys, pictures, strict=True):

@@ -80,3 +80,13 @@ def test_a_truncated_file_is_refused(kept: float) -> None:
     for fineness in (1.0, 5.0):
         with pytest.raises(DataError, match=r"^b\.jpg: broken image \(.*truncated"):
             decode_pixels(data[: int(kept * len(data))], "b.jpg", fineness)
+
+
+def test_a_luminance_table_of_any_number() -> None:
+    """A JPEG may call its only quantisation table 1."""
+    data = jpeg(SOFT.convert("L"))
+    renumbered = bytearray(data)
+    renumbered[data.index(b"\xff\xdb") + 4] = 1
+    renumbered[data.index(b"\xff\xc0") + 12] = 1
+    for fineness in (1.0, 5.0):
+        assert np.array_equal(decode_pixels(bytes(renumbered), "a", fineness)[0], decode_pixels(data, "a", fineness)[0])
