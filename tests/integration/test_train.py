@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 
 from anyres_vlm.cli.main import main
 from anyres_vlm.config import load_config, shipped_config
+from anyres_vlm.data.index.table import read_index
 from anyres_vlm.errors import DataError, UsageError
 from anyres_vlm.train.metrics import read_metrics
 from anyres_vlm.train.run import RunOptions, train
@@ -29,12 +30,13 @@ def settings(bases: Path, *more: str) -> list[str]:
     return [
         f"model.llm={bases}/llm",
         f"model.encoder.name={bases}/vit",
-        "stage1.data.samples=40",
-        "stage2.data.samples=40",
-        "stage1.batch_size=8",
-        "stage2.batch_size=8",
-        "stage1.capacity=2048",
-        "stage2.capacity=2048",
+        "stage1.data.samples=60",
+        "stage2.data.samples=50",
+        "stage1.max_length=512",
+        "stage1.capacity=512",
+        "stage2.capacity=1024",
+        "stage1.packs_per_step=2",
+        "stage2.packs_per_step=2",
         "save_every=2",
         *more,
     ]
@@ -81,7 +83,12 @@ def test_stages_train_their_parts_alone(whole: Path, tiny_bases: Path) -> None:
         assert torch.equal(second[f"vision_tower.vision_model.{name.removeprefix('vision_model.')}"], tensor), name
     for name in ("multi_modal_projector.linear_1.weight", "image_newline"):
         assert not torch.equal(first[name], second[name])
-    assert len(losses(whole / "stage1")) == len(losses(whole / "stage2")) == 5
+    for stage in ("stage1", "stage2"):
+        rows = read_metrics(whole / stage / "metrics.jsonl")
+        index = read_index(whole / stage / "index.parquet")
+        assert len(rows) >= 5
+        assert sum(row["data/samples"] for row in rows) == len(index)
+        assert sum(row["data/supervised_tokens"] for row in rows) == index.supervised.sum()
 
 
 @pytest.mark.parametrize("stage", ["stage1", "stage2"])
@@ -146,8 +153,8 @@ def test_other_grids_layouts_and_projectors_train(tiny_bases: Path, tmp_path: Pa
 
 def test_another_run_s_output_is_refused(whole: Path, tiny_bases: Path, tmp_path: Path) -> None:
     run(tiny_bases, tmp_path, stages=("stage1",), max_steps=3)
-    with pytest.raises(UsageError, match=r"was written with batch_size=8, now it is 4"):
-        run(tiny_bases, tmp_path, "stage1.batch_size=4", stages=("stage1",))
+    with pytest.raises(UsageError, match=r"was written with capacity=512, now it is 600"):
+        run(tiny_bases, tmp_path, "stage1.capacity=600", stages=("stage1",))
     (tmp_path / "stage1" / "model").rename(tmp_path / "elsewhere")
     with pytest.raises(UsageError, match=r"was written with learning_rate=0.002, now it is 0.01"):
         run(tiny_bases, tmp_path, "stage1.learning_rate=1e-2", stages=("stage1",), max_steps=3)
