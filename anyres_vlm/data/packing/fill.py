@@ -1,7 +1,7 @@
 """Compiled kernels of the planner: shuffle the samples, then fill pack after pack from a small buffer.
 
-The buffer holds the next `WIDTH` samples of the shuffled order, sorted by length. Each pack takes the oldest sample of
-the buffer first, so that none waits longer than `WIDTH` packs, then more of the oldest ones, chosen among a few for
+The buffer holds the next samples of the shuffled order, sorted by length. Each pack takes the oldest sample of
+the buffer first, so that none waits for more packs than the buffer has samples, then more of the oldest ones, chosen among a few for
 their cost, and at the end the best combination of up to four that the buffer offers: one or two of the oldest and the
 best pair for what is left, found by two pointers. Nothing is reordered beyond the buffer, so lengths stay as random as
 the shuffle made them.
@@ -21,7 +21,6 @@ Int = Any  # Python's or numpy's: compiled, there is no difference
 Ints = NDArray[np.int64]
 
 UNIT = 1024  # cost units a token
-WIDTH = 96  # samples in the buffer: 4,560 pairs, more than there are lengths, and under a quarter of a step of 64 packs
 AGES = 8  # oldest samples among which the cost decides while a pack is far from full
 CANDIDATES = 12  # oldest samples that the search for the last ones tries
 LIMIT = np.int64(1) << 60
@@ -250,12 +249,12 @@ def fill(
 
     settings: score that ends a search, weight of a lost token, scales of a cost over and under the goal, tenths of a
     mean length at which the last samples are searched, candidates that are also tried in twos, expected efficiency
-    in 1/1024, sixteenths of the running mean score that also end a search.
+    in 1/1024, sixteenths of the running mean score that also end a search, samples in the buffer.
     """
     total = len(length)
     rows, starts, costs = np.empty(total, np.int32), np.zeros(total + 1, np.int64), np.empty(total, np.int64)
     used = np.zeros(total, np.uint8)
-    keys, chosen = np.zeros(WIDTH + 2, np.int64), np.zeros(4, np.int64)
+    keys, chosen = np.zeros(settings[8] + 2, np.int64), np.zeros(4, np.int64)
     count, head, oldest, ahead = 1, 0, 0, 0  # keys[0] is no sample
     held_tokens, held_extra, ahead_tokens, ahead_extra = np.int64(0), np.int64(0), np.int64(0), np.int64(0)
     pack, done, full, mean_score = 0, 0, np.int64(0), np.int64(0)
@@ -263,7 +262,7 @@ def fill(
     while True:
         if head < total:
             dry_packs, dry_tokens = pack, fed_tokens - held_tokens
-        while count <= WIDTH and head < total:
+        while count <= settings[8] and head < total:
             insert(keys, count, (np.int64(length[head]) << SHIFT) | head)
             count += 1
             held_tokens += length[head]

@@ -22,6 +22,8 @@ from anyres_vlm.errors import UsageError
 Ints = NDArray[np.int64]
 Rows = NDArray[np.int32]
 
+NEAR = 0.992  # of the bound: near enough to try no other way
+WAYS = ((True, 35, 8, 96), (True, 40, 0, 96), (True, 35, 8, 160), (False, 35, 0, 160))  # as in `_choose`
 VERSION = 1  # of the algorithm: part of a plan's key
 PILOT = 16_384  # samples on which the ways to fill are tried
 PRICE_CLASSES = 96  # classes of lengths for prices: 50 ms
@@ -177,23 +179,27 @@ def _choose(order: Rows, length: Rows, extra: Ints, capacity: int, per_step: int
         *_, packs, filled = fill.fill(order[pilot], length[pilot], extra[pilot], value[pilot], capacity, per_step, way)
         return float(filled / (packs * capacity))
 
-    way = _settings(capacity, weight=4, over=180, near=35, pairs=8, expected=0.9995, relax=12)
+    way = _settings(capacity, weight=8, over=90, near=30, pairs=0, expected=0.9995, relax=12, width=96)
     efficiency = try_way(way, length)
     if efficiency >= GOOD:
         return way, None, efficiency
     bound = bound_efficiency(length, capacity, PRICE_CLASSES)
-    priced = bound.values(capacity)
+    expected = min(0.995 * bound.efficiency, 0.9995)
     best: tuple[Ints, Rows | None, float] = way, None, efficiency
-    value, expected = priced[length[pilot]], min(0.995 * bound.efficiency, 0.9995)
-    for near, relax in ((40, 0), (35, 8)):
-        way = _settings(capacity, weight=8, over=30, near=near, pairs=8, expected=expected, relax=relax)
-        efficiency = try_way(way, value)
-        if efficiency > best[2] * 1.002:
-            best = way, priced, efficiency
+    for by_price, near, relax, width in WAYS:
+        if best[2] >= NEAR * bound.efficiency:
+            break
+        table = bound.values(capacity) if by_price else None
+        way = _settings(capacity, weight=8, over=30, near=near, pairs=8, expected=expected, relax=relax, width=width)
+        efficiency = try_way(way, length if table is None else table[length[pilot]])
+        if efficiency > best[2] * 1.001:
+            best = way, table, efficiency
     return best
 
 
-def _settings(capacity: int, *, weight: int, over: int, near: int, pairs: int, expected: float, relax: int) -> Ints:
+def _settings(
+    capacity: int, *, weight: int, over: int, near: int, pairs: int, expected: float, relax: int, width: int
+) -> Ints:
     """See `fill.fill`; scores and scales grow with the capacity, as the gaps and costs that they measure do."""
-    accept, scale = weight * (15 * capacity // 16_384 + 4), max(capacity // over, 1)
-    return np.array([accept, weight, scale, 2 * scale, near, pairs, int(expected * 1024), relax])
+    score, scale = weight * (15 * capacity // 16_384 + 4), max(capacity // over, 1)
+    return np.array([score, weight, scale, 2 * scale, near, pairs, int(expected * 1024), relax, width])
