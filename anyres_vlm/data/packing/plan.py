@@ -126,10 +126,11 @@ def plan_epoch(
     order = fill.shuffle(len(tokens), np.uint64(int.from_bytes(seed_bytes, "little")))
     length, extra = fill.gather(order, tokens, tiles, cost.fixed_square, cost.fixed_tile)
     exact = batch_size * float(tokens.mean()) / capacity
-    way, table, efficiency = _choose(order, length, extra, capacity, packs_per_step or max(1, round(exact)))
+    way, table, efficiency = _choose(length, extra, capacity, packs_per_step or max(1, round(exact)))
     packs_per_step = packs_per_step or round_packs(exact / efficiency)
     value = length if table is None else table[length]
-    rows, starts, costs, _, _ = fill.fill(order, length, extra, value, capacity, packs_per_step, way)
+    positions, starts, costs, _, _ = fill.fill(length, extra, value, capacity, packs_per_step, way)
+    rows = order[positions]
     even_out(rows, starts, costs, tokens, tiles, cost.fixed_square, cost.fixed_tile, capacity, packs_per_step)
     return Plan(tokens, tiles, capacity, batch_size, seed, epoch, cost, packs_per_step, rows, starts, costs)
 
@@ -167,7 +168,7 @@ def _check(tokens: Ints, tiles: Ints, capacity: int, batch_size: int, packs_per_
         raise UsageError(f"sample {int(tiles.argmin())} has {tiles.min()} tiles: expected 0 or more")
 
 
-def _choose(order: Rows, length: Rows, extra: Ints, capacity: int, per_step: int) -> tuple[Ints, Rows | None, float]:
+def _choose(length: Rows, extra: Ints, capacity: int, per_step: int) -> tuple[Ints, Rows | None, float]:
     """The way to fill that wastes least on the first samples: settings, worth of each length or None, efficiency.
 
     Where packs fill to the end, a token is worth a token. Where the lengths forbid that, the prices of the bound say
@@ -176,7 +177,7 @@ def _choose(order: Rows, length: Rows, extra: Ints, capacity: int, per_step: int
     pilot = slice(0, PILOT)
 
     def try_way(way: Ints, value: Rows) -> float:
-        *_, packs, filled = fill.fill(order[pilot], length[pilot], extra[pilot], value[pilot], capacity, per_step, way)
+        *_, packs, filled = fill.fill(length[pilot], extra[pilot], value[pilot], capacity, per_step, way)
         return float(filled / (packs * capacity))
 
     way = _settings(capacity, weight=8, over=90, near=30, pairs=0, expected=0.9995, relax=12, width=96)
