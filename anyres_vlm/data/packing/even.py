@@ -19,7 +19,7 @@ from anyres_vlm.data.packing.fill import UNIT
 Int = Any  # Python's or numpy's: compiled, there is no difference
 Ints = NDArray[np.int64]
 
-PARTNERS = 16  # cheapest packs with which an exchange is tried
+PARTNERS = 12  # cheapest packs with which an exchange is tried
 MEMBERS = 12  # samples of a pack that may be exchanged
 SUBSETS = 1 + MEMBERS * (MEMBERS + 1) // 2
 TOLERANCE = 250  # a pack is even enough at a 250th above the mean

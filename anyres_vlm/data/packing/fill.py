@@ -22,7 +22,7 @@ Ints = NDArray[np.int64]
 
 UNIT = 1024  # cost units a token
 AGES = 8  # oldest samples among which the cost decides while a pack is far from full
-CANDIDATES = 12  # oldest samples that the search for the last ones tries
+CANDIDATES = 6  # oldest samples that the search for the last ones tries
 LIMIT = np.int64(1) << 60
 SHIFT = 32  # a key of the buffer is length << 32 | position in the shuffled order
 MASK = (1 << SHIFT) - 1
