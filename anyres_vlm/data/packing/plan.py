@@ -23,7 +23,8 @@ Ints = NDArray[np.int64]
 Rows = NDArray[np.int32]
 
 NEAR = 0.992  # of the bound: near enough to try no other way
-WAYS = ((True, 35, 8, 96), (True, 40, 0, 96), (True, 35, 8, 160), (False, 35, 0, 160))  # as in `_choose`
+# Ways to try where packs do not fill to the end: by price?, near, relax and width of `fill.fill`. Each wins somewhere.
+WAYS = ((True, 35, 8, 96), (True, 40, 0, 96), (True, 35, 8, 160), (False, 35, 0, 160))
 VERSION = 1  # of the algorithm: part of a plan's key
 PILOT = 16_384  # samples on which the ways to fill are tried
 PRICE_CLASSES = 96  # classes of lengths for prices: 50 ms
@@ -125,7 +126,7 @@ def plan_epoch(
     seed_bytes = hashlib.blake2b(f"packing/{seed}/{epoch}".encode(), digest_size=8).digest()
     order = fill.shuffle(len(tokens), np.uint64(int.from_bytes(seed_bytes, "little")))
     length, extra = fill.gather(order, tokens, tiles, cost.fixed_square, cost.fixed_tile)
-    exact = batch_size * float(tokens.mean()) / capacity
+    exact = batch_size * int(tokens.sum()) / (len(tokens) * capacity)
     way, table, efficiency = _choose(length, extra, capacity, packs_per_step or max(1, round(exact)))
     packs_per_step = packs_per_step or round_packs(exact / efficiency)
     value = length if table is None else table[length]
