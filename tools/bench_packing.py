@@ -30,10 +30,11 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from anyres_vlm.cli.plan import write_plan
-from anyres_vlm.data.packing import fill
 from anyres_vlm.data.packing.bound import bound_efficiency
 from anyres_vlm.data.packing.cost import CostModel
+from anyres_vlm.data.packing.fill import UNIT
 from anyres_vlm.data.packing.plan import Plan, plan_epoch
+from anyres_vlm.data.packing.shuffle import gather, shuffle
 from anyres_vlm.geometry import Size, Tiling, plan_tiles
 
 Ints = NDArray[np.int64]
@@ -122,12 +123,12 @@ def _fit(tokens: Ints, order: NDArray[np.int32], capacity: int, window: int) -> 
 def fit_plan(mix: Mix, capacity: int, cost: CostModel, window: int) -> Plan:
     """The same plan object, shuffled and costed the same way, with packs by next fit or first fit."""
     tokens, tiles = mix
-    order = fill.shuffle(len(tokens), np.uint64(1))
-    length, extra = fill.gather(order, tokens, tiles, cost.fixed_square, cost.fixed_tile)
+    order = shuffle(len(tokens), np.uint64(1))
+    length, extra = gather(order, tokens, tiles, cost.fixed_square, cost.fixed_tile)
     packs = _fit(tokens, order, capacity, window)
     rows = order if window == 1 else order[np.argsort(packs, kind="stable")]
     starts = np.concatenate([[0], np.cumsum(np.bincount(packs))])
-    costs = np.bincount(packs, length.astype(np.int64) * fill.UNIT + extra).astype(np.int64)
+    costs = np.bincount(packs, length.astype(np.int64) * UNIT + extra).astype(np.int64)
     return Plan(tokens, tiles, capacity, 0, 0, 0, cost, PACKS, rows, starts, costs)
 
 

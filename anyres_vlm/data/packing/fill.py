@@ -1,4 +1,4 @@
-"""Compiled kernels of the planner: shuffle the samples, then fill pack after pack from a small buffer.
+"""Compiled kernels that fill pack after pack from a small buffer over the shuffled samples.
 
 The buffer holds the next samples of the shuffled order, sorted by length. Each pack takes the oldest sample of the
 buffer first, so that none waits for more packs than the buffer has samples; then more of the oldest ones, chosen among
@@ -30,38 +30,6 @@ MASK = (1 << SHIFT) - 1
 # The state of filling: keys in the buffer, next sample to take in, oldest one in it, next to look at for the due cost,
 # samples placed, running mean score; tokens taken in, looked at and placed, and the extra costs of the last two.
 COUNT, HEAD, OLDEST, AHEAD, DONE, SCORE, FED, SEEN, SEEN_EXTRA, PLACED, PLACED_EXTRA = range(11)
-
-
-@numba.njit(cache=True)  # type: ignore[untyped-decorator]
-def shuffle(count: Int, seed: np.uint64) -> NDArray[np.int32]:
-    """Fisher-Yates by splitmix64: the same order on every machine and with every version of numpy."""
-    order = np.arange(count).astype(np.int32)
-    state = seed
-    for last in range(count - 1, 0, -1):
-        state += np.uint64(0x9E3779B97F4A7C15)
-        mixed = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        mixed ^= mixed >> np.uint64(31)
-        other = ((mixed >> np.uint64(32)) * np.uint64(last + 1)) >> np.uint64(32)
-        order[last], order[other] = order[other], order[last]
-    return order
-
-
-@numba.njit(cache=True)  # type: ignore[untyped-decorator]
-def gather(
-    order: NDArray[np.int32], tokens: Ints, tiles: Ints, square: Int, tile: Int
-) -> tuple[NDArray[np.int32], Ints]:
-    """Lengths, and costs beyond the length in 1/1024 token, in the shuffled order.
-
-    `square` is the cost of a squared token in 2**-30 tokens, `tile` that of a tile in 1/1024 token.
-    """
-    length = np.empty(len(order), np.int32)
-    extra = np.empty(len(order), np.int64)
-    for place in range(len(order)):
-        size = tokens[order[place]]
-        length[place] = size
-        extra[place] = (size * size * square >> 20) + tiles[order[place]] * tile
-    return length, extra
 
 
 @numba.njit(cache=True)  # type: ignore[untyped-decorator]
@@ -140,7 +108,7 @@ def best_pair(
                 tight = score <= 2 * settings[0]
                 size = (keys[low] >> SHIFT) + (keys[other] >> SHIFT)
                 miss = (size * UNIT + sum_extra - goal) // UNIT
-                score += ((room - size) >> 2) + miss * miss // (over if miss > 0 else under)
+                score += ((room - size) >> 2) + min(miss * miss // (over if miss > 0 else under), settings[9])
                 if score < best:
                     best = score
                     pair[0], pair[1] = low, other
@@ -332,7 +300,8 @@ def fill(
 
     settings: score that ends a search, weight of a lost token, scales of a cost over and under the goal, tenths of a
     mean length at which the last samples are searched, candidates that are also tried in twos, expected efficiency
-    in 1/1024, sixteenths of the running mean score that also end a search, samples in the buffer.
+    in 1/1024, sixteenths of the running mean score that also end a search, samples in the buffer,
+    most that a cost off the goal adds to a score.
     """
     total = len(length)
     positions, starts, costs = np.empty(total, np.int32), np.zeros(total + 1, np.int64), np.empty(total, np.int64)

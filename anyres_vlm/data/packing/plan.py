@@ -17,11 +17,13 @@ from anyres_vlm.data.packing import fill
 from anyres_vlm.data.packing.bound import bound_efficiency
 from anyres_vlm.data.packing.cost import CostModel
 from anyres_vlm.data.packing.even import even_out
+from anyres_vlm.data.packing.shuffle import gather, shuffle
 from anyres_vlm.errors import UsageError
 
 Ints = NDArray[np.int64]
 Rows = NDArray[np.int32]
 
+CAP = 32  # a cost off the goal counts at most as 1/32 of the capacity lost: more tiles are no reason for a hole
 NEAR = 0.992  # of the bound: near enough to try no other way
 # Ways to try where packs do not fill to the end: by price?, near, relax and width of `fill.fill`. Each wins somewhere.
 WAYS = ((True, 35, 8, 96), (True, 40, 0, 96), (True, 35, 8, 160), (False, 35, 0, 160))
@@ -124,8 +126,8 @@ def plan_epoch(
     """
     _check(tokens, tiles, capacity, batch_size, packs_per_step)
     seed_bytes = hashlib.blake2b(f"packing/{seed}/{epoch}".encode(), digest_size=8).digest()
-    order = fill.shuffle(len(tokens), np.uint64(int.from_bytes(seed_bytes, "little")))
-    length, extra = fill.gather(order, tokens, tiles, cost.fixed_square, cost.fixed_tile)
+    order = shuffle(len(tokens), np.uint64(int.from_bytes(seed_bytes, "little")))
+    length, extra = gather(order, tokens, tiles, cost.fixed_square, cost.fixed_tile)
     exact = batch_size * int(tokens.sum()) / (len(tokens) * capacity)
     way, table, efficiency = _choose(length, extra, capacity, packs_per_step or max(1, round(exact)))
     packs_per_step = packs_per_step or round_packs(exact / efficiency)
@@ -204,4 +206,6 @@ def _settings(
 ) -> Ints:
     """See `fill.fill`; scores and scales grow with the capacity, as the gaps and costs that they measure do."""
     score, scale = weight * (15 * capacity // 16_384 + 4), max(capacity // over, 1)
-    return np.array([score, weight, scale, 2 * scale, near, pairs, int(expected * 1024), relax, width])
+    return np.array(
+        [score, weight, scale, 2 * scale, near, pairs, int(expected * 1024), relax, width, weight * capacity // CAP]
+    )

