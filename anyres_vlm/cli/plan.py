@@ -73,7 +73,7 @@ def plan(
     if "supervised" in table.column_names:
         figures["supervised_tokens"] = int(table["supervised"].to_numpy()[ids].sum())
     if out is not None:
-        _write(made, ids, ranks, out)
+        write_plan(made, ids, ranks, out)
     print(json.dumps(figures, indent=2) if as_json else _describe(figures))
 
 
@@ -133,7 +133,7 @@ def _check(index: Path, ids: Any, columns: dict[str, Any], capacity: int) -> Non
         )
 
 
-def _write(made: Plan, ids: Any, ranks: int, out: Path) -> None:
+def write_plan(made: Plan, ids: Any, ranks: int, out: Path) -> None:
     """One row a sample in the order of the packs; the same bytes for the same arguments."""
     import numpy as np  # start-up time
     import pyarrow as pa

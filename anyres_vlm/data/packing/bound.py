@@ -73,7 +73,7 @@ def bound_efficiency(tokens: NDArray[np.integer], capacity: int, classes: int = 
 
 def _group(units: Ints, demand: Floats, classes: int) -> Ints:
     """First indices of at most so many classes, such that rounding down within them loses about the same in each."""
-    low, high = 0.0, float(np.dot(units, demand))
+    low, high = 0.0, float((units * demand).sum())
     if len(units) <= classes:
         return np.arange(len(units))
     groups = np.zeros(classes, np.int64)

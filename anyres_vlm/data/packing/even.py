@@ -19,7 +19,7 @@ from anyres_vlm.data.packing.fill import UNIT
 Int = Any  # Python's or numpy's: compiled, there is no difference
 Ints = NDArray[np.int64]
 
-PARTNERS = 16  # cheapest packs with which an exchange is tried
+PARTNERS = 12  # cheapest packs with which an exchange is tried
 MEMBERS = 12  # samples of a pack that may be exchanged
 SUBSETS = 1 + MEMBERS * (MEMBERS + 1) // 2
 TOLERANCE = 250  # a pack is even enough at a 250th above the mean
@@ -43,7 +43,7 @@ def list_subsets(members: Ints, size: Ints, price: Ints, subsets: Ints) -> Int:
 
 @numba.njit(cache=True)  # type: ignore[untyped-decorator]
 def improve(size: Ints, price: Ints, pack: Ints, load: Ints, cost: Ints, capacity: Int) -> bool:
-    """Make the best exchange of a step's costliest pack. `size`, `price`, `pack` are its samples', the others packs'."""
+    """Make the best exchange of the costliest pack: `size`, `price`, `pack` of samples, `load`, `cost` of packs."""
     worst = np.argmax(cost)
     mine, theirs = np.empty((SUBSETS, 4), np.int64), np.empty((SUBSETS, 4), np.int64)
     many = list_subsets(np.flatnonzero(pack == worst), size, price, mine)
@@ -105,12 +105,12 @@ def even_out(
             for index in range(starts[first + number] - starts[first], starts[first + number + 1] - starts[first]):
                 pack[index] = number
                 load[number] += size[index]
-        tries = len(cost)
+        tries: Int = len(cost)
         while tries > 0 and cost.max() > goal and improve(size, price, pack, load, cost, capacity):
             tries -= 1
-        done = starts[first]
+        done: Int = starts[first]
         for number in range(len(cost)):
-            for index in np.flatnonzero(pack == number):
-                rows[done] = ids[index]
+            for member in np.flatnonzero(pack == number):
+                rows[done] = ids[member]
                 done += 1
             starts[first + number + 1] = done

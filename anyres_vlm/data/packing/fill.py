@@ -1,10 +1,10 @@
-"""Compiled kernels of the planner: shuffle the samples, then fill pack after pack from a small buffer.
+"""Compiled kernels that fill pack after pack from a small buffer over the shuffled samples.
 
-The buffer holds the next `WIDTH` samples of the shuffled order, sorted by length. Each pack takes the oldest sample of
-the buffer first, so that none waits longer than `WIDTH` packs, then more of the oldest ones, chosen among a few for
-their cost, and at the end the best combination of up to four that the buffer offers: one or two of the oldest and the
-best pair for what is left, found by two pointers. Nothing is reordered beyond the buffer, so lengths stay as random as
-the shuffle made them.
+The buffer holds the next samples of the shuffled order, sorted by length. Each pack takes the oldest sample of the
+buffer first, so that none waits for more packs than the buffer has samples; then more of the oldest ones, chosen among
+a few for their cost; at the end the best combination of up to four that the buffer offers: up to two of the oldest ones
+and the best pair for what is left, found by two pointers. Nothing is moved further than the buffer reaches, so that
+lengths stay as random as the shuffle made them.
 
 All arithmetic is on integers. Lengths and prices are in tokens; costs are in 1/1024 token (`UNIT`).
 """
@@ -21,44 +21,15 @@ Int = Any  # Python's or numpy's: compiled, there is no difference
 Ints = NDArray[np.int64]
 
 UNIT = 1024  # cost units a token
-WIDTH = 96  # samples in the buffer: 4,560 pairs, more than there are lengths, and under a quarter of a step of 64 packs
 AGES = 8  # oldest samples among which the cost decides while a pack is far from full
-CANDIDATES = 12  # oldest samples that the search for the last ones tries
+CANDIDATES = 6  # oldest samples that the search for the last ones tries
 LIMIT = np.int64(1) << 60
 SHIFT = 32  # a key of the buffer is length << 32 | position in the shuffled order
 MASK = (1 << SHIFT) - 1
 
-
-@numba.njit(cache=True)  # type: ignore[untyped-decorator]
-def shuffle(count: Int, seed: np.uint64) -> NDArray[np.int32]:
-    """Fisher-Yates by splitmix64: the same order on every machine and with every version of numpy."""
-    order = np.arange(count).astype(np.int32)
-    state = seed
-    for last in range(count - 1, 0, -1):
-        state += np.uint64(0x9E3779B97F4A7C15)
-        mixed = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        mixed ^= mixed >> np.uint64(31)
-        other = ((mixed >> np.uint64(32)) * np.uint64(last + 1)) >> np.uint64(32)
-        order[last], order[other] = order[other], order[last]
-    return order
-
-
-@numba.njit(cache=True)  # type: ignore[untyped-decorator]
-def gather(
-    order: NDArray[np.int32], tokens: Ints, tiles: Ints, square: Int, tile: Int
-) -> tuple[NDArray[np.int32], Ints]:
-    """Lengths, and costs beyond the length in 1/1024 token, in the shuffled order.
-
-    `square` is the cost of a squared token in 2**-30 tokens, `tile` that of a tile in 1/1024 token.
-    """
-    length = np.empty(len(order), np.int32)
-    extra = np.empty(len(order), np.int64)
-    for place in range(len(order)):
-        size = tokens[order[place]]
-        length[place] = size
-        extra[place] = (size * size * square >> 20) + tiles[order[place]] * tile
-    return length, extra
+# The state of filling: keys in the buffer, next sample to take in, oldest one in it, next to look at for the due cost,
+# samples placed, running mean score; tokens taken in, looked at and placed, and the extra costs of the last two.
+COUNT, HEAD, OLDEST, AHEAD, DONE, SCORE, FED, SEEN, SEEN_EXTRA, PLACED, PLACED_EXTRA = range(11)
 
 
 @numba.njit(cache=True)  # type: ignore[untyped-decorator]
@@ -137,7 +108,7 @@ def best_pair(
                 tight = score <= 2 * settings[0]
                 size = (keys[low] >> SHIFT) + (keys[other] >> SHIFT)
                 miss = (size * UNIT + sum_extra - goal) // UNIT
-                score += ((room - size) >> 2) + miss * miss // (over if miss > 0 else under)
+                score += ((room - size) >> 2) + min(miss * miss // (over if miss > 0 else under), settings[9])
                 if score < best:
                     best = score
                     pair[0], pair[1] = low, other
@@ -234,95 +205,120 @@ def best_next(
 
 
 @numba.njit(cache=True)  # type: ignore[untyped-decorator]
-def fill(
-    order: NDArray[np.int32],
+def refill(state: Ints, keys: Ints, length: NDArray[np.int32], extra: Ints, width: Int) -> None:
+    """Take the next samples into the buffer until it holds `width`."""
+    while state[COUNT] <= width and state[HEAD] < len(length):
+        head = state[HEAD]
+        insert(keys, state[COUNT], (np.int64(length[head]) << SHIFT) | head)
+        state[COUNT] += 1
+        state[HEAD] += 1
+        state[FED] += length[head]
+        if state[AHEAD] == head:
+            state[AHEAD] += 1
+            state[SEEN] += length[head]
+            state[SEEN_EXTRA] += extra[head]
+
+
+@numba.njit(cache=True)  # type: ignore[untyped-decorator]
+def due_cost(state: Ints, length: NDArray[np.int32], extra: Ints, tokens: Int, expected: Int) -> Int:
+    """The cost due to a pack of `expected` tokens in a step of `tokens`: as of the samples that the step will hold."""
+    while state[AHEAD] < len(length) and state[SEEN] - state[PLACED] < tokens:
+        state[SEEN] += length[state[AHEAD]]
+        state[SEEN_EXTRA] += extra[state[AHEAD]]
+        state[AHEAD] += 1
+    return expected * UNIT + (state[SEEN_EXTRA] - state[PLACED_EXTRA]) * expected // (state[SEEN] - state[PLACED])
+
+
+@numba.njit(cache=True)  # type: ignore[untyped-decorator]
+def place(state: Ints, keys: Ints, at: Int, used: NDArray[np.uint8], length: NDArray[np.int32], extra: Ints) -> Int:
+    """Move a sample from the buffer into the pack; its position in the shuffled order."""
+    choice = keys[at] & MASK
+    remove(keys, state[COUNT], at)
+    used[choice] = 1
+    state[COUNT] -= 1
+    state[DONE] += 1
+    state[PLACED] += length[choice]
+    state[PLACED_EXTRA] += extra[choice]
+    return choice
+
+
+@numba.njit(cache=True)  # type: ignore[untyped-decorator]
+def fill_pack(
+    state: Ints,
+    keys: Ints,
+    used: NDArray[np.uint8],
     length: NDArray[np.int32],
     extra: Ints,
     value: NDArray[np.int32],
     capacity: Int,
-    per_step: Int,
+    due: Int,
     settings: Ints,
-) -> tuple[NDArray[np.int32], Ints, Ints, Int, Int]:
-    """Fill packs until no sample is left.
+    positions: NDArray[np.int32],
+) -> None:
+    """Fill one pack; the positions of its samples in the shuffled order go to `positions` from `state[DONE]` on."""
+    room, worth, goal, first = np.int64(capacity), np.int64(capacity), due, True
+    while state[COUNT] > 1:
+        while used[state[OLDEST]]:
+            state[OLDEST] += 1
+        choice = state[OLDEST]
+        if not first:
+            if 10 * room * (state[COUNT] - 1) < settings[4] * (state[FED] - state[PLACED]):
+                break
+            choice = best_next(state[OLDEST], state[HEAD], used, length, extra, room, goal, due, capacity)
+            if choice < 0:
+                break
+        first = False
+        room, worth = room - length[choice], worth - value[choice]
+        goal -= length[choice] * UNIT + extra[choice]
+        positions[state[DONE]] = choice
+        place(
+            state, keys, locate(keys, state[COUNT], (np.int64(length[choice]) << SHIFT) | choice), used, length, extra
+        )
+    chosen = np.zeros(4, np.int64)
+    accept = max(settings[0], (state[SCORE] >> 10) * settings[7] >> 4)
+    score = best_end(
+        keys, state[COUNT], state[OLDEST], state[HEAD], used, length, extra, value, room, worth, goal, accept,
+        settings, chosen,
+    )  # fmt: skip
+    state[SCORE] += (min(score, 100_000) * 1024 - state[SCORE]) >> 6
+    chosen.sort()
+    for at in chosen[::-1]:  # from the end, so that the indices of the others stay
+        if at > 0:
+            done = state[DONE]
+            positions[done] = place(state, keys, at, used, length, extra)
 
-    Returns the samples in the order of their packs, each pack's first index in it (packs + 1), each pack's cost in
-    1/1024 token, and how many packs, with how many tokens, there were when the last sample came into the buffer.
+
+@numba.njit(cache=True)  # type: ignore[untyped-decorator]
+def fill(
+    length: NDArray[np.int32], extra: Ints, value: NDArray[np.int32], capacity: Int, per_step: Int, settings: Ints
+) -> tuple[NDArray[np.int32], Ints, Ints, Int, Int]:
+    """Fill packs until no sample is left. `length`, `extra` and `value` (N,) are in the shuffled order.
+
+    Returns the positions of the samples in the order of their packs (N,), each pack's first index in it (packs + 1,),
+    each pack's cost in 1/1024 token (packs,), and how many packs, with how many tokens, there were when the last sample
+    came into the buffer.
 
     settings: score that ends a search, weight of a lost token, scales of a cost over and under the goal, tenths of a
     mean length at which the last samples are searched, candidates that are also tried in twos, expected efficiency
-    in 1/1024, sixteenths of the running mean score that also end a search.
+    in 1/1024, sixteenths of the running mean score that also end a search, samples in the buffer,
+    most that a cost off the goal adds to a score.
     """
     total = len(length)
-    rows, starts, costs = np.empty(total, np.int32), np.zeros(total + 1, np.int64), np.empty(total, np.int64)
-    used = np.zeros(total, np.uint8)
-    keys, chosen = np.zeros(WIDTH + 2, np.int64), np.zeros(4, np.int64)
-    count, head, oldest, ahead = 1, 0, 0, 0  # keys[0] is no sample
-    held_tokens, held_extra, ahead_tokens, ahead_extra = np.int64(0), np.int64(0), np.int64(0), np.int64(0)
-    pack, done, full, mean_score = 0, 0, np.int64(0), np.int64(0)
-    fed_tokens, dry_packs, dry_tokens = np.int64(0), 0, np.int64(0)
-    while True:
-        if head < total:
-            dry_packs, dry_tokens = pack, fed_tokens - held_tokens
-        while count <= WIDTH and head < total:
-            insert(keys, count, (np.int64(length[head]) << SHIFT) | head)
-            count += 1
-            held_tokens += length[head]
-            fed_tokens += length[head]
-            held_extra += extra[head]
-            if ahead > head:
-                ahead_tokens -= length[head]
-                ahead_extra -= extra[head]
-            head += 1
-        if ahead < head:
-            ahead, ahead_tokens, ahead_extra = head, np.int64(0), np.int64(0)
-        if count == 1:
-            if dry_packs == 0:  # too few samples to tell the end apart
-                dry_packs, dry_tokens = pack, fed_tokens
-            return rows, starts[: pack + 1].copy(), costs[:pack].copy(), dry_packs, dry_tokens
-        if pack % per_step == 0:  # the goal of a step's packs is the cost a token of the samples that it will hold
-            while ahead < total and held_tokens + ahead_tokens < per_step * capacity:
-                ahead_tokens += length[ahead]
-                ahead_extra += extra[ahead]
-                ahead += 1
-            expected = capacity * settings[6] // 1024
-            full = expected * UNIT + (held_extra + ahead_extra) * expected // (held_tokens + ahead_tokens)
-        room, worth, goal, first = np.int64(capacity), np.int64(capacity), full, True
-        cost = np.int64(0)
-        while count > 1:
-            while used[oldest]:
-                oldest += 1
-            choice = oldest
-            if not first:
-                if 10 * room * (count - 1) < settings[4] * held_tokens:
-                    break
-                choice = best_next(oldest, head, used, length, extra, room, goal, full, capacity)
-                if choice < 0:
-                    break
-            first = False
-            remove(keys, count, locate(keys, count, (np.int64(length[choice]) << SHIFT) | choice))
-            count -= 1
-            used[choice] = 1
-            rows[done] = order[choice]
-            done += 1
-            price = length[choice] * UNIT + extra[choice]
-            room, worth, goal, cost = room - length[choice], worth - value[choice], goal - price, cost + price
-            held_tokens, held_extra = held_tokens - length[choice], held_extra - extra[choice]
-        accept = max(settings[0], (mean_score >> 10) * settings[7] >> 4)
-        score = best_end(
-            keys, count, oldest, head, used, length, extra, value, room, worth, goal, accept, settings, chosen
-        )
-        mean_score += (min(score, 100_000) * 1024 - mean_score) >> 6
-        chosen.sort()
-        for index in range(3, -1, -1):
-            if chosen[index] > 0:
-                choice = keys[chosen[index]] & MASK
-                remove(keys, count, chosen[index])
-                count -= 1
-                used[choice] = 1
-                rows[done] = order[choice]
-                done += 1
-                cost += length[choice] * UNIT + extra[choice]
-                held_tokens, held_extra = held_tokens - length[choice], held_extra - extra[choice]
-        costs[pack] = cost
+    positions, starts, costs = np.empty(total, np.int32), np.zeros(total + 1, np.int64), np.empty(total, np.int64)
+    used, keys, state = np.zeros(total, np.uint8), np.zeros(settings[8] + 2, np.int64), np.zeros(11, np.int64)
+    state[COUNT] = 1  # keys[0] is no sample
+    pack, due, dry_packs, dry_tokens = 0, np.int64(0), 0, np.int64(0)
+    while state[DONE] < total:
+        if state[HEAD] < total:
+            dry_packs, dry_tokens = pack, state[PLACED]
+        refill(state, keys, length, extra, settings[8])
+        if pack % per_step == 0:
+            due = due_cost(state, length, extra, per_step * capacity, capacity * settings[6] // 1024)
+        before = state[PLACED] * UNIT + state[PLACED_EXTRA]
+        fill_pack(state, keys, used, length, extra, value, capacity, due, settings, positions)
+        costs[pack] = state[PLACED] * UNIT + state[PLACED_EXTRA] - before
         pack += 1
-        starts[pack] = done
+        starts[pack] = state[DONE]
+    if dry_packs == 0:  # too few samples to tell the end apart
+        dry_packs, dry_tokens = pack, state[PLACED]
+    return positions, starts[: pack + 1].copy(), costs[:pack].copy(), dry_packs, dry_tokens

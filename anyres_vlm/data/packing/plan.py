@@ -17,11 +17,16 @@ from anyres_vlm.data.packing import fill
 from anyres_vlm.data.packing.bound import bound_efficiency
 from anyres_vlm.data.packing.cost import CostModel
 from anyres_vlm.data.packing.even import even_out
+from anyres_vlm.data.packing.shuffle import gather, shuffle
 from anyres_vlm.errors import UsageError
 
 Ints = NDArray[np.int64]
 Rows = NDArray[np.int32]
 
+CAP = 32  # a cost off the goal counts at most as 1/32 of the capacity lost: more tiles are no reason for a hole
+NEAR = 0.992  # of the bound: near enough to try no other way
+# Ways to try where packs do not fill to the end: by price?, near, relax and width of `fill.fill`. Each wins somewhere.
+WAYS = ((True, 35, 8, 96), (True, 40, 0, 96), (True, 35, 8, 160), (False, 35, 0, 160))
 VERSION = 1  # of the algorithm: part of a plan's key
 PILOT = 16_384  # samples on which the ways to fill are tried
 PRICE_CLASSES = 96  # classes of lengths for prices: 50 ms
@@ -121,13 +126,14 @@ def plan_epoch(
     """
     _check(tokens, tiles, capacity, batch_size, packs_per_step)
     seed_bytes = hashlib.blake2b(f"packing/{seed}/{epoch}".encode(), digest_size=8).digest()
-    order = fill.shuffle(len(tokens), np.uint64(int.from_bytes(seed_bytes, "little")))
-    length, extra = fill.gather(order, tokens, tiles, cost.fixed_square, cost.fixed_tile)
-    exact = batch_size * float(tokens.mean()) / capacity
-    way, table, efficiency = _choose(order, length, extra, capacity, packs_per_step or max(1, round(exact)))
+    order = shuffle(len(tokens), np.uint64(int.from_bytes(seed_bytes, "little")))
+    length, extra = gather(order, tokens, tiles, cost.fixed_square, cost.fixed_tile)
+    exact = batch_size * int(tokens.sum()) / (len(tokens) * capacity)
+    way, table, efficiency = _choose(length, extra, capacity, packs_per_step or max(1, round(exact)))
     packs_per_step = packs_per_step or round_packs(exact / efficiency)
     value = length if table is None else table[length]
-    rows, starts, costs, _, _ = fill.fill(order, length, extra, value, capacity, packs_per_step, way)
+    positions, starts, costs, _, _ = fill.fill(length, extra, value, capacity, packs_per_step, way)
+    rows = order[positions]
     even_out(rows, starts, costs, tokens, tiles, cost.fixed_square, cost.fixed_tile, capacity, packs_per_step)
     return Plan(tokens, tiles, capacity, batch_size, seed, epoch, cost, packs_per_step, rows, starts, costs)
 
@@ -165,7 +171,7 @@ def _check(tokens: Ints, tiles: Ints, capacity: int, batch_size: int, packs_per_
         raise UsageError(f"sample {int(tiles.argmin())} has {tiles.min()} tiles: expected 0 or more")
 
 
-def _choose(order: Rows, length: Rows, extra: Ints, capacity: int, per_step: int) -> tuple[Ints, Rows | None, float]:
+def _choose(length: Rows, extra: Ints, capacity: int, per_step: int) -> tuple[Ints, Rows | None, float]:
     """The way to fill that wastes least on the first samples: settings, worth of each length or None, efficiency.
 
     Where packs fill to the end, a token is worth a token. Where the lengths forbid that, the prices of the bound say
@@ -174,26 +180,32 @@ def _choose(order: Rows, length: Rows, extra: Ints, capacity: int, per_step: int
     pilot = slice(0, PILOT)
 
     def try_way(way: Ints, value: Rows) -> float:
-        *_, packs, filled = fill.fill(order[pilot], length[pilot], extra[pilot], value[pilot], capacity, per_step, way)
+        *_, packs, filled = fill.fill(length[pilot], extra[pilot], value[pilot], capacity, per_step, way)
         return float(filled / (packs * capacity))
 
-    way = _settings(capacity, weight=4, over=180, near=35, pairs=8, expected=0.9995, relax=12)
+    way = _settings(capacity, weight=8, over=90, near=30, pairs=0, expected=0.9995, relax=12, width=96)
     efficiency = try_way(way, length)
     if efficiency >= GOOD:
         return way, None, efficiency
     bound = bound_efficiency(length, capacity, PRICE_CLASSES)
-    priced = bound.values(capacity)
+    expected = min(0.995 * bound.efficiency, 0.9995)
     best: tuple[Ints, Rows | None, float] = way, None, efficiency
-    value, expected = priced[length[pilot]], min(0.995 * bound.efficiency, 0.9995)
-    for near, relax in ((40, 0), (35, 8)):
-        way = _settings(capacity, weight=8, over=30, near=near, pairs=8, expected=expected, relax=relax)
-        efficiency = try_way(way, value)
-        if efficiency > best[2] * 1.002:
-            best = way, priced, efficiency
+    for by_price, near, relax, width in WAYS:
+        if best[2] >= NEAR * bound.efficiency:
+            break
+        table = bound.values(capacity) if by_price else None
+        way = _settings(capacity, weight=8, over=30, near=near, pairs=8, expected=expected, relax=relax, width=width)
+        efficiency = try_way(way, length if table is None else table[length[pilot]])
+        if efficiency > best[2] * 1.001:
+            best = way, table, efficiency
     return best
 
 
-def _settings(capacity: int, *, weight: int, over: int, near: int, pairs: int, expected: float, relax: int) -> Ints:
+def _settings(
+    capacity: int, *, weight: int, over: int, near: int, pairs: int, expected: float, relax: int, width: int
+) -> Ints:
     """See `fill.fill`; scores and scales grow with the capacity, as the gaps and costs that they measure do."""
-    accept, scale = weight * (15 * capacity // 16_384 + 4), max(capacity // over, 1)
-    return np.array([accept, weight, scale, 2 * scale, near, pairs, int(expected * 1024), relax])
+    score, scale = weight * (15 * capacity // 16_384 + 4), max(capacity // over, 1)
+    return np.array(
+        [score, weight, scale, 2 * scale, near, pairs, int(expected * 1024), relax, width, weight * capacity // CAP]
+    )
