@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 import numpy as np
 from transformers import PreTrainedTokenizerFast
@@ -12,7 +13,7 @@ from anyres_vlm.data.conversation import ConversationTokenizer
 from anyres_vlm.data.headers import read_size
 from anyres_vlm.data.sources import Reject, report_rejects
 from anyres_vlm.errors import DataError
-from anyres_vlm.geometry import TilePlan, Tiling, plan_tiles
+from anyres_vlm.geometry import Size, TilePlan, Tiling, plan_tiles
 from anyres_vlm.schema import IGNORE_INDEX, IMAGE_TOKEN, ImageRef, Record, Sample
 
 CHUNK = 1000  # conversations tokenised at once
@@ -63,6 +64,11 @@ def plan_image(image: ImageRef, tiling: Tiling) -> TilePlan:
             f"{MOST_ELONGATED}:1: scale the image or remove it",
             kind="absurd_image",
         )
+    return _plan_size(size, tiling)
+
+
+@lru_cache(maxsize=1 << 16)  # datasets have far fewer sizes than images
+def _plan_size(size: Size, tiling: Tiling) -> TilePlan:
     return plan_tiles(size, tiling)
 
 
