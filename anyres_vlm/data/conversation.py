@@ -16,7 +16,6 @@ cannot write, a tokenizer that changes case) is refused with its id, never guess
 from __future__ import annotations
 
 import re
-import string
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import astuple, dataclass
@@ -36,7 +35,7 @@ from anyres_vlm.schema import IGNORE_INDEX, IMAGE_TOKEN, Record, Role, Turn
 Ids = NDArray[np.int32]
 
 HALF_CHARACTER = re.compile("[\ud800-\udfff]")  # JSON can hold one, no tokenizer takes it
-ASCII_PROBE = f"It's 12.50,  \n\n\tof   (A) \n{string.printable[:95]}."
+ASCII_PROBE = f"It's 12.50,  \n\n\tof   (A) \n{''.join(map(chr, range(128)))}."
 
 
 @dataclass(frozen=True)

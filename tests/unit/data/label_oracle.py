@@ -12,59 +12,11 @@ WORDS = (
     "what is the colour of this star red blue a sign that says BAKERY 12.50 naïve café 日本 😀 it's (yes), no! "
     "שלום ... A 7"
 ).split()
-ODD = [
-    *(
-        "\n",
-        "\n\n",
-        " ",
-        "  ",
-        "   ",
-        "\t",
-        "\r\n",
-        "\u00a0",
-        "\u200b",
-        "\u3000",
-        "-",
-        ":",
-        "'s",
-        ".",
-        "7",
-        "12",
-        "1,000",
-    ),
-    *(
-        "a",
-        "Word",
-        " the",
-        "😀",
-        "👩\u200d👩\u200d👧",
-        "e\u0301",
-        "\u0301",
-        "é",
-        "日本",
-        "語",
-        "שלום",
-        "مرحبا",
-        "ﬁ",
-        "½",
-        "\x00",
-    ),
-    *(
-        "    return x",
-        "\n  y",
-        "[INST]",
-        "ASSISTANT:",
-        "<|",
-        "|>",
-        "</",
-        "{eos}",
-        "{{",
-        "\ufffd",
-        "\U0010ffff",
-        "ß",
-        "İ",
-    ),
-]
+ODD = (
+    "\n~\n\n~ ~  ~   ~\t~\r\n~\u00a0~\u200b~\u3000~-~:~'s~.~7~12~1,000~a~Word~ the~😀~👩\u200d👩\u200d👧~"
+    "e\u0301~\u0301~é~日本~語~שלום~مرحبا~ﬁ~½~\x00~"
+    "    return x~\n  y~[INST]~ASSISTANT:~<|~|>~</~{eos}~{{~\ufffd~\U0010ffff~ß~İ"
+).split("~")
 
 
 def expected_labels(encoder: ConversationTokenizer, turns: tuple[Turn, ...]) -> list[int] | None:
