@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
-import pyarrow as pa
 import pyarrow.compute as pc
 
 from anyres_vlm.data.index.table import OK, Index
@@ -55,18 +54,12 @@ def check_cap(counts: Mapping[str, int], total: int, max_bad_fraction: float, li
 def mended(index: Index) -> bool:
     """Whether an image that was at fault has appeared or changed since the index was made."""
     made = index.path.stat().st_mtime_ns
-    faults: Iterable[str] = pc.unique(index.column("image").drop_null()).to_pylist()
-    missing = set(_of_kind(index, "missing_file"))
-    for name in faults:
-        try:
-            changed = Path(name).stat().st_mtime_ns
-        except OSError:
-            continue
-        if name in missing or changed > made:
-            return True
+    for batch in index.batches(["status", "image"]):
+        for fault in batch.filter(pc.is_valid(batch["image"])).to_pylist():
+            try:
+                changed = Path(fault["image"]).stat().st_mtime_ns
+            except OSError:
+                continue  # still not there
+            if fault["status"] == "missing_file" or changed > made:
+                return True
     return False
-
-
-def _of_kind(index: Index, kind: str) -> list[str]:
-    images = pa.table({"image": index.column("image"), "status": index.column("status")})
-    return list(images.filter(pc.equal(images["status"], kind))["image"].drop_null().to_pylist())

@@ -15,6 +15,7 @@ from anyres_vlm.data.conversation import ConversationTokenizer, Ids
 from anyres_vlm.data.dataset import check_sample, plan_image
 from anyres_vlm.data.index.table import COUNTS, FORMAT, OK, SCHEMA
 from anyres_vlm.data.sources.base import Source
+from anyres_vlm.data.sources.mixture import MixtureSource
 from anyres_vlm.errors import DataError, RejectKind
 from anyres_vlm.geometry import TilePlan, Tiling
 from anyres_vlm.schema import IMAGE_TOKEN, Record, Sample, Turn
@@ -70,7 +71,7 @@ def index_rows(source: Source, settings: IndexSettings, start: int, stop: int) -
     planned: list[_Planned] = []
     name = source.name
     for row, item in enumerate(source.records(start, stop), start=start):
-        place = (row, name)
+        place = (row, source.origin(row) if isinstance(source, MixtureSource) else name)
         if isinstance(item, DataError):
             rows.append(_reject(item.record or str(row + 1), place, item, "malformed_record"))
         else:

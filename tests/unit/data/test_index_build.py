@@ -304,6 +304,7 @@ def test_a_mixture_of_embedded_and_separate_images(tmp_path: Path, settings: Ind
     out = tmp_path / "i.parquet"
     index = build(tmp_path / "mix.yaml", settings, out).index
     assert index.ok.tolist() == [True, False, True, False]
+    assert index.column("source").to_pylist() == ["data", "data", "more", "more"]
     assert index.sizes(0) == index.sizes(2) == (Size(height=29, width=57),)
     kinds = {name: (reject["kind"], reject["row"]) for name, reject in listed(out).items()}
     assert kinds == {"data/silent": ("malformed_record", 1), "more/2": ("unreadable_image", 3)}
