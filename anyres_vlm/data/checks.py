@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import numpy as np
 
 from anyres_vlm.data.headers import read_size
 from anyres_vlm.errors import DataError
-from anyres_vlm.geometry import TilePlan, Tiling, plan_tiles
+from anyres_vlm.geometry import Size, TilePlan, Tiling, plan_tiles
 from anyres_vlm.schema import IGNORE_INDEX, ImageRef, Sample
 
 LONGEST_SIDE = 65_500  # pixels: what JPEG's own library writes
@@ -23,6 +25,11 @@ def plan_image(image: ImageRef, tiling: Tiling) -> TilePlan:
             f"{MOST_ELONGATED}:1: scale the image or remove it",
             kind="absurd_image",
         )
+    return _plan_size(size, tiling)
+
+
+@lru_cache(maxsize=1 << 16)  # datasets have far fewer sizes than images
+def _plan_size(size: Size, tiling: Tiling) -> TilePlan:
     return plan_tiles(size, tiling)
 
 

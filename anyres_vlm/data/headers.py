@@ -25,7 +25,8 @@ from PIL import (
 )
 
 from anyres_vlm.data.blobs import blob_name, open_blob
-from anyres_vlm.errors import DataError
+from anyres_vlm.data.jpeg import HEAD, QUARTER_TURNS, ordinary_jpeg_size
+from anyres_vlm.errors import DataError, UsageError
 from anyres_vlm.geometry import Size
 
 if TYPE_CHECKING:  # schema imports numpy, which `anyres tokens` does without
@@ -33,7 +34,6 @@ if TYPE_CHECKING:  # schema imports numpy, which `anyres tokens` does without
 
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"})
 
-QUARTER_TURNS = frozenset({5, 6, 7, 8})  # EXIF orientations that swap height and width
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 PNG_CHUNKS = frozenset({b"IHDR", b"eXIf", b"tEXt", b"zTXt", b"iTXt", b"IEND"})  # size and orientation are in these
 UNREADABLE = (OSError, SyntaxError, ValueError, TypeError, IndexError, KeyError, EOFError, struct.error)
@@ -50,21 +50,25 @@ def read_size(image: Path | ImageRef) -> Size:
 
 def _size(stream: IO[bytes], name: str) -> Size:
     try:
-        prefix = stream.read(16)
+        head = stream.read(HEAD)
         stream.seek(0)
     except OSError as error:
         raise DataError(f"{name}: cannot be read ({error.strerror}); check its disk") from None
-    if not prefix:
+    if not head:
         raise DataError(f"{name}: the file is empty; fetch it again or remove it")
-    reader = next((reader for signature, reader in READERS if prefix.startswith(signature)), None)
+    reader = next((reader for signature, reader in READERS if head.startswith(signature)), None)
     if reader is None:
         raise DataError(f"{name}: not an image; expected JPEG, PNG, WebP, GIF, BMP or TIFF")
     try:
+        if reader is _read_jpeg and (size := ordinary_jpeg_size(head)):
+            return size
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow's, about odd metadata: a size was found or an error is raised
             return reader(stream)
     except Image.DecompressionBombError:  # only Pillow's WebP reader allocates, and therefore checks, this early
         raise DataError(f"{name}: too many pixels for WebP; scale the image down") from None
+    except UsageError:  # what a size says of a side without pixels
+        raise DataError(f"{name}: a side of 0 pixels; fetch it again or remove it", kind="absurd_image") from None
     except UNREADABLE as error:  # Pillow's readers raise all of these, with words about their insides
         raise DataError(f"{name}: broken image; fetch it again or remove it") from error
 
@@ -105,8 +109,10 @@ def _upright(image: ImageFile.ImageFile, exif: Image.Exif) -> Size:
     return Size(height=height, width=width)
 
 
+_read_jpeg = _pillow_reader(JpegImagePlugin.jpeg_factory)
+
 READERS: tuple[tuple[bytes, Callable[[IO[bytes]], Size]], ...] = (
-    (b"\xff\xd8\xff", _pillow_reader(JpegImagePlugin.jpeg_factory)),
+    (b"\xff\xd8\xff", _read_jpeg),
     (PNG_SIGNATURE, _read_png),
     (b"RIFF", _pillow_reader(WebPImagePlugin.WebPImageFile)),
     (b"GIF8", _pillow_reader(GifImagePlugin.GifImageFile)),

@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from anyres_vlm.data.index.parts import Parts, Progress
-from anyres_vlm.data.index.rejects import check_cap, count_rejects, mended, rejects_path, write_rejects
+from anyres_vlm.data.index.rejects import check_cap, mended, rejects_path, write_rejects
 from anyres_vlm.data.index.rows import IndexSettings
 from anyres_vlm.data.index.stamp import Stamp
 from anyres_vlm.data.index.table import FORMAT, METADATA_KEY, SCHEMA, Index, read_index
@@ -180,7 +180,7 @@ def _list_and_check(index: Index, out: Path, max_bad_fraction: float) -> None:
     listed = rejects_path(out)
     write_rejects(index, listed)
     try:
-        check_cap(count_rejects(index), len(index), max_bad_fraction, listed)
+        check_cap(index, max_bad_fraction, listed)
     except DataError:
         if index.path != out:
             index.path.unlink()

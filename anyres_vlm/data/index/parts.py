@@ -9,10 +9,12 @@ import gc
 import multiprocessing
 import os
 import shutil
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +23,7 @@ import pyarrow as pa
 
 from anyres_vlm.data.index.rows import IndexSettings, index_rows
 from anyres_vlm.data.sources.base import Source
+from anyres_vlm.errors import DataError
 
 CHUNK = 1024  # rows of a part: about half a second of work, so that the processes end together
 KEY_FILE = "key"
@@ -110,9 +113,10 @@ def _spread(job: _Job, spans: list[tuple[int, int]], workers: int) -> Iterator[i
     with ProcessPoolExecutor(workers, context, initializer=_start_worker, initargs=(job, os.getpid())) as pool:
         try:
             yield from pool.map(_run_in_worker, spans)
-        except BaseException:
+        except BrokenProcessPool:
+            raise DataError("a process ended early, perhaps for lack of memory: lower --workers and go on") from None
+        finally:
             pool.shutdown(wait=False, cancel_futures=True)
-            raise
 
 
 _worker_job: list[_Job] = []  # of a worker process: set once when it starts, for a job is too large to send with a span
@@ -120,6 +124,7 @@ _worker_job: list[_Job] = []  # of a worker process: set once when it starts, fo
 
 def _start_worker(job: _Job, parent: int) -> None:
     _worker_job.append(job)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent is interrupted too, and says so
     gc.freeze()  # what the parent made
     gc.disable()  # a part's many small objects have no cycles: looking for them took a tenth of the time
     threading.Thread(target=_end_with, args=(parent,), daemon=True).start()

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-import pyarrow as pa
 import pyarrow.compute as pc
 
 from anyres_vlm.data.index.table import OK, Index
@@ -39,34 +37,33 @@ def count_rejects(index: Index) -> dict[str, int]:
     return dict(sorted(counts.items(), key=lambda item: (-item[1], item[0])))
 
 
-def check_cap(counts: Mapping[str, int], total: int, max_bad_fraction: float, listed: Path) -> None:
+def check_cap(index: Index, max_bad_fraction: float, listed: Path) -> None:
     """Raises `DataError` with the counts by kind when more than the allowed share is bad, or everything is."""
+    counts, total = count_rejects(index), len(index)
     bad = sum(counts.values())
-    kinds = ", ".join(f"{kind} {count:,}" for kind, count in counts.items())
     if bad > max_bad_fraction * total:
-        raise DataError(
-            f"{bad:,} of {total:,} records are bad ({kinds}), more than max_bad_fraction={max_bad_fraction:g} allows: "
-            f"see {listed}, mend them or raise it; no index is written"
-        )
-    if bad == total:
-        raise DataError(f"all of {total:,} records are bad ({kinds}): see {listed}; no index is written")
+        limit = f"more than max_bad_fraction={max_bad_fraction:g}"
+    elif bad == total:
+        limit = "none is left"
+    else:
+        return
+    kinds = ", ".join(f"{kind} {count:,}" for kind, count in counts.items())
+    first = next(reason for reason in index.column("reason").to_pylist() if reason is not None)
+    raise DataError(
+        f"{bad:,} of {total:,} records are bad ({kinds}), {limit}: no index is written. "
+        f"The first: {first}. Mend those in {listed} or raise it"
+    )
 
 
 def mended(index: Index) -> bool:
     """Whether an image that was at fault has appeared or changed since the index was made."""
     made = index.path.stat().st_mtime_ns
-    faults: Iterable[str] = pc.unique(index.column("image").drop_null()).to_pylist()
-    missing = set(_of_kind(index, "missing_file"))
-    for name in faults:
-        try:
-            changed = Path(name).stat().st_mtime_ns
-        except OSError:
-            continue
-        if name in missing or changed > made:
-            return True
+    for batch in index.batches(["status", "image"]):
+        for fault in batch.filter(pc.is_valid(batch["image"])).to_pylist():
+            try:
+                changed = Path(fault["image"]).stat().st_mtime_ns
+            except OSError:
+                continue  # still not there
+            if fault["status"] == "missing_file" or changed > made:
+                return True
     return False
-
-
-def _of_kind(index: Index, kind: str) -> list[str]:
-    images = pa.table({"image": index.column("image"), "status": index.column("status")})
-    return list(images.filter(pc.equal(images["status"], kind))["image"].drop_null().to_pylist())

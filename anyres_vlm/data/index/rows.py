@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from operator import itemgetter
 from typing import Any, NamedTuple
@@ -15,6 +15,7 @@ from anyres_vlm.data.checks import check_sample, plan_image
 from anyres_vlm.data.conversation import ConversationTokenizer, Ids
 from anyres_vlm.data.index.table import COUNTS, FORMAT, OK, SCHEMA
 from anyres_vlm.data.sources.base import Source
+from anyres_vlm.data.sources.mixture import MixtureSource
 from anyres_vlm.errors import DataError, RejectKind
 from anyres_vlm.geometry import TilePlan, Tiling
 from anyres_vlm.schema import IMAGE_TOKEN, Record, Sample, Turn
@@ -68,8 +69,9 @@ def index_rows(source: Source, settings: IndexSettings, start: int, stop: int) -
     """Rows `start` to `stop` of the source, rejects included, as the schema has them."""
     rows: list[Row] = []
     planned: list[_Planned] = []
+    name = source.name
     for row, item in enumerate(source.records(start, stop), start=start):
-        place = (row, source.name)
+        place = (row, source.origin(row) if isinstance(source, MixtureSource) else name)
         if isinstance(item, DataError):
             rows.append(_reject(item.record or str(row + 1), place, item, "malformed_record"))
         else:
@@ -103,7 +105,7 @@ def _plan(record: Record, place: Place, tiling: Tiling) -> _Planned | Row:
         except DataError as error:
             whole_file = image.path is not None and image.offset == 0 and image.length is None
             return _reject(record.id, place, error, "unreadable_image", str(image.path) if whole_file else None)
-    return _Planned(replace(record, images=()), place, tuple(plans))
+    return _Planned(Record(record.id, (), record.turns), place, tuple(plans))
 
 
 def _row(planned: _Planned, encoded: tuple[Ids, Ids] | DataError, settings: IndexSettings) -> Row:

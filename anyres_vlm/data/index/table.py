@@ -25,8 +25,8 @@ SIDES = pa.list_(pa.int32())
 SCHEMA = pa.schema(
     [
         ("id", pa.string()),
-        ("row", pa.int64()),  # in the source, from 0
-        ("source", pa.string()),
+        ("row", pa.int64()),  # of the data, from 0
+        ("source", pa.string()),  # name of the source; in a mixture, of the one that the row is from
         ("heights", SIDES),  # pixels as shown, one an image whose header could be read
         ("widths", SIDES),
         ("tiles", pa.int32()),

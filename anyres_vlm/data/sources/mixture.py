@@ -113,6 +113,10 @@ class MixtureSource:
             raise own
         return own
 
+    def origin(self, row: int) -> str:
+        """The name of the source that a row is from."""
+        return self.names[int(np.searchsorted(self.starts, row, side="right")) - 1]
+
     def fingerprint(self) -> str:
         """Of the sources' own, their names and the chosen rows."""
         digest = hashlib.sha256(b"mixture")

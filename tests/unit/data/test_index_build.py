@@ -183,7 +183,7 @@ def test_too_many_rejects_end_the_run_but_are_listed(tmp_path: Path, settings: I
     assert build(data, settings, out, cap=0.75).rows_read == 4
     with pytest.raises(DataError, match="more than max_bad_fraction=0"):
         build(data, settings, out, cap=0.0)  # also one that is up to date
-    with pytest.raises(DataError, match=r"all of 2 records are bad"):
+    with pytest.raises(DataError, match=r"2 of 2 records are bad \(malformed_record 2\), none is left.*The first: "):
         build(write(tmp_path / "all", [1, 2]), settings, tmp_path / "all.parquet", cap=1.0)
 
 
@@ -286,6 +286,31 @@ def test_a_killed_run_goes_on_with_what_it_has(tmp_path: Path, settings: IndexSe
     assert not parts.exists()
     build(data, settings, tmp_path / "fresh.parquet")
     assert out.read_bytes() == (tmp_path / "fresh.parquet").read_bytes()
+
+
+def test_a_mixture_of_embedded_and_separate_images(tmp_path: Path, settings: IndexSettings) -> None:
+    Image.new("RGB", (57, 29)).save(tmp_path / "a.png")
+    write(tmp_path, [entry("one", images=["a.png"]), entry("silent") | {"conversations": []}])
+    encoded = [(tmp_path / "a.png").read_bytes(), b"no image"]
+    rows = [
+        {
+            "images": [{"bytes": content, "path": None}],
+            "messages": [{"role": "user", "content": "<image>"}, {"role": "assistant", "content": "star"}],
+        }
+        for content in encoded
+    ]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "more.parquet")
+    (tmp_path / "mix.yaml").write_text("sources: [{path: data.json}, {path: more.parquet}]")
+    out = tmp_path / "i.parquet"
+    index = build(tmp_path / "mix.yaml", settings, out).index
+    assert index.ok.tolist() == [True, False, True, False]
+    assert index.column("source").to_pylist() == ["data", "data", "more", "more"]
+    assert index.sizes(0) == index.sizes(2) == (Size(height=29, width=57),)
+    kinds = {name: (reject["kind"], reject["row"]) for name, reject in listed(out).items()}
+    assert kinds == {"data/silent": ("malformed_record", 1), "more/2": ("unreadable_image", 3)}
+    assert build(tmp_path / "mix.yaml", settings, out).rows_read == 0
+    write(tmp_path, [entry("one", images=["a.png"])])
+    assert build(tmp_path / "mix.yaml", settings, out).rows_read == 3, "one of its sources changed"
 
 
 @pytest.mark.parametrize("text", ["0/2", "3/2", "1", "a/b", "1/0"])
