@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
+import cv2
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -94,7 +95,10 @@ def iter_steps(
     """
     dataset = PackDataset(samples, [pack for share in shares for pack in share], data, seed)
     allowed = data.max_bad_fraction * sum(len(pack.positions) for pack in dataset.packs)
-    batches = iter(DataLoader(dataset, batch_size=None, num_workers=workers, shuffle=False, pin_memory=pin_memory))
+    loader = DataLoader(
+        dataset, batch_size=None, num_workers=workers, worker_init_fn=_use_one_thread, pin_memory=pin_memory
+    )
+    batches = iter(loader)
     num_rejected = 0
     for share in shares:
         step = [next(batches) for _ in share]
@@ -136,6 +140,11 @@ class PackDataset(Dataset[Batch]):
     def _augment(self, epoch: int, position: int, number: int, pixels: Pixels) -> Pixels:
         assert self.augmentation is not None
         return self.augmentation(pixels, (self.seed, epoch, position, number))
+
+
+def _use_one_thread(worker: int) -> None:
+    """The workers are the parallelism; torch sees to its own threads."""
+    cv2.setNumThreads(1)
 
 
 def _row(parts: Sequence[NDArray[Any]]) -> torch.Tensor:
