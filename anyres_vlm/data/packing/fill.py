@@ -22,7 +22,6 @@ Ints = NDArray[np.int64]
 
 UNIT = 1024  # cost units a token
 AGES = 8  # oldest samples among which the cost decides while a pack is far from full
-BLOCK = 1  # steps whose packs are meant to cost the same
 CANDIDATES = 6  # oldest samples that the search for the last ones tries
 LIMIT = np.int64(1) << 60
 SHIFT = 32  # a key of the buffer is length << 32 | position in the shuffled order
@@ -310,7 +309,7 @@ def fill(
             dry_packs, dry_tokens = pack, state[PLACED]
         refill(state, keys, samples, way.width)
         if pack % per_step == 0:
-            due = due_cost(state, samples, BLOCK * per_step * capacity, capacity * way.expected // 1024)
+            due = due_cost(state, samples, per_step * capacity, capacity * way.expected // 1024)
         before = state[PLACED] * UNIT + state[PLACED_EXTRA]
         fill_pack(state, keys, samples, capacity, due, way, positions)
         costs[pack] = state[PLACED] * UNIT + state[PLACED_EXTRA] - before

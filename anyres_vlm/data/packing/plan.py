@@ -143,7 +143,7 @@ def plan_epoch(
     value = length if table is None else table[length]
     positions, starts, costs, _, _ = fill.fill(length, extra, value, capacity, packs_per_step, way)
     rows = order[positions]
-    spread(rows, starts, costs, tiles, packs_per_step)
+    spread(rows, starts, costs, tokens, tiles, packs_per_step)
     even_out(rows, starts, costs, tokens, tiles, cost.fixed_square, cost.fixed_tile, capacity, packs_per_step)
     return Plan(tokens, tiles, capacity, batch_size, seed, epoch, cost, packs_per_step, rows, starts, costs)
 

@@ -1,9 +1,10 @@
-"""Compiled kernel that spreads the packs of a few neighbouring steps over them, kind by kind.
+"""Compiled kernels that spread the packs of a few neighbouring steps over them, kind by kind.
 
 Packs come in kinds, such as two images, or one and a text; where few samples fit a pack, chance gives a step too many
 of a kind, and with it another mean length and share of text than its samples would have had in random order. So that
 each step gets its part, the packs of a block of steps are sorted by kind and cost, and of as many neighbours as there
-are steps each step gets one, in the order in which they were filled.
+are steps each step gets one, in the order in which they were filled. No more than needed: what varies less than in
+random order from step to step makes the slow drifts of a random order stand out.
 """
 
 from __future__ import annotations
@@ -19,8 +20,34 @@ from anyres_vlm.data.packing.fill import UNIT
 Int = Any  # Python's or numpy's: compiled, there is no difference
 Ints = NDArray[np.int64]
 
-STEPS = 8  # of a block
+MOST_STEPS = 4  # of a block
+MOST_VARIANCE = 1.2  # of the means of steps, in units of that in random order
 BITS = 21  # of a number of samples or of a cost in tokens, within a key
+
+
+@numba.njit(cache=True)  # type: ignore[untyped-decorator]
+def vary(rows: NDArray[np.int32], starts: Ints, tokens: Ints, tiles: Ints, per_step: Int) -> float:
+    """How much full steps vary in mean length, or in share of text-only samples, over what they do in random order."""
+    full = (len(starts) - 1) // per_step
+    sums, squares, means = np.zeros(2), np.zeros(2), np.zeros((full, 2))
+    for step in range(full):
+        first, last = starts[step * per_step], starts[(step + 1) * per_step]
+        for place in range(first, last):
+            length, text = float(tokens[rows[place]]), 1.0 if tiles[rows[place]] == 0 else 0.0
+            means[step, 0] += length
+            means[step, 1] += text
+            squares[0] += length * length
+            squares[1] += text
+        sums += means[step]
+        means[step] /= last - first
+    most = 0.0
+    samples = starts[full * per_step]
+    for which in range(2):
+        mean = sums[which] / samples
+        variance = squares[which] / samples - mean * mean
+        if full > 1 and variance > 1e-9:
+            most = max(most, ((means[:, which] - mean) ** 2).sum() / full * (samples / full) / variance)
+    return most
 
 
 @numba.njit(cache=True)  # type: ignore[untyped-decorator]
@@ -35,11 +62,13 @@ def list_kinds(rows: NDArray[np.int32], starts: Ints, costs: Ints, tiles: Ints, 
 
 
 @numba.njit(cache=True)  # type: ignore[untyped-decorator]
-def spread(rows: NDArray[np.int32], starts: Ints, costs: Ints, tiles: Ints, per_step: Int) -> None:
-    """Reorder the packs within blocks of full steps, in place."""
+def spread_blocks(
+    rows: NDArray[np.int32], starts: Ints, costs: Ints, tiles: Ints, per_step: Int, most_steps: Int
+) -> None:
+    """Reorder the packs within blocks of so many full steps, in place."""
     full = len(costs) // per_step
-    for step in range(0, full, STEPS):
-        steps = min(STEPS, full - step)
+    for step in range(0, full, most_steps):
+        steps = min(most_steps, full - step)
         first, count = step * per_step, steps * per_step
         kinds = np.empty(count, np.int64)
         list_kinds(rows, starts, costs, tiles, first, kinds)
@@ -57,3 +86,11 @@ def spread(rows: NDArray[np.int32], starts: Ints, costs: Ints, tiles: Ints, per_
                 rows[done] = old_rows[place]
                 done += 1
             starts[first + index + 1] = done
+
+
+def spread(rows: NDArray[np.int32], starts: Ints, costs: Ints, tokens: Ints, tiles: Ints, per_step: int) -> None:
+    """Reorder packs in place until the steps' mean lengths and shares of text vary about as in random order."""
+    for steps in range(2, MOST_STEPS + 1):
+        if vary(rows, starts, tokens, tiles, per_step) <= MOST_VARIANCE:
+            return
+        spread_blocks(rows, starts, costs, tiles, per_step, steps)
