@@ -25,16 +25,18 @@ Ints = NDArray[np.int64]
 Rows = NDArray[np.int32]
 
 CAP = 32  # a cost off the goal counts at most as 1/32 of the capacity lost: more tiles are no reason for a hole
-NEAR = 0.992  # of the bound: near enough to try no other way
-# Ways to try where packs do not fill to the end, faster ones first: by price?, near, over, relax and width of `_way`.
+NEAR = 0.991  # of the bound: near enough to try no other way
+# Ways to try where packs do not fill to the end: by price?, near, pairs, over, relax and width of `fill.Way`. Each wins
+# somewhere; a wide buffer finds more where few samples fit a pack.
 WAYS = (
-    (True, 35, 30, 8, 96),
-    (True, 40, 30, 0, 96),
-    (True, 35, 30, 8, 160),
-    (False, 35, 30, 0, 160),
-    (True, 35, 5, 8, 600),
-    (True, 35, 5, 8, 1200),
+    (True, 40, 0, 30, 0, 96),
+    (True, 40, 8, 30, 0, 96),
+    (False, 35, 8, 30, 0, 160),
+    (True, 35, 8, 5, 8, 300),
+    (True, 35, 8, 5, 8, 600),
+    (True, 35, 8, 5, 8, 1200),
 )
+WIDE = 300  # if such a buffer does not help, a wider one does not either
 WEIGHT = 8  # of a lost token
 VERSION = 1  # of the algorithm: part of a plan's key
 PRICE_CLASSES = 128  # of lengths: 0.1 to 0.2 s
@@ -204,13 +206,15 @@ def _choose(length: Rows, extra: Ints, capacity: int, per_step: int) -> tuple[fi
     table = bound.values(capacity)
     prices, expected = table[length[pilot]], min(0.995 * bound.efficiency, 0.9995)
     efficiency, nearness = try_way(way, length[pilot], prices)
-    for by_price, near, over, relax, width in WAYS:
+    for by_price, near, pairs, over, relax, width in WAYS:
         if nearness >= NEAR:
             break
-        way = _way(capacity, over=over, near=near, pairs=8, expected=expected, relax=relax, width=width)
+        way = _way(capacity, over=over, near=near, pairs=pairs, expected=expected, relax=relax, width=width)
         efficiency, nearer = try_way(way, prices if by_price else length[pilot], prices)
         if nearer > nearness * 1.001:
             best, nearness = (way, table if by_price else None, efficiency), nearer
+        elif width >= WIDE:
+            break
     return best
 
 
