@@ -17,8 +17,9 @@ from anyres_vlm.data.packing import fill
 from anyres_vlm.data.packing.bound import bound_efficiency
 from anyres_vlm.data.packing.cost import CostModel
 from anyres_vlm.data.packing.even import even_out
+from anyres_vlm.data.packing.gather import gather_dear
 from anyres_vlm.data.packing.shuffle import gather, shuffle
-from anyres_vlm.data.packing.spread import spread
+from anyres_vlm.data.packing.spread import measure_moments, spread
 from anyres_vlm.errors import UsageError
 
 Ints = NDArray[np.int64]
@@ -145,7 +146,9 @@ def plan_epoch(
     value = length if table is None else table[length]
     positions, starts, costs, _, _ = fill.fill(length, extra, value, capacity, packs_per_step, way)
     rows = order[positions]
-    spread(rows, starts, costs, tokens, tiles, packs_per_step)
+    moments = measure_moments(tokens, tiles)
+    spread(rows, starts, costs, tokens, tiles, packs_per_step, moments)
+    gather_dear(rows, starts, costs, tokens, tiles, packs_per_step, moments)
     even_out(rows, starts, costs, tokens, tiles, cost.fixed_square, cost.fixed_tile, capacity, packs_per_step)
     return Plan(tokens, tiles, capacity, batch_size, seed, epoch, cost, packs_per_step, rows, starts, costs)
 

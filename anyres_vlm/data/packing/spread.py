@@ -9,7 +9,7 @@ random order from step to step makes the slow drifts of a random order stand out
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numba
 import numpy as np
@@ -25,72 +25,105 @@ MOST_VARIANCE = 1.2  # of the means of steps, in units of that in random order
 BITS = 21  # of a number of samples or of a cost in tokens, within a key
 
 
+class Moments(NamedTuple):
+    """Mean and variance of the lengths, and the share of text-only samples."""
+
+    length: float
+    variance: float
+    text: float
+
+
 @numba.njit(cache=True)  # type: ignore[untyped-decorator]
-def vary(rows: NDArray[np.int32], starts: Ints, tokens: Ints, tiles: Ints, per_step: Int) -> float:
-    """How much full steps vary in mean length, or in share of text-only samples, over what they do in random order."""
+def measure_moments(tokens: Ints, tiles: Ints) -> Moments:
+    """Of all samples."""
+    total, squares, texts = 0.0, 0.0, 0
+    for sample in range(len(tokens)):
+        length = float(tokens[sample])
+        total += length
+        squares += length * length
+        texts += tiles[sample] == 0
+    mean = total / len(tokens)
+    return Moments(mean, squares / len(tokens) - mean * mean, texts / len(tokens))
+
+
+@numba.njit(cache=True)  # type: ignore[untyped-decorator]
+def miss(length: Int, texts: Int, samples: Int, moments: Moments) -> float:
+    """Square of how far these samples' mean length or share of text is off, in units of its variance when random."""
+    if samples == 0:
+        return 0.0
+    text_variance = moments.text * (1 - moments.text)
+    worst = 0.0
+    if moments.variance > 1e-6:
+        worst = (length / samples - moments.length) ** 2 / moments.variance
+    if text_variance > 1e-9:
+        worst = max(worst, (texts / samples - moments.text) ** 2 / text_variance)
+    return worst * samples
+
+
+@numba.njit(cache=True)  # type: ignore[untyped-decorator]
+def count(rows: NDArray[np.int32], starts: Ints, tokens: Ints, tiles: Ints, first: Int, last: Int) -> Ints:
+    """Tokens, text-only samples and samples of the packs from `first` to `last`. (packs, 3)."""
+    counts = np.zeros((last - first, 3), np.int64)
+    for pack in range(first, last):
+        for place in range(starts[pack], starts[pack + 1]):
+            counts[pack - first, 0] += tokens[rows[place]]
+            counts[pack - first, 1] += tiles[rows[place]] == 0
+        counts[pack - first, 2] = starts[pack + 1] - starts[pack]
+    return counts
+
+
+@numba.njit(cache=True)  # type: ignore[untyped-decorator]
+def vary(
+    rows: NDArray[np.int32], starts: Ints, tokens: Ints, tiles: Ints, per_step: Int, moments: Moments
+) -> tuple[float, float]:
+    """Variances of the full steps' mean lengths and shares of text, in units of those in random order."""
     full = (len(starts) - 1) // per_step
-    sums, squares, means = np.zeros(2), np.zeros(2), np.zeros((full, 2))
+    total = np.zeros(2)
     for step in range(full):
-        first, last = starts[step * per_step], starts[(step + 1) * per_step]
-        for place in range(first, last):
-            length, text = float(tokens[rows[place]]), 1.0 if tiles[rows[place]] == 0 else 0.0
-            means[step, 0] += length
-            means[step, 1] += text
-            squares[0] += length * length
-            squares[1] += text
-        sums += means[step]
-        means[step] /= last - first
-    most = 0.0
-    samples = starts[full * per_step]
-    for which in range(2):
-        mean = sums[which] / samples
-        variance = squares[which] / samples - mean * mean
-        if full > 1 and variance > 1e-9:
-            most = max(most, ((means[:, which] - mean) ** 2).sum() / full * (samples / full) / variance)
-    return most
+        counts = count(rows, starts, tokens, tiles, step * per_step, (step + 1) * per_step)
+        length, texts, samples = counts[:, 0].sum(), counts[:, 1].sum(), counts[:, 2].sum()
+        total[0] += miss(length, moments.text * samples, samples, moments)
+        total[1] += miss(moments.length * samples, texts, samples, moments)
+    return total[0] / max(full, 1), total[1] / max(full, 1)
 
 
 @numba.njit(cache=True)  # type: ignore[untyped-decorator]
-def list_kinds(rows: NDArray[np.int32], starts: Ints, costs: Ints, tiles: Ints, first: Int, kinds: Ints) -> None:
-    """Write the sort keys of the packs from `first` on to `kinds`: text-only samples, samples, cost."""
-    for index in range(len(kinds)):
-        start, end = starts[first + index], starts[first + index + 1]
-        texts: Int = np.int64(0)
-        for place in range(start, end):
-            texts += tiles[rows[place]] == 0
-        kinds[index] = ((texts << BITS | (end - start)) << BITS) | min(costs[first + index] // UNIT, (1 << BITS) - 1)
+def reorder(rows: NDArray[np.int32], starts: Ints, costs: Ints, first: Int, source: Ints) -> None:
+    """Put the packs from `first` on in the order of `source`, in place."""
+    old_starts, old_costs = starts[first : first + len(source) + 1].copy(), costs[first : first + len(source)].copy()
+    old_rows = rows[old_starts[0] : old_starts[-1]].copy()
+    done: Int = old_starts[0]
+    for index in range(len(source)):
+        pack = source[index]
+        costs[first + index] = old_costs[pack]
+        for place in range(old_starts[pack] - old_starts[0], old_starts[pack + 1] - old_starts[0]):
+            rows[done] = old_rows[place]
+            done += 1
+        starts[first + index + 1] = done
 
 
 @numba.njit(cache=True)  # type: ignore[untyped-decorator]
 def spread_blocks(
-    rows: NDArray[np.int32], starts: Ints, costs: Ints, tiles: Ints, per_step: Int, most_steps: Int
+    rows: NDArray[np.int32], starts: Ints, costs: Ints, tokens: Ints, tiles: Ints, per_step: Int, most_steps: Int
 ) -> None:
     """Reorder the packs within blocks of so many full steps, in place."""
     full = len(costs) // per_step
     for step in range(0, full, most_steps):
         steps = min(most_steps, full - step)
-        first, count = step * per_step, steps * per_step
-        kinds = np.empty(count, np.int64)
-        list_kinds(rows, starts, costs, tiles, first, kinds)
-        order = np.argsort(kinds, kind="mergesort")
-        source = np.empty(count, np.int64)
+        first, last = step * per_step, (step + steps) * per_step
+        counts, cost = count(rows, starts, tokens, tiles, first, last), costs[first:last]
+        kinds = ((counts[:, 1] << BITS | counts[:, 2]) << BITS) | np.minimum(cost // UNIT, (1 << BITS) - 1)
+        order, source = np.argsort(kinds, kind="mergesort"), np.empty(last - first, np.int64)
         for place in range(per_step):
             source[place::per_step] = np.sort(order[place * steps : (place + 1) * steps])
-        old_starts, old_costs = starts[first : first + count + 1].copy(), costs[first : first + count].copy()
-        old_rows = rows[old_starts[0] : old_starts[-1]].copy()
-        done: Int = old_starts[0]
-        for index in range(count):
-            pack = source[index]
-            costs[first + index] = old_costs[pack]
-            for place in range(old_starts[pack] - old_starts[0], old_starts[pack + 1] - old_starts[0]):
-                rows[done] = old_rows[place]
-                done += 1
-            starts[first + index + 1] = done
+        reorder(rows, starts, costs, first, source)
 
 
-def spread(rows: NDArray[np.int32], starts: Ints, costs: Ints, tokens: Ints, tiles: Ints, per_step: int) -> None:
-    """Reorder packs in place until the steps' mean lengths and shares of text vary about as in random order."""
+def spread(
+    rows: NDArray[np.int32], starts: Ints, costs: Ints, tokens: Ints, tiles: Ints, per_step: int, moments: Moments
+) -> None:
+    """Reorder packs in place until steps vary in mean length and share of text about as in random order."""
     for steps in range(2, MOST_STEPS + 1):
-        if vary(rows, starts, tokens, tiles, per_step) <= MOST_VARIANCE:
+        if max(vary(rows, starts, tokens, tiles, per_step, moments)) <= MOST_VARIANCE:
             return
-        spread_blocks(rows, starts, costs, tiles, per_step, steps)
+        spread_blocks(rows, starts, costs, tokens, tiles, per_step, steps)
