@@ -20,7 +20,7 @@ Int = Any  # Python's or numpy's: compiled, there is no difference
 Ints = NDArray[np.int64]
 
 STEPS = 8  # of a block
-MOST_MISS = 2.2  # of a step that gathers, in variances of random order
+MOST_MISS = 4.0  # of a step that gathers, in variances of random order
 GAIN = 300  # gathering is worth it for a 300th of the cost
 
 
