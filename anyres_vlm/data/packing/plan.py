@@ -197,6 +197,8 @@ def _choose(length: Rows, extra: Ints, capacity: int, per_step: int) -> tuple[fi
     def try_way(way: fill.Way, value: Rows, prices: Rows) -> tuple[float, float]:
         """Efficiency, and how near it is to the most that the prices allow for the same samples."""
         positions, starts, _, packs, filled = fill.fill(length[pilot], extra[pilot], value, capacity, per_step, way)
+        if len(length) <= PILOT:  # all of them: the end counts
+            packs, filled = len(starts) - 1, int(length.sum(dtype=np.int64))
         worth = int(prices[positions[: starts[packs]]].sum(dtype=np.int64))
         return filled / (packs * capacity), max(filled, worth) / (packs * capacity)
 
