@@ -262,6 +262,7 @@ def fill_pack(
     """Fill one pack; the positions of its samples in the shuffled order go to `positions` from `state[DONE]` on."""
     length, extra, value, used = samples
     room, worth, goal, first = np.int64(capacity), np.int64(capacity), due, True
+    score: Int = np.int64(0)
     while state[COUNT] > 1:
         while used[state[OLDEST]]:
             state[OLDEST] += 1
@@ -278,14 +279,19 @@ def fill_pack(
         positions[state[DONE]] = choice
         place(state, keys, locate(keys, state[COUNT], (np.int64(length[choice]) << SHIFT) | choice), samples)
     chosen = np.zeros(4, np.int64)
-    accept = max(way.accept, (state[SCORE] >> 10) * way.relax >> 4)
-    score = best_end(keys, state, samples, room, worth, goal, accept, way, chosen)
+    while state[COUNT] > 1 and room >= keys[1] >> SHIFT:  # again where even four leave room for a short one
+        accept = max(way.accept, (state[SCORE] >> 10) * way.relax >> 4)
+        score = best_end(keys, state, samples, room, worth, goal, accept, way, chosen)
+        chosen.sort()
+        if chosen[3] == 0:
+            break
+        for at in chosen[::-1]:  # from the end, so that the indices of the others stay
+            if at > 0:
+                choice = place(state, keys, at, samples)
+                positions[state[DONE] - 1] = choice
+                room, worth = room - length[choice], worth - value[choice]
+                goal -= length[choice] * UNIT + extra[choice]
     state[SCORE] += (min(score, 100_000) * 1024 - state[SCORE]) >> 6
-    chosen.sort()
-    for at in chosen[::-1]:  # from the end, so that the indices of the others stay
-        if at > 0:
-            done = state[DONE]
-            positions[done] = place(state, keys, at, samples)
 
 
 @numba.njit(cache=True)  # type: ignore[untyped-decorator]
