@@ -26,7 +26,7 @@ Ints = NDArray[np.int64]
 Rows = NDArray[np.int32]
 
 CAP = 32  # a cost off the goal counts at most as 1/32 of the capacity lost: more tiles are no reason for a hole
-NEAR = 0.991  # of the bound: near enough to try no other way
+NEAR = 0.992  # of the bound: near enough to try no other way
 # Ways to try where packs do not fill to the end: by price?, near, pairs, over, relax and width of `fill.Way`. Each wins
 # somewhere; a wide buffer finds more where few samples fit a pack.
 WAYS = (
