@@ -305,7 +305,9 @@ def fill(
     came into the buffer.
     """
     total = len(length)
-    positions, starts, costs = np.empty(total, np.int32), np.zeros(total + 1, np.int64), np.empty(total, np.int64)
+    # Of the last two only what is written takes up memory.
+    positions, starts, costs = np.empty(total, np.int32), np.empty(total + 1, np.int64), np.empty(total, np.int64)
+    starts[0] = 0
     samples = Samples(length, extra, value, np.zeros(total, np.uint8))
     keys, state = np.zeros(way.width + 2, np.int64), np.zeros(11, np.int64)
     state[COUNT] = 1  # keys[0] is no sample
@@ -323,4 +325,4 @@ def fill(
         starts[pack] = state[DONE]
     if dry_packs == 0:  # too few samples to tell the end apart
         dry_packs, dry_tokens = pack, state[PLACED]
-    return positions, starts[: pack + 1].copy(), costs[:pack].copy(), dry_packs, dry_tokens
+    return positions, starts[: pack + 1], costs[:pack], dry_packs, dry_tokens

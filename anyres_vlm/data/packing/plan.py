@@ -138,14 +138,16 @@ def plan_epoch(
     """
     _check(tokens, tiles, capacity, batch_size, packs_per_step)
     seed_bytes = hashlib.blake2b(f"packing/{seed}/{epoch}".encode(), digest_size=8).digest()
-    order = shuffle(len(tokens), np.uint64(int.from_bytes(seed_bytes, "little")))
-    length, extra = gather(order, tokens, tiles, cost.fixed_square, cost.fixed_tile)
+    key = np.uint64(int.from_bytes(seed_bytes, "little"))
+    length, extra = gather(shuffle(len(tokens), key), tokens, tiles, cost.fixed_square, cost.fixed_tile)
     exact = batch_size * int(tokens.sum()) / (len(tokens) * capacity)
     way, table, efficiency = _choose(length, extra, capacity, packs_per_step or max(1, round(exact)))
     packs_per_step = packs_per_step or round_packs(exact / efficiency)
     value = length if table is None else table[length]
     positions, starts, costs, _, _ = fill.fill(length, extra, value, capacity, packs_per_step, way)
-    rows = order[positions]
+    del length, extra, value
+    rows = shuffle(len(tokens), key)[positions]  # again: quicker made than memory is had to keep it
+    del positions
     moments = measure_moments(tokens, tiles)
     spread(rows, starts, costs, tokens, tiles, packs_per_step, moments)
     gather_dear(rows, starts, costs, tokens, tiles, packs_per_step, moments)
