@@ -93,7 +93,7 @@ def _group(units: Ints, demand: Floats, parts: int, classes: int) -> Ints:
 
 @numba.njit(cache=True)  # type: ignore[untyped-decorator]
 def _cut(units: Ints, demand: Floats, edges: NDArray[np.bool_], most_lost: float, groups: Ints) -> int:
-    """Greedy classes that lose at most so much each, and start at the edges; their number, or one more than `groups` holds."""
+    """Greedy classes that start at the edges and lose at most so much each; their number, or one more than fits."""
     count, lost = 0, 0.0
     for index in range(len(units)):
         more = lost + demand[index] * (units[index] - units[groups[count - 1]]) if count else 0.0

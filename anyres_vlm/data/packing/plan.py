@@ -39,7 +39,7 @@ WAYS = (
 )
 WIDE = 300  # if such a buffer does not help, a wider one does not either
 WEIGHT = 8  # of a lost token
-VERSION = 1  # of the algorithm: part of a plan's key
+VERSION = 2  # of the algorithm: part of a plan's key
 PRICE_CLASSES = 128  # of lengths: 0.1 to 0.2 s
 PILOT = 16_384  # samples on which the ways to fill are tried
 GOOD = 0.9975  # efficiency at which the first way is taken unseen
@@ -199,7 +199,7 @@ def _choose(length: Rows, extra: Ints, capacity: int, per_step: int) -> tuple[fi
     def try_way(way: fill.Way, value: Rows, prices: Rows) -> tuple[float, float]:
         """Efficiency, and how near it is to the most that the prices allow for the same samples."""
         positions, starts, _, packs, filled = fill.fill(length[pilot], extra[pilot], value, capacity, per_step, way)
-        if len(length) <= PILOT:  # all of them: the end counts
+        if len(length) <= PILOT:  # these are all: the end counts
             packs, filled = len(starts) - 1, int(length.sum(dtype=np.int64))
         worth = int(prices[positions[: starts[packs]]].sum(dtype=np.int64))
         return filled / (packs * capacity), max(filled, worth) / (packs * capacity)

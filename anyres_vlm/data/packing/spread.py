@@ -57,7 +57,7 @@ def miss(length: Int, texts: Int, samples: Int, moments: Moments) -> float:
         worst = (length / samples - moments.length) ** 2 / moments.variance
     if text_variance > 1e-9:
         worst = max(worst, (texts / samples - moments.text) ** 2 / text_variance)
-    return worst * samples
+    return float(worst * samples)
 
 
 @numba.njit(cache=True)  # type: ignore[untyped-decorator]
