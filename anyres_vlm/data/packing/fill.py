@@ -3,8 +3,8 @@
 The buffer holds the next samples of the shuffled order, sorted by length. Each pack takes the oldest sample of the
 buffer first, so that none waits for more packs than the buffer has samples; then more of the oldest ones, chosen among
 a few for their cost; at the end the best combination of up to four that the buffer offers: up to two of the oldest ones
-and the best pair for what is left, found by two pointers; and once more while a short one still fits. Nothing is moved further than the buffer reaches, so that
-lengths stay as random as the shuffle made them.
+and the best pair for what is left, found by two pointers; and once more while a short one still fits. Nothing is moved
+further than the buffer reaches, so that lengths stay as random as the shuffle made them.
 
 All arithmetic is on integers. Lengths and prices are in tokens; costs are in 1/1024 token (`UNIT`).
 """
