@@ -3,15 +3,15 @@
 The buffer holds the next samples of the shuffled order, sorted by length. Each pack takes the oldest sample of the
 buffer first, so that none waits for more packs than the buffer has samples; then more of the oldest ones, chosen among
 a few for their cost; at the end the best combination of up to four that the buffer offers: up to two of the oldest ones
-and the best pair for what is left, found by two pointers. Nothing is moved further than the buffer reaches, so that
-lengths stay as random as the shuffle made them.
+and the best pair for what is left, found by two pointers; and once more while a short one still fits. Nothing is moved
+further than the buffer reaches, so that lengths stay as random as the shuffle made them.
 
 All arithmetic is on integers. Lengths and prices are in tokens; costs are in 1/1024 token (`UNIT`).
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numba
 import numpy as np
@@ -26,6 +26,31 @@ CANDIDATES = 6  # oldest samples that the search for the last ones tries
 LIMIT = np.int64(1) << 60
 SHIFT = 32  # a key of the buffer is length << 32 | position in the shuffled order
 MASK = (1 << SHIFT) - 1
+
+
+class Way(NamedTuple):
+    """How to fill. A score is in lost tokens times `weight`; see `best_pair`."""
+
+    width: int  # samples in the buffer
+    near: int  # tenths of a mean length: with less room than that the last samples of a pack are searched
+    pairs: int  # of the oldest samples, how many are also tried in twos
+    weight: int  # of a lost token
+    over: int  # scale of a cost above the goal
+    under: int  # scale of a cost below it
+    most: int  # that a cost off the goal adds to a score
+    accept: int  # score that ends a search
+    relax: int  # sixteenths of the running mean score that also end it
+    expected: int  # efficiency, in 1/1024
+
+
+class Samples(NamedTuple):
+    """In the shuffled order, (N,) each: tokens, cost beyond them, worth in tokens, and whether in a pack yet."""
+
+    length: NDArray[np.int32]
+    extra: Ints
+    value: NDArray[np.int32]
+    used: NDArray[np.uint8]
+
 
 # The state of filling: keys in the buffer, next sample to take in, oldest one in it, next to look at for the due cost,
 # samples placed, running mean score; tokens taken in, looked at and placed, and the extra costs of the last two.
@@ -65,15 +90,14 @@ def remove(keys: Ints, count: Int, at: Int) -> None:
 def best_pair(
     keys: Ints,
     count: Int,
-    extra: Ints,
-    value: NDArray[np.int32],
+    samples: Samples,
     room: Int,
     worth: Int,
     goal: Int,
     taken: tuple[Int, Int],
     best: Int,
     accept: Int,
-    settings: Ints,
+    way: Way,
     pair: Ints,
 ) -> tuple[Int, bool]:
     """The pair within `room` of the lowest score, written to `pair` if below `best`. Index 0 stands for no sample.
@@ -85,7 +109,7 @@ def best_pair(
     for the costliest pack of a micro-step is the one that the others wait for. Values do not fall with the length, so
     for each first sample the longest second ones that fit are tried.
     """
-    weight, over, under = settings[1], settings[2], settings[3]
+    extra, value = samples.extra, samples.value
     low, high = 0, count - 1
     while low <= high:
         if (keys[low] >> SHIFT) + (keys[high] >> SHIFT) > room:
@@ -102,13 +126,13 @@ def best_pair(
                 if other > 0:
                     sum_extra += extra[keys[other] & MASK]
                     score -= value[keys[other] & MASK]
-                score *= weight
+                score *= way.weight
                 if score >= best:
                     break
-                tight = score <= 2 * settings[0]
+                tight = score <= 2 * way.accept
                 size = (keys[low] >> SHIFT) + (keys[other] >> SHIFT)
                 miss = (size * UNIT + sum_extra - goal) // UNIT
-                score += ((room - size) >> 2) + min(miss * miss // (over if miss > 0 else under), settings[9])
+                score += ((room - size) >> 2) + min(miss * miss // (way.over if miss > 0 else way.under), way.most)
                 if score < best:
                     best = score
                     pair[0], pair[1] = low, other
@@ -121,23 +145,20 @@ def best_pair(
 @numba.njit(cache=True)  # type: ignore[untyped-decorator]
 def best_end(
     keys: Ints,
-    count: Int,
-    oldest: Int,
-    head: Int,
-    used: NDArray[np.uint8],
-    length: NDArray[np.int32],
-    extra: Ints,
-    value: NDArray[np.int32],
+    state: Ints,
+    samples: Samples,
     room: Int,
     worth: Int,
     goal: Int,
     accept: Int,
-    settings: Ints,
+    way: Way,
     chosen: Ints,
 ) -> Int:
     """Choose up to four samples that end a pack; their indices in the buffer, 0 for none, go to `chosen`."""
     place, where = np.empty(CANDIDATES, np.int64), np.empty(CANDIDATES, np.int64)
-    found, at = 0, oldest
+    length, extra, value, used = samples
+    count, head = state[COUNT], state[HEAD]
+    found, at = 0, state[OLDEST]
     while at < head and found < CANDIDATES:
         if not used[at]:
             place[found], where[found] = at, locate(keys, count, (np.int64(length[at]) << SHIFT) | at)
@@ -147,7 +168,7 @@ def best_end(
     best = LIMIT
     chosen[:] = 0
     for one in range(-1, found):
-        for two in range(-1, max(one, 0) if one < settings[5] else 0):
+        for two in range(-1, max(one, 0) if one < way.pairs else 0):
             size: Int = np.int64(0)
             gain: Int = np.int64(0)
             cost: Int = np.int64(0)
@@ -166,8 +187,8 @@ def best_end(
             if size > room:
                 continue
             score, good = best_pair(
-                keys, count, extra, value, room - size, worth - gain, goal - size * UNIT - cost,
-                (first, second), best, accept, settings, pair,
+                keys, count, samples, room - size, worth - gain, goal - size * UNIT - cost,
+                (first, second), best, accept, way, pair,
             )  # fmt: skip
             if score < best:
                 best = score
@@ -178,26 +199,16 @@ def best_end(
 
 
 @numba.njit(cache=True)  # type: ignore[untyped-decorator]
-def best_next(
-    oldest: Int,
-    head: Int,
-    used: NDArray[np.uint8],
-    length: NDArray[np.int32],
-    extra: Ints,
-    room: Int,
-    goal: Int,
-    full: Int,
-    capacity: Int,
-) -> Int:
+def best_next(state: Ints, samples: Samples, room: Int, goal: Int, full: Int, capacity: Int) -> Int:
     """The one of the oldest samples that brings the pack's cost nearest to its due for its length; -1 if none fits."""
     due = goal - room * full // capacity
-    best, choice, seen, at = LIMIT, -1, 0, oldest
-    while seen < AGES and at < head:
-        if not used[at]:
+    best, choice, seen, at = LIMIT, -1, 0, state[OLDEST]
+    while seen < AGES and at < state[HEAD]:
+        if not samples.used[at]:
             seen += 1
-            size = np.int64(length[at])
+            size = np.int64(samples.length[at])
             if size <= room:
-                miss = abs(due - (extra[at] + size * UNIT - size * full // capacity))
+                miss = abs(due - (samples.extra[at] + size * UNIT - size * full // capacity))
                 if miss < best:
                     best, choice = miss, at
         at += 1
@@ -205,8 +216,9 @@ def best_next(
 
 
 @numba.njit(cache=True)  # type: ignore[untyped-decorator]
-def refill(state: Ints, keys: Ints, length: NDArray[np.int32], extra: Ints, width: Int) -> None:
+def refill(state: Ints, keys: Ints, samples: Samples, width: Int) -> None:
     """Take the next samples into the buffer until it holds `width`."""
+    length, extra = samples.length, samples.extra
     while state[COUNT] <= width and state[HEAD] < len(length):
         head = state[HEAD]
         insert(keys, state[COUNT], (np.int64(length[head]) << SHIFT) | head)
@@ -220,8 +232,9 @@ def refill(state: Ints, keys: Ints, length: NDArray[np.int32], extra: Ints, widt
 
 
 @numba.njit(cache=True)  # type: ignore[untyped-decorator]
-def due_cost(state: Ints, length: NDArray[np.int32], extra: Ints, tokens: Int, expected: Int) -> Int:
-    """The cost due to a pack of `expected` tokens in a step of `tokens`: as of the samples that the step will hold."""
+def due_cost(state: Ints, samples: Samples, tokens: Int, expected: Int) -> Int:
+    """The cost due to a pack of `expected` tokens: as of the next samples, `tokens` in all."""
+    length, extra = samples.length, samples.extra
     while state[AHEAD] < len(length) and state[SEEN] - state[PLACED] < tokens:
         state[SEEN] += length[state[AHEAD]]
         state[SEEN_EXTRA] += extra[state[AHEAD]]
@@ -230,95 +243,86 @@ def due_cost(state: Ints, length: NDArray[np.int32], extra: Ints, tokens: Int, e
 
 
 @numba.njit(cache=True)  # type: ignore[untyped-decorator]
-def place(state: Ints, keys: Ints, at: Int, used: NDArray[np.uint8], length: NDArray[np.int32], extra: Ints) -> Int:
+def place(state: Ints, keys: Ints, at: Int, samples: Samples) -> Int:
     """Move a sample from the buffer into the pack; its position in the shuffled order."""
     choice = keys[at] & MASK
     remove(keys, state[COUNT], at)
-    used[choice] = 1
+    samples.used[choice] = 1
     state[COUNT] -= 1
     state[DONE] += 1
-    state[PLACED] += length[choice]
-    state[PLACED_EXTRA] += extra[choice]
+    state[PLACED] += samples.length[choice]
+    state[PLACED_EXTRA] += samples.extra[choice]
     return choice
 
 
 @numba.njit(cache=True)  # type: ignore[untyped-decorator]
 def fill_pack(
-    state: Ints,
-    keys: Ints,
-    used: NDArray[np.uint8],
-    length: NDArray[np.int32],
-    extra: Ints,
-    value: NDArray[np.int32],
-    capacity: Int,
-    due: Int,
-    settings: Ints,
-    positions: NDArray[np.int32],
+    state: Ints, keys: Ints, samples: Samples, capacity: Int, due: Int, way: Way, positions: NDArray[np.int32]
 ) -> None:
     """Fill one pack; the positions of its samples in the shuffled order go to `positions` from `state[DONE]` on."""
+    length, extra, value, used = samples
     room, worth, goal, first = np.int64(capacity), np.int64(capacity), due, True
+    score: Int = np.int64(0)
     while state[COUNT] > 1:
         while used[state[OLDEST]]:
             state[OLDEST] += 1
         choice = state[OLDEST]
         if not first:
-            if 10 * room * (state[COUNT] - 1) < settings[4] * (state[FED] - state[PLACED]):
+            if 10 * room * (state[COUNT] - 1) < way.near * (state[FED] - state[PLACED]):
                 break
-            choice = best_next(state[OLDEST], state[HEAD], used, length, extra, room, goal, due, capacity)
+            choice = best_next(state, samples, room, goal, due, capacity)
             if choice < 0:
                 break
         first = False
         room, worth = room - length[choice], worth - value[choice]
         goal -= length[choice] * UNIT + extra[choice]
         positions[state[DONE]] = choice
-        place(
-            state, keys, locate(keys, state[COUNT], (np.int64(length[choice]) << SHIFT) | choice), used, length, extra
-        )
+        place(state, keys, locate(keys, state[COUNT], (np.int64(length[choice]) << SHIFT) | choice), samples)
     chosen = np.zeros(4, np.int64)
-    accept = max(settings[0], (state[SCORE] >> 10) * settings[7] >> 4)
-    score = best_end(
-        keys, state[COUNT], state[OLDEST], state[HEAD], used, length, extra, value, room, worth, goal, accept,
-        settings, chosen,
-    )  # fmt: skip
+    while state[COUNT] > 1 and room >= keys[1] >> SHIFT:  # again where even four leave room for a short one
+        accept = max(way.accept, (state[SCORE] >> 10) * way.relax >> 4)
+        score = best_end(keys, state, samples, room, worth, goal, accept, way, chosen)
+        chosen.sort()
+        if chosen[3] == 0:
+            break
+        for at in chosen[::-1]:  # from the end, so that the indices of the others stay
+            if at > 0:
+                choice = place(state, keys, at, samples)
+                positions[state[DONE] - 1] = choice
+                room, worth = room - length[choice], worth - value[choice]
+                goal -= length[choice] * UNIT + extra[choice]
     state[SCORE] += (min(score, 100_000) * 1024 - state[SCORE]) >> 6
-    chosen.sort()
-    for at in chosen[::-1]:  # from the end, so that the indices of the others stay
-        if at > 0:
-            done = state[DONE]
-            positions[done] = place(state, keys, at, used, length, extra)
 
 
 @numba.njit(cache=True)  # type: ignore[untyped-decorator]
 def fill(
-    length: NDArray[np.int32], extra: Ints, value: NDArray[np.int32], capacity: Int, per_step: Int, settings: Ints
+    length: NDArray[np.int32], extra: Ints, value: NDArray[np.int32], capacity: Int, per_step: Int, way: Way
 ) -> tuple[NDArray[np.int32], Ints, Ints, Int, Int]:
     """Fill packs until no sample is left. `length`, `extra` and `value` (N,) are in the shuffled order.
 
     Returns the positions of the samples in the order of their packs (N,), each pack's first index in it (packs + 1,),
     each pack's cost in 1/1024 token (packs,), and how many packs, with how many tokens, there were when the last sample
     came into the buffer.
-
-    settings: score that ends a search, weight of a lost token, scales of a cost over and under the goal, tenths of a
-    mean length at which the last samples are searched, candidates that are also tried in twos, expected efficiency
-    in 1/1024, sixteenths of the running mean score that also end a search, samples in the buffer,
-    most that a cost off the goal adds to a score.
     """
     total = len(length)
-    positions, starts, costs = np.empty(total, np.int32), np.zeros(total + 1, np.int64), np.empty(total, np.int64)
-    used, keys, state = np.zeros(total, np.uint8), np.zeros(settings[8] + 2, np.int64), np.zeros(11, np.int64)
+    # Of the last two only what is written takes up memory.
+    positions, starts, costs = np.empty(total, np.int32), np.empty(total + 1, np.int64), np.empty(total, np.int64)
+    starts[0] = 0
+    samples = Samples(length, extra, value, np.zeros(total, np.uint8))
+    keys, state = np.zeros(way.width + 2, np.int64), np.zeros(11, np.int64)
     state[COUNT] = 1  # keys[0] is no sample
     pack, due, dry_packs, dry_tokens = 0, np.int64(0), 0, np.int64(0)
     while state[DONE] < total:
         if state[HEAD] < total:
             dry_packs, dry_tokens = pack, state[PLACED]
-        refill(state, keys, length, extra, settings[8])
+        refill(state, keys, samples, way.width)
         if pack % per_step == 0:
-            due = due_cost(state, length, extra, per_step * capacity, capacity * settings[6] // 1024)
+            due = due_cost(state, samples, per_step * capacity, capacity * way.expected // 1024)
         before = state[PLACED] * UNIT + state[PLACED_EXTRA]
-        fill_pack(state, keys, used, length, extra, value, capacity, due, settings, positions)
+        fill_pack(state, keys, samples, capacity, due, way, positions)
         costs[pack] = state[PLACED] * UNIT + state[PLACED_EXTRA] - before
         pack += 1
         starts[pack] = state[DONE]
     if dry_packs == 0:  # too few samples to tell the end apart
         dry_packs, dry_tokens = pack, state[PLACED]
-    return positions, starts[: pack + 1].copy(), costs[:pack].copy(), dry_packs, dry_tokens
+    return positions, starts[: pack + 1], costs[:pack], dry_packs, dry_tokens

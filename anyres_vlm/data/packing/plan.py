@@ -17,7 +17,9 @@ from anyres_vlm.data.packing import fill
 from anyres_vlm.data.packing.bound import bound_efficiency
 from anyres_vlm.data.packing.cost import CostModel
 from anyres_vlm.data.packing.even import even_out
+from anyres_vlm.data.packing.gather import gather_dear
 from anyres_vlm.data.packing.shuffle import gather, shuffle
+from anyres_vlm.data.packing.spread import measure_moments, spread
 from anyres_vlm.errors import UsageError
 
 Ints = NDArray[np.int64]
@@ -25,11 +27,21 @@ Rows = NDArray[np.int32]
 
 CAP = 32  # a cost off the goal counts at most as 1/32 of the capacity lost: more tiles are no reason for a hole
 NEAR = 0.992  # of the bound: near enough to try no other way
-# Ways to try where packs do not fill to the end: by price?, near, relax and width of `fill.fill`. Each wins somewhere.
-WAYS = ((True, 35, 8, 96), (True, 40, 0, 96), (True, 35, 8, 160), (False, 35, 0, 160))
-VERSION = 1  # of the algorithm: part of a plan's key
+# Ways to try where packs do not fill to the end: by price?, near, pairs, over, relax and width of `fill.Way`. Each wins
+# somewhere; a wide buffer finds more where few samples fit a pack.
+WAYS = (
+    (True, 40, 0, 30, 0, 96),
+    (True, 40, 8, 30, 0, 96),
+    (False, 35, 8, 30, 0, 160),
+    (True, 35, 8, 5, 8, 300),
+    (True, 35, 8, 5, 8, 600),
+    (True, 35, 8, 5, 8, 1200),
+)
+WIDE = 300  # if such a buffer does not help, a wider one does not either
+WEIGHT = 8  # of a lost token
+VERSION = 2  # of the algorithm: part of a plan's key
+PRICE_CLASSES = 128  # of lengths: 0.1 to 0.2 s
 PILOT = 16_384  # samples on which the ways to fill are tried
-PRICE_CLASSES = 96  # classes of lengths for prices: 50 ms
 GOOD = 0.9975  # efficiency at which the first way is taken unseen
 LONGEST = 2**20  # tokens; keeps the fixed-point costs within 64 bits
 
@@ -126,14 +138,19 @@ def plan_epoch(
     """
     _check(tokens, tiles, capacity, batch_size, packs_per_step)
     seed_bytes = hashlib.blake2b(f"packing/{seed}/{epoch}".encode(), digest_size=8).digest()
-    order = shuffle(len(tokens), np.uint64(int.from_bytes(seed_bytes, "little")))
-    length, extra = gather(order, tokens, tiles, cost.fixed_square, cost.fixed_tile)
+    key = np.uint64(int.from_bytes(seed_bytes, "little"))
+    length, extra = gather(shuffle(len(tokens), key), tokens, tiles, cost.fixed_square, cost.fixed_tile)
     exact = batch_size * int(tokens.sum()) / (len(tokens) * capacity)
     way, table, efficiency = _choose(length, extra, capacity, packs_per_step or max(1, round(exact)))
     packs_per_step = packs_per_step or round_packs(exact / efficiency)
     value = length if table is None else table[length]
     positions, starts, costs, _, _ = fill.fill(length, extra, value, capacity, packs_per_step, way)
-    rows = order[positions]
+    del length, extra, value
+    rows = shuffle(len(tokens), key)[positions]  # again: quicker made than memory is had to keep it
+    del positions
+    moments = measure_moments(tokens, tiles)
+    spread(rows, starts, costs, tokens, tiles, packs_per_step, moments)
+    gather_dear(rows, starts, costs, tokens, tiles, packs_per_step, moments)
     even_out(rows, starts, costs, tokens, tiles, cost.fixed_square, cost.fixed_tile, capacity, packs_per_step)
     return Plan(tokens, tiles, capacity, batch_size, seed, epoch, cost, packs_per_step, rows, starts, costs)
 
@@ -171,41 +188,55 @@ def _check(tokens: Ints, tiles: Ints, capacity: int, batch_size: int, packs_per_
         raise UsageError(f"sample {int(tiles.argmin())} has {tiles.min()} tiles: expected 0 or more")
 
 
-def _choose(length: Rows, extra: Ints, capacity: int, per_step: int) -> tuple[Ints, Rows | None, float]:
-    """The way to fill that wastes least on the first samples: settings, worth of each length or None, efficiency.
+def _choose(length: Rows, extra: Ints, capacity: int, per_step: int) -> tuple[fill.Way, Rows | None, float]:
+    """The way to fill that wastes least on the first samples: it, the worth of each length or None, efficiency.
 
     Where packs fill to the end, a token is worth a token. Where the lengths forbid that, the prices of the bound say
     which combinations to prefer, and a full pack matters more than an equal cost.
     """
     pilot = slice(0, PILOT)
 
-    def try_way(way: Ints, value: Rows) -> float:
-        *_, packs, filled = fill.fill(length[pilot], extra[pilot], value[pilot], capacity, per_step, way)
-        return float(filled / (packs * capacity))
+    def try_way(way: fill.Way, value: Rows, prices: Rows) -> tuple[float, float]:
+        """Efficiency, and how near it is to the most that the prices allow for the same samples."""
+        positions, starts, _, packs, filled = fill.fill(length[pilot], extra[pilot], value, capacity, per_step, way)
+        if len(length) <= PILOT:  # these are all: the end counts
+            packs, filled = len(starts) - 1, int(length.sum(dtype=np.int64))
+        worth = int(prices[positions[: starts[packs]]].sum(dtype=np.int64))
+        return filled / (packs * capacity), max(filled, worth) / (packs * capacity)
 
-    way = _settings(capacity, weight=8, over=90, near=30, pairs=0, expected=0.9995, relax=12, width=96)
-    efficiency = try_way(way, length)
+    way = _way(capacity, over=90, near=30, pairs=0, expected=0.9995, relax=12, width=96)
+    efficiency, _ = try_way(way, length[pilot], length[pilot])
+    best: tuple[fill.Way, Rows | None, float] = way, None, efficiency
     if efficiency >= GOOD:
-        return way, None, efficiency
+        return best
     bound = bound_efficiency(length, capacity, PRICE_CLASSES)
-    expected = min(0.995 * bound.efficiency, 0.9995)
-    best: tuple[Ints, Rows | None, float] = way, None, efficiency
-    for by_price, near, relax, width in WAYS:
-        if best[2] >= NEAR * bound.efficiency:
+    table = bound.values(capacity)
+    prices, expected = table[length[pilot]], min(0.995 * bound.efficiency, 0.9995)
+    efficiency, nearness = try_way(way, length[pilot], prices)
+    for by_price, near, pairs, over, relax, width in WAYS:
+        if nearness >= NEAR:
             break
-        table = bound.values(capacity) if by_price else None
-        way = _settings(capacity, weight=8, over=30, near=near, pairs=8, expected=expected, relax=relax, width=width)
-        efficiency = try_way(way, length if table is None else table[length[pilot]])
-        if efficiency > best[2] * 1.001:
-            best = way, table, efficiency
+        way = _way(capacity, over=over, near=near, pairs=pairs, expected=expected, relax=relax, width=width)
+        efficiency, nearer = try_way(way, prices if by_price else length[pilot], prices)
+        if nearer > nearness * 1.001:
+            best, nearness = (way, table if by_price else None, efficiency), nearer
+        elif width >= WIDE:
+            break
     return best
 
 
-def _settings(
-    capacity: int, *, weight: int, over: int, near: int, pairs: int, expected: float, relax: int, width: int
-) -> Ints:
-    """See `fill.fill`; scores and scales grow with the capacity, as the gaps and costs that they measure do."""
-    score, scale = weight * (15 * capacity // 16_384 + 4), max(capacity // over, 1)
-    return np.array(
-        [score, weight, scale, 2 * scale, near, pairs, int(expected * 1024), relax, width, weight * capacity // CAP]
+def _way(capacity: int, *, over: int, near: int, pairs: int, expected: float, relax: int, width: int) -> fill.Way:
+    """Scores and scales grow with the capacity, as the gaps and costs that they measure do."""
+    scale = max(capacity // over, 1)
+    return fill.Way(
+        width=width,
+        near=near,
+        pairs=pairs,
+        weight=WEIGHT,
+        over=scale,
+        under=2 * scale,
+        most=WEIGHT * capacity // CAP,
+        accept=WEIGHT * (15 * capacity // 16_384 + 4),
+        relax=relax,
+        expected=int(expected * 1024),
     )

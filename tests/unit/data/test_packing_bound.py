@@ -43,6 +43,7 @@ def test_bound_is_never_below_the_optimum(tokens: list[int], capacity: int) -> N
     ("lengths", "counts", "capacity", "efficiency"),
     [
         ([2928], [1000], 16_384, 5 * 2928 / 16_384),  # five to a pack, never six
+        ([2561], [1000], 5120, 2561 / 5120),  # just over a half
         ([2340], [1000], 4096, 2340 / 4096),  # one to a pack
         ([60, 40], [500, 500], 100, 1.0),
         ([60, 30], [500, 500], 100, 0.9),  # one pair to a pack

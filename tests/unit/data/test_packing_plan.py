@@ -6,6 +6,7 @@ import hashlib
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -20,6 +21,7 @@ from anyres_vlm.data.packing.report import measure
 from anyres_vlm.errors import UsageError
 
 SMALL_LLM = CostModel(4.4e-5, 385.0)
+Mix = Callable[[int, int], tuple[NDArray[np.int64], NDArray[np.int64]]]
 
 
 def make(tokens: object, tiles: object = None, **changes: object) -> Plan:
@@ -102,13 +104,50 @@ def test_figures_are_those_of_the_shares(ranks: int, cost: CostModel) -> None:
     assert report.efficiency == pytest.approx(tokens.sum() / (plan.num_packs * 16_384))
 
 
+def captions(seed: int, samples: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """No short samples: images of a few sizes and a caption."""
+    rng = np.random.default_rng(seed)
+    return rng.choice([1272, 1800, 2340, 2928], samples) + rng.integers(8, 200, samples), np.full(samples, 5)
+
+
+def all_five_tile(seed: int, samples: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    rng = np.random.default_rng(seed)
+    tokens = rng.integers(2100, 2900, samples) + rng.lognormal(4.7, 0.7, samples).astype(int)
+    return tokens.clip(1, 4096), np.full(samples, 5)
+
+
+def documents(seed: int, samples: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Many short texts and a few long documents: a pack may have forty samples."""
+    rng = np.random.default_rng(seed)
+    long = rng.random(samples) < 0.09
+    tokens = np.where(long, rng.normal(3700, 60, samples), rng.lognormal(4.8, 0.5, samples)).astype(int)
+    return tokens.clip(1, 4096), np.where(long, 5, 0)
+
+
+def texts(seed: int, samples: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    rng = np.random.default_rng(seed)
+    return rng.lognormal(6, 1, samples).astype(int).clip(1, 4096), np.zeros(samples, np.int64)
+
+
+MIXES = (mixture, captions, all_five_tile, documents, texts)
+
+
+@pytest.mark.parametrize("mix", MIXES)
+@pytest.mark.parametrize("capacity", [4096, 5120, 6719, 8192, 11_585, 16_384])
+@pytest.mark.parametrize("samples", [1000, 20_000])
+def test_packs_are_within_a_hundredth_of_the_bound(mix: Mix, capacity: int, samples: int) -> None:
+    """At any budget and for any lengths, the last packs included, which may be one pack more."""
+    tokens, tiles = mix(1, samples)
+    plan = make(tokens, tiles, capacity=capacity, packs_per_step=16)
+    fewest = round(tokens.sum() / capacity / bound_efficiency(tokens, capacity).efficiency)
+    assert plan.num_packs <= fewest / 0.99 + 1
+
+
 @pytest.mark.parametrize(("capacity", "least"), [(16_384, 0.997), (12_288, 0.995), (8192, 0.97), (4096, 0.6)])
-def test_packs_are_nearly_as_full_as_the_bound_allows(capacity: int, least: float) -> None:
+def test_packs_are_full_where_lengths_allow_it(capacity: int, least: float) -> None:
     tokens, tiles = mixture(1, 40_000)
     plan = make(tokens, tiles, capacity=capacity, packs_per_step=64)
-    efficiency = tokens.sum() / (plan.num_packs * capacity)
-    assert efficiency >= least
-    assert efficiency >= 0.98 * bound_efficiency(tokens, capacity).efficiency
+    assert tokens.sum() / (plan.num_packs * capacity) >= least
 
 
 def test_all_images_alike_are_packed_perfectly() -> None:
@@ -128,13 +167,29 @@ def test_concurrent_packs_cost_the_same(cost: CostModel, limits: dict[int, float
         assert measure(plan, ranks).straggler < limit * whole_steps
 
 
-@pytest.mark.parametrize("seed", range(3))
-def test_steps_are_as_random_as_a_shuffle(seed: int) -> None:
-    """Variances over steps against those of random steps of as many samples; 1.5 is the promise, 400 steps."""
-    tokens, tiles = mixture(seed, 40_000)
-    plan = make(tokens, tiles, capacity=16_384, packs_per_step=16, seed=seed)
-    size = len(tokens) / plan.num_packs * 16
+def test_the_dearest_packs_share_steps() -> None:
+    """Text and images of five tiles: six a pack, but for a few packs with seven, which all 64 ranks would wait for."""
+    rng = np.random.default_rng(0)
+    text = rng.random(60_000) < 0.1
+    image = rng.choice([2340, 2340, 2736, 2928], len(text)) + rng.lognormal(4.7, 0.7, len(text))
+    tokens = np.where(text, rng.lognormal(5.6, 0.7, len(text)), image).astype(int).clip(8, 4096)
+    plan = make(tokens, np.where(text, 0, 5), capacity=16_384, packs_per_step=64, cost=SMALL_LLM)
+    full = plan.num_packs // 64
+    cost = np.sort(plan.costs[: full * 64].reshape(full, 64), axis=1)
+    assert cost[:, -1].sum() / cost.mean(axis=1).sum() < 1.02  # 1.05 with one such pack in every step
+
+
+@pytest.mark.parametrize("mix", [mixture, captions, all_five_tile, texts])
+@pytest.mark.parametrize(("capacity", "seed"), [(5120, 0), (8192, 1), (16_384, 2)])
+def test_steps_are_as_random_as_a_shuffle(mix: Mix, capacity: int, seed: int) -> None:
+    """Variances over steps against those of random steps of as many samples; 1.5 is the promise."""
+    tokens, tiles = mix(seed, 40_000)
+    per_step = max(4, int(tokens.sum() / capacity) // 300)
+    plan = make(tokens, tiles, capacity=capacity, packs_per_step=per_step, seed=seed)
+    size = len(tokens) / plan.num_packs * per_step
     for values in (tokens, tiles == 0):
+        if values.var() == 0:
+            continue
         means = step_means(plan, values)
         assert means.var() * size / values.var() < 1.5
         order = np.argsort(np.argsort(means))
