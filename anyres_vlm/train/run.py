@@ -79,7 +79,7 @@ def train(config: RunConfig, options: RunOptions, progress: Progress) -> bool:
 def stage_settings(config: RunConfig, stage: StageName) -> dict[str, Any]:
     """What decides a stage's result; the rest of the configuration may change while it runs."""
     run = config.model_dump(mode="json", include={"model", "seed", "precision"})
-    return {**run, **config.stage(stage).model_dump(mode="json")}
+    return {**run, **config.stage(stage).model_dump(mode="json", exclude={"data": {"index"}})}  # a place, no content
 
 
 def _check_start(options: RunOptions, stage: StageName) -> None:
