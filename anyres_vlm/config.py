@@ -172,6 +172,13 @@ def load_config(path: Path, overrides: Sequence[str] = (), flags: Mapping[str, o
     return validated(RunConfig, content, path)
 
 
+def tiling_flags(grid: str | None, layout: str | None, dialect: str | None) -> dict[str, object]:
+    """Command-line flags for `load_config`; a grid given there replaces the file's own list of pinpoints."""
+    given = {"model.grid": grid, "model.layout": layout, "model.dialect": dialect}
+    flags: dict[str, object] = {key: value for key, value in given.items() if value is not None}
+    return flags if grid is None else {**flags, "model.pinpoints": None}
+
+
 def read_mapping(path: Path) -> dict[str, Any]:
     """A YAML file of keys. Raises `UsageError` for any other."""
     try:

@@ -13,13 +13,12 @@ from PIL import Image
 from transformers import PreTrainedTokenizerFast
 
 from anyres_vlm.data.conversation import ConversationTokenizer
-from anyres_vlm.data.loader import token_repeats
 from anyres_vlm.data.tiling import cut_tiles
 from anyres_vlm.errors import UsageError
 from anyres_vlm.geometry import Size, TilePlan, plan_tiles
 from anyres_vlm.model.pretrained import load_pretrained
 from anyres_vlm.model.vlm import Decoding, VisionLanguageModel
-from anyres_vlm.schema import IMAGE_TOKEN, Turn
+from anyres_vlm.schema import IMAGE_TOKEN, Turn, token_repeats
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ Legend of shape letters, used by every docstring:
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -84,6 +84,13 @@ class Sample:
     def num_supervised(self) -> int:
         """Positions whose prediction counts in the loss: a label at position 0 has nothing before it to predict it."""
         return int(np.count_nonzero(self.labels[1:] != IGNORE_INDEX))
+
+
+def token_repeats(ids: NDArray[np.int32], plans: Sequence[TilePlan], image_token_id: int) -> NDArray[np.int64]:
+    """How often each token stands in the model's sequence: an image as often as its plan has tokens."""
+    repeats = np.ones(len(ids), np.int64)
+    repeats[ids == image_token_id] = [plan.total_tokens for plan in plans]
+    return repeats
 
 
 @dataclass(frozen=True, slots=True)

@@ -39,7 +39,7 @@ def index(
     Example: anyres index data.json --images images --out index.parquet --report
     """
     # Start-up time: torch and transformers take seconds to import.
-    from anyres_vlm.config import load_config, shipped_config
+    from anyres_vlm.config import load_config, shipped_config, tiling_flags
     from anyres_vlm.data.conversation import ConversationTokenizer
     from anyres_vlm.data.index.build import Shard, build_index
     from anyres_vlm.data.index.rows import IndexSettings
@@ -51,11 +51,7 @@ def index(
 
     if report:
         require_matplotlib()
-    given = {"model.grid": grid, "model.layout": layout, "model.dialect": dialect}
-    flags: dict[str, object] = {key: value for key, value in given.items() if value is not None}
-    if grid is not None:
-        flags["model.pinpoints"] = None  # a grid on the command line replaces the config's own list
-    run_config = load_config(config or shipped_config("tiny"), settings, flags)
+    run_config = load_config(config or shipped_config("tiny"), settings, tiling_flags(grid, layout, dialect))
     stage_config = run_config.stage("stage1" if stage == "1" else "stage2")
     tokenizer = load_tokenizer(run_config.model.llm)
     conversation = ConversationTokenizer(stage_config.template or run_config.model.template, tokenizer)

@@ -25,18 +25,14 @@ def train(
     Example: anyres train --grid 2x2 --stage 2 --set stage2.learning_rate=1e-5
     """
     # Start-up time: torch and transformers take seconds to import.
-    from anyres_vlm.config import load_config, shipped_config
+    from anyres_vlm.config import load_config, shipped_config, tiling_flags
     from anyres_vlm.serve.progress import StepProgress
     from anyres_vlm.train.curves import draw_curves
     from anyres_vlm.train.run import RunOptions
     from anyres_vlm.train.run import train as run_stages
 
     path = config or shipped_config("tiny")
-    given = {"model.grid": grid, "model.layout": layout, "model.dialect": dialect}
-    flags: dict[str, object] = {key: value for key, value in given.items() if value is not None}
-    if grid is not None:
-        flags["model.pinpoints"] = None  # a grid on the command line replaces the config's own list
-    run_config = load_config(path, settings, flags)
+    run_config = load_config(path, settings, tiling_flags(grid, layout, dialect))
     folder = output or Path("runs") / path.stem
     stages: dict[str, tuple[Literal["stage1", "stage2"], ...]] = {
         "1": ("stage1",),

@@ -9,7 +9,7 @@ import numpy as np
 from anyres_vlm.data.headers import read_size
 from anyres_vlm.errors import DataError
 from anyres_vlm.geometry import Size, TilePlan, Tiling, plan_tiles
-from anyres_vlm.schema import IGNORE_INDEX, ImageRef, Sample
+from anyres_vlm.schema import IGNORE_INDEX, ImageRef, Sample, token_repeats
 
 LONGEST_SIDE = 65_500  # pixels: what JPEG's own library writes
 MOST_ELONGATED = 1000  # longer side over shorter
@@ -37,8 +37,7 @@ def check_sample(sample: Sample, max_length: int, image_token_id: int) -> None:
     """Raises `DataError` for a sample that is too long, saying what a truncation would cut, or teaches nothing."""
     if sample.length > max_length:
         is_image = sample.input_ids == image_token_id
-        spans = np.ones(len(is_image), np.int64)  # positions of each token
-        spans[is_image] = [plan.total_tokens for plan in sample.plans]
+        spans = token_repeats(sample.input_ids, sample.plans, image_token_id)
         beyond = np.clip(np.cumsum(spans) - max_length, 0, spans)
         supervised = np.count_nonzero((beyond > 0) & (sample.labels != IGNORE_INDEX))
         raise DataError(

@@ -60,6 +60,11 @@ class ConversationTokenizer:
             )
         return token
 
+    @cached_property
+    def image_token_id(self) -> int:
+        """The token that stands for an image."""
+        return int(self.tokenizer.convert_tokens_to_ids(IMAGE_TOKEN))
+
     def render(self, turns: Sequence[Turn], prompt: bool = False) -> tuple[str, list[Span]]:
         """The conversation as text and the supervised spans; `prompt` opens the next answer."""
         return self._pieces.render(turns, prompt)

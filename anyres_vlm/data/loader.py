@@ -19,8 +19,7 @@ from anyres_vlm.data.blobs import read_blob
 from anyres_vlm.data.samples import IndexedSamples
 from anyres_vlm.data.tiling import Pixels, tile_image
 from anyres_vlm.errors import DataError
-from anyres_vlm.geometry import TilePlan
-from anyres_vlm.schema import IGNORE_INDEX, IMAGE_TOKEN, Batch, Sample
+from anyres_vlm.schema import IGNORE_INDEX, Batch, Sample, token_repeats
 
 logger = logging.getLogger(__name__)
 
@@ -33,13 +32,6 @@ class Pack(NamedTuple):
 
     epoch: int
     positions: NDArray[np.int64]
-
-
-def token_repeats(ids: NDArray[np.int32], plans: Sequence[TilePlan], image_token_id: int) -> NDArray[np.int64]:
-    """How often each token stands in the model's sequence: an image as often as its plan has tokens."""
-    repeats = np.ones(len(ids), np.int64)
-    repeats[ids == image_token_id] = [plan.total_tokens for plan in plans]
-    return repeats
 
 
 def load(sample: Sample, mode: TilingMode, change: Callable[[int, Pixels], Pixels] | None = None) -> Loaded:
@@ -119,8 +111,6 @@ class PackDataset(Dataset[Batch]):
     def __init__(self, samples: IndexedSamples, packs: Sequence[Pack], data: DataConfig, seed: int) -> None:
         self.samples, self.packs, self.seed, self.mode = samples, packs, seed, data.tiling_mode
         self.augmentation = None if data.augment is None else Augmentation(data.augment)
-        tokenizer = samples.conversation.tokenizer
-        self.image_token_id = int(tokenizer.convert_tokens_to_ids(IMAGE_TOKEN))
 
     def __len__(self) -> int:
         return len(self.packs)
@@ -135,7 +125,7 @@ class PackDataset(Dataset[Batch]):
                 loaded.append(load(self.samples.sample(position), self.mode, change))
             except DataError as error:
                 rejects.append(str(error))
-        return collate(loaded, self.samples.tiling.tile, self.image_token_id, rejects)
+        return collate(loaded, self.samples.tiling.tile, self.samples.conversation.image_token_id, rejects)
 
     def _augment(self, epoch: int, position: int, number: int, pixels: Pixels) -> Pixels:
         assert self.augmentation is not None

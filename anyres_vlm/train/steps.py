@@ -83,12 +83,16 @@ def packing_cost(model: VisionLanguageModel) -> CostModel:
     """What the planner takes a token, a squared token and a tile of this model to cost."""
     tower = model.vision_tower
     if isinstance(tower, ClipEncoder):
-        vision, layers = tower.vision_model.config, tower.layers_used
+        vision = tower.vision_model.config
     else:  # a plain vision transformer, so CLIP's configuration has the words for it
-        vision, layers = CLIPVisionConfig(hidden_size=tower.width, intermediate_size=4 * tower.width), tower.layers_used
-        vision.image_size, vision.patch_size = tower.tile, tower.patch
+        vision = CLIPVisionConfig(
+            hidden_size=tower.width,
+            intermediate_size=4 * tower.width,
+            image_size=tower.tile,
+            patch_size=tower.patch,
+        )
     try:
-        return derive_cost(model.language_model.config, vision, layers)
+        return derive_cost(model.language_model.config, vision, tower.layers_used)
     except UsageError as error:
         logger.info("packs are balanced by the costs of a 7B model: %s", error)
         return CostModel()

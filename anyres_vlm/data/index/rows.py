@@ -55,11 +55,6 @@ class IndexSettings:
             "max_length": self.max_length,
         }
 
-    @cached_property
-    def image_token_id(self) -> int:
-        """The id that stands for an image."""
-        return int(self.conversation.tokenizer.convert_tokens_to_ids(IMAGE_TOKEN))
-
     def key(self, fingerprint: str) -> str:
         """The content key of an index of a source with this fingerprint."""
         return _digest({"format": FORMAT, "source": fingerprint, "settings": self.words})
@@ -115,7 +110,7 @@ def _row(planned: _Planned, encoded: tuple[Ids, Ids] | DataError, settings: Inde
     sample = Sample(record.id, *encoded, record.images, plans)
     status, reason = OK, None
     try:
-        check_sample(sample, settings.max_length, settings.image_token_id)
+        check_sample(sample, settings.max_length, settings.conversation.image_token_id)
     except DataError as error:
         status, reason = str(error.kind), str(error)
     heights, widths = [plan.image.height for plan in plans], [plan.image.width for plan in plans]
