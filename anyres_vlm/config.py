@@ -117,6 +117,7 @@ class StageConfig(Frozen):
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
     template: TemplateName | None = None  # None is the model's; stage 1 of LLaVA uses `plain`
     activation_checkpointing: bool = False
+    deepspeed: str | None = None  # a shipped preset such as zero2, or a JSON file; None is one whole model a rank
 
     @model_validator(mode="after")
     def _pack_holds_a_sample(self) -> StageConfig:
@@ -137,7 +138,9 @@ class RunConfig(Frozen):
     precision: Literal["fp32", "bf16"] = "bf16"
     workers: Annotated[int, Field(ge=0)] = 0  # loader processes
     save_every: Positive = 500  # optimizer steps between checkpoints
+    save_minutes: Annotated[float, Field(gt=0)] | None = None  # and minutes at most
     keep_checkpoints: Positive = 2
+    max_skipped_steps: Annotated[int, Field(ge=0)] = 10  # whose loss or gradient is not finite
 
     def stage(self, name: StageName) -> StageConfig:
         """The settings of one stage."""
@@ -151,6 +154,16 @@ def shipped_config(name: str) -> Path:
         if (folder / f"{name}.yaml").exists():
             return folder / f"{name}.yaml"
     raise UsageError(f"no shipped configuration {name!r}")
+
+
+def find_preset(name: str) -> Path:
+    """DeepSpeed's settings by the name of a shipped preset or by path. Raises `UsageError` where there is none."""
+    presets = shipped_config("tiny").parent / "deepspeed"
+    for path in (presets / f"{name}.json", Path(name).expanduser()):
+        if path.is_file():
+            return path
+    known = ", ".join(sorted(path.stem for path in presets.glob("*.json")))
+    raise UsageError(f"--deepspeed {name}: expected a JSON file or one of {known}")
 
 
 def load_config(path: Path, overrides: Sequence[str] = (), flags: Mapping[str, object] | None = None) -> RunConfig:

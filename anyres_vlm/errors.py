@@ -1,4 +1,4 @@
-"""The two ways a user's input can be wrong; the command line turns them into one line and an exit status."""
+"""What ends a command early; the command line turns each into one line and an exit status."""
 
 from __future__ import annotations
 
@@ -32,3 +32,7 @@ class DataError(ValueError):
         super().__init__(message)
         self.kind = kind
         self.record = record
+
+
+class Interrupted(Exception):
+    """A signal asked a run to leave; it has saved its state and goes on when it is started again (exit status 75)."""

@@ -18,7 +18,7 @@ from anyres_vlm.cli.plan import plan
 from anyres_vlm.cli.render import render
 from anyres_vlm.cli.tokens import tokens
 from anyres_vlm.cli.train import train
-from anyres_vlm.errors import DataError, UsageError
+from anyres_vlm.errors import DataError, Interrupted, UsageError
 
 app = typer.Typer(
     name="anyres",
@@ -49,7 +49,7 @@ def options(
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command. Returns 0, or 2 for a wrong use, or 1 for bad data."""
+    """Run one command. Returns 0, or 2 for a wrong use, 1 for bad data, 75 if a signal interrupted it."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in given
     logging.basicConfig(level=logging.DEBUG if debug else logging.WARNING, format="%(levelname)s: %(message)s")
@@ -61,6 +61,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         app([word for word in given if word != "--debug"], prog_name="anyres")
     except SystemExit as end:  # typer has said what there is to say
         return int(end.code or 0)
+    except Interrupted as interruption:
+        print(f"interrupted: {interruption}", file=sys.stderr)
+        return os.EX_TEMPFAIL
     except (UsageError, DataError, OSError) as error:
         if debug:
             traceback.print_exc()

@@ -17,6 +17,9 @@ def train(
     output: Path | None = typer.Option(None, help="Folder of the run; without it runs/NAME-OF-CONFIG."),
     resume: Literal["auto", "never"] = typer.Option("auto", help="auto goes on with what the output folder holds."),
     max_steps: int | None = typer.Option(None, min=1, help="Optimizer steps a stage at most."),
+    deepspeed: str | None = typer.Option(
+        None, help="zero1, zero2, zero2_offload, zero3, zero3_offload or a JSON file, for both stages."
+    ),
     skip_stage1: bool = typer.Option(False, "--skip-stage1", help="Ablation: stage 2 on an untrained projector."),
     settings: list[str] = typer.Option([], "--set", metavar="KEY=VALUE", help="Override a key of the config."),
 ) -> None:
@@ -32,7 +35,8 @@ def train(
     from anyres_vlm.train.run import train as run_stages
 
     path = config or shipped_config("tiny")
-    run_config = load_config(path, settings, tiling_flags(grid, layout, dialect))
+    presets = {f"{name}.deepspeed": deepspeed for name in ("stage1", "stage2") if deepspeed is not None}
+    run_config = load_config(path, settings, {**tiling_flags(grid, layout, dialect), **presets})
     folder = output or Path("runs") / path.stem
     stages: dict[str, tuple[Literal["stage1", "stage2"], ...]] = {
         "1": ("stage1",),

@@ -28,7 +28,8 @@ class StepProgress:
 
     def update(self, stage: str, step: int, total: int, numbers: dict[str, float]) -> None:
         """Show one finished optimizer step."""
-        text = f"loss {numbers['train/loss']:.3f}  {numbers['time/tokens_per_s']:,.0f} tokens/s"
+        loss = f"{numbers['train/loss']:.3f}" if "train/loss" in numbers else "not finite"
+        text = f"loss {loss}  {numbers['time/tokens_per_s']:,.0f} tokens/s"
         if not self._bar.console.is_terminal:
             if step == total or step % max(total // LINES, 1) == 0:
                 print(f"{stage} step {step}/{total}  {text}", file=sys.stderr, flush=True)

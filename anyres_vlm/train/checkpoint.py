@@ -1,8 +1,9 @@
 """Checkpoints of a running stage: atomic, complete, and refused where they belong to another run.
 
-A checkpoint is a model folder as `model.pretrained` writes it, plus `trainer/` with the optimizer, the schedule, the
-position in the data and the random state. The position is the number of finished optimizer steps: the plan of the steps
-is recomputed from the configuration.
+A checkpoint is a model folder as `model.pretrained` writes it, with the trained weights in fp32, plus `trainer/` with
+the optimizer's moments by parameter name and the number of finished steps. All else follows from that number and the
+configuration: the plan of the steps, the learning rate, the seed of each step. So a checkpoint does not depend on the
+number of ranks that wrote it, or on their ZeRO stage.
 """
 
 from __future__ import annotations
@@ -11,27 +12,31 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch.optim import AdamW
-from torch.optim.lr_scheduler import LambdaLR
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
 
 from anyres_vlm.errors import DataError, UsageError
 
 logger = logging.getLogger(__name__)
 
 PREFIX = "step-"
+STATE_FILE = "state.json"
+MOMENTS_FILE = "moments.safetensors"
 
 
 @dataclass(frozen=True)
 class TrainerState:
-    """What resumes a stage: finished optimizer steps and the settings that fix the sequence of steps."""
+    """What resumes a stage beside its tensors; `settings` fix the sequence of steps."""
 
     step: int
+    updates: int  # fewer than the steps where some were not finite
     settings: dict[str, Any]
 
 
@@ -41,46 +46,51 @@ def write_folder(folder: Path, fill: Callable[[Path], None]) -> None:
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
-    fill(partial)
-    for path in [*partial.rglob("*"), partial]:
-        _flush(path)
+    try:
+        fill(partial)
+        for path in [*partial.rglob("*"), partial]:
+            _flush(path)
+    except BaseException:  # a full disk above all: what was written so far would keep it full
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
     if folder.exists():
         shutil.rmtree(folder)
     partial.rename(folder)
     _flush(folder.parent)
 
 
-def save_trainer(folder: Path, state: TrainerState, optimizer: AdamW, schedule: LambdaLR) -> None:
+def save_trainer(folder: Path, state: TrainerState, moments: dict[str, Tensor]) -> None:
     """Write `trainer/` into a checkpoint folder that is being filled."""
     trainer = folder / "trainer"
     trainer.mkdir()
-    torch.save(
-        {
-            "optimizer": optimizer.state_dict(),
-            "schedule": schedule.state_dict(),
-            "rng": torch.get_rng_state(),
-        },
-        trainer / "state.pt",
-    )
-    (trainer / "state.json").write_text(json.dumps(asdict(state), indent=2) + "\n", encoding="utf-8")
+    save_file(moments, trainer / MOMENTS_FILE)
+    (trainer / STATE_FILE).write_text(json.dumps(asdict(state), indent=2) + "\n", encoding="utf-8")
 
 
-def restore_trainer(folder: Path, settings: dict[str, Any], optimizer: AdamW, schedule: LambdaLR) -> int:
-    """Load `trainer/` of this run's own checkpoint; returns the finished steps.
-
-    Raises `UsageError` if the run's settings differ from the checkpoint's, `DataError` if its files are broken.
-    """
+def read_state(folder: Path) -> TrainerState:
+    """The state of a checkpoint whose files are all whole. Raises `DataError` where they are not."""
     try:
-        content = json.loads((folder / "trainer" / "state.json").read_text(encoding="utf-8"))
-        state = TrainerState(step=content["step"], settings=content["settings"])
-        tensors = torch.load(folder / "trainer" / "state.pt", map_location="cpu", weights_only=True)
-    except (OSError, KeyError, ValueError, RuntimeError) as error:
-        raise DataError(f"{folder}: cannot resume from it ({error}); delete it to resume from the one before") from None
-    require_same_settings(folder, state.settings, settings)
-    optimizer.load_state_dict(tensors["optimizer"])
-    schedule.load_state_dict(tensors["schedule"])
-    torch.set_rng_state(tensors["rng"])
-    return state.step
+        content = json.loads((folder / "trainer" / STATE_FILE).read_text(encoding="utf-8"))
+        state = TrainerState(step=content["step"], updates=content["updates"], settings=content["settings"])
+        for path in _tensor_files(folder):
+            with safe_open(path, framework="pt"):  # reads the header, and that the file is as long as it says
+                pass
+    except (OSError, KeyError, TypeError, ValueError, SafetensorError) as error:
+        raise DataError(f"{folder}: not a whole checkpoint ({error})") from None
+    return state
+
+
+@contextmanager
+def tensors(folder: Path) -> Iterator[Callable[[str], Tensor]]:
+    """Read a checkpoint's tensors by name, moments as `NAME.exp_avg`; none is in memory before it is asked for."""
+    with ExitStack() as stack:
+        files = [stack.enter_context(safe_open(path, framework="pt")) for path in _tensor_files(folder)]
+        by_name = {name: file for file in files for name in file.keys()}  # noqa: SIM118
+        yield lambda name: by_name[name].get_tensor(name)
+
+
+def _tensor_files(folder: Path) -> list[Path]:
+    return [*sorted(folder.glob("*.safetensors")), folder / "trainer" / MOMENTS_FILE]
 
 
 def require_same_settings(folder: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
@@ -93,10 +103,21 @@ def require_same_settings(folder: Path, before: dict[str, Any], now: dict[str, A
             )
 
 
-def latest(folder: Path) -> Path | None:
-    """The newest complete checkpoint in a folder of checkpoints."""
-    found = sorted(folder.glob(f"{PREFIX}*"), key=_step) if folder.is_dir() else []
-    return found[-1] if found else None
+def latest(folder: Path) -> tuple[Path, TrainerState] | None:
+    """The newest whole checkpoint in a folder of checkpoints; broken ones are passed over with a warning.
+
+    Raises `DataError` where all are broken: beginning again would throw away what may still be mended.
+    """
+    broken: DataError | None = None
+    for path in sorted(folder.glob(f"{PREFIX}*") if folder.is_dir() else [], key=_step, reverse=True):
+        try:
+            return path, read_state(path)
+        except DataError as error:
+            logger.warning("%s: going on from the one before", error)
+            broken = error
+    if broken is not None:
+        raise DataError(f"{broken}, and no other is left: delete {folder} to begin again")
+    return None
 
 
 def checkpoint_path(folder: Path, step: int) -> Path:

@@ -24,7 +24,7 @@ def draw_curves(run: Path) -> Path | None:
         return None
     figure, axes = pyplot.subplots(1, len(stages), figsize=(6 * len(stages), 4), squeeze=False)
     for axis, stage in zip(axes[0], stages, strict=True):
-        rows = read_metrics(run / stage / METRICS_FILE)
+        rows = [row for row in read_metrics(run / stage / METRICS_FILE) if "train/loss" in row]  # of finite steps
         steps, losses = [row["step"] for row in rows], [row["train/loss"] for row in rows]
         axis.plot(steps, losses, color="0.8", linewidth=1)
         axis.plot(steps, _smooth(losses), color="tab:blue")

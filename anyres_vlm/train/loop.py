@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 
+import numpy as np
+import torch
 from torch.optim.lr_scheduler import LambdaLR
 
 from anyres_vlm.schema import Batch
@@ -15,27 +18,36 @@ def run_steps(
     engine: Engine,
     steps: Iterable[list[Batch]],
     schedule: LambdaLR,
-    max_grad_norm: float,
+    seed: int,
     first_step: int,
-    after_step: Callable[[int, dict[str, float]], None],
-) -> None:
-    """Train over the optimizer steps that are left; `after_step` gets the finished steps and their numbers."""
-    finished = first_step
+    asks: Callable[[], tuple[bool, bool]],
+) -> Iterator[tuple[int, StepResult, dict[str, float]]]:
+    """Train over the optimizer steps that are left; yields each one's number, result and metrics.
+
+    `asks` says before a step whether this rank wants to stop, and to save, behind it.
+    """
     fetching = time.monotonic()
-    for batches in steps:
+    for step, batches in enumerate(steps, start=first_step + 1):
         started = time.monotonic()
         rate = float(schedule.get_last_lr()[0])
-        result = engine.step(batches, max_grad_norm)
+        torch.manual_seed(_step_seed(seed, step, engine.rank))
+        stop, save = asks()
+        result = engine.step(batches, stop=stop, save=save)
         schedule.step()
-        finished += 1
-        after_step(finished, _numbers(result, rate, wait_s=started - fetching, step_s=time.monotonic() - started))
+        yield step, result, _numbers(result, rate, wait_s=started - fetching, step_s=time.monotonic() - started)
         fetching = time.monotonic()
 
 
+def _step_seed(seed: int, step: int, rank: int) -> int:
+    """Dropout follows from the step, not from what was drawn before it: no random state needs saving."""
+    return int(np.random.SeedSequence((seed, step, rank)).generate_state(1)[0])
+
+
 def _numbers(result: StepResult, rate: float, wait_s: float, step_s: float) -> dict[str, float]:
-    return {
+    numbers = {
         "train/loss": result.loss,
         "train/grad_norm": result.grad_norm,
+        "train/skipped": int(result.is_skipped),
         "train/learning_rate": rate,
         "data/tokens": result.tokens,
         "data/supervised_tokens": result.supervised_tokens,
@@ -45,3 +57,4 @@ def _numbers(result: StepResult, rate: float, wait_s: float, step_s: float) -> d
         "time/step_s": round(step_s, 4),
         "time/tokens_per_s": round(result.tokens / max(wait_s + step_s, 1e-9), 1),
     }
+    return {name: number for name, number in numbers.items() if math.isfinite(number)}  # JSON has no other

@@ -36,7 +36,11 @@ def rate_factor(step: int, total_steps: int, warmup_ratio: float, floor: float) 
     return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
 
 
-def build_schedule(optimizer: AdamW, settings: StageConfig, total_steps: int) -> LambdaLR:
-    """The schedule of one stage, a step each optimizer step."""
+def build_schedule(optimizer: AdamW, settings: StageConfig, total_steps: int, finished: int) -> LambdaLR:
+    """The schedule of one stage, a step each optimizer step, as it stands after the finished ones."""
     floor = settings.eta_min / settings.learning_rate
-    return LambdaLR(optimizer, lambda step: rate_factor(step, total_steps, settings.warmup_ratio, floor))
+    for group in optimizer.param_groups:
+        group["initial_lr"] = group["lr"]
+    return LambdaLR(
+        optimizer, lambda step: rate_factor(step, total_steps, settings.warmup_ratio, floor), last_epoch=finished - 1
+    )

@@ -6,32 +6,37 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import yaml
 from transformers import PreTrainedTokenizerFast
 
-from anyres_vlm.config import RunConfig, StageName, load_config
+from anyres_vlm.config import RunConfig, StageName, find_preset, load_config
 from anyres_vlm.data.chat_template import chat_jinja
 from anyres_vlm.data.conversation import ConversationTokenizer
 from anyres_vlm.data.loader import iter_steps
-from anyres_vlm.errors import UsageError
+from anyres_vlm.errors import DataError, Interrupted, UsageError
 from anyres_vlm.model.hub import build_model
 from anyres_vlm.model.pretrained import load_parts, save_pretrained
 from anyres_vlm.model.vlm import VisionLanguageModel
 from anyres_vlm.train import checkpoint
-from anyres_vlm.train.engine import Engine
+from anyres_vlm.train.engine import Engine, StepResult
+from anyres_vlm.train.interruption import catch_signals, mark, unmark
 from anyres_vlm.train.loop import run_steps
 from anyres_vlm.train.metrics import MetricsWriter
 from anyres_vlm.train.optim import build_optimizer, build_schedule
 from anyres_vlm.train.samples import index_samples
+from anyres_vlm.train.saving import Saver
 from anyres_vlm.train.stage import ADAPTER_PARTS, freeze, recipe_warnings, trained_parts
 from anyres_vlm.train.steps import StageSteps, packing_cost
 
 logger = logging.getLogger(__name__)
 
 CONFIG_FILE = "config.yaml"
+
+# An index's place is no content; DeepSpeed splits the same steps.
+NOT_DECISIVE: Any = {"data": {"index": True}, "deepspeed": True}
 
 Progress = Callable[[StageName, int, int, dict[str, float]], None]
 """Called after each optimizer step with the stage, the finished steps, all steps and the step's numbers."""
@@ -61,6 +66,7 @@ def train(config: RunConfig, options: RunOptions, progress: Progress) -> bool:
     Raises `UsageError` for stage 2 without a stage-1 projector, and for an output folder of another run.
     """
     engine = Engine(config.precision)
+    unmark(options.output)
     try:
         for stage in options.stages:
             if options.resume and model_folder(options.output, stage).is_dir():
@@ -79,7 +85,7 @@ def train(config: RunConfig, options: RunOptions, progress: Progress) -> bool:
 def stage_settings(config: RunConfig, stage: StageName) -> dict[str, Any]:
     """What decides a stage's result; the rest of the configuration may change while it runs."""
     run = config.model_dump(mode="json", include={"model", "seed", "precision"})
-    return {**run, **config.stage(stage).model_dump(mode="json", exclude={"data": {"index"}})}  # a place, no content
+    return {**run, **config.stage(stage).model_dump(mode="json", exclude=NOT_DECISIVE)}
 
 
 def _check_start(options: RunOptions, stage: StageName) -> None:
@@ -107,6 +113,7 @@ class StageRun:
             progress,
         )
         self.settings = config.stage(stage)
+        self.num_skipped = 0
         self.folder = options.output / stage
         self.model, self.tokenizer = self._build_model()
         with engine.main_first():
@@ -114,12 +121,15 @@ class StageRun:
         cost = packing_cost(self.model)
         self.steps = StageSteps.plan(self.samples.index, config, stage, cost, options.max_steps)
         self.optimizer = build_optimizer(self.model, self.settings)
-        self.schedule = build_schedule(self.optimizer, self.settings, len(self.steps))
+        self.saver = Saver(self.folder / "checkpoints", self._write_model, config.keep_checkpoints, config.save_minutes)
 
     def run(self) -> None:
-        """Resume or begin, train the steps that are left, save the finished model."""
-        finished = self._restore()
-        self.engine.prepare(self.model, self.optimizer)
+        """Resume or begin, train the steps that are left, save the finished model.
+
+        Raises `Interrupted` after a signal, with the state saved; `DataError` when too many steps are not finite.
+        """
+        finished = self._prepare()
+        schedule = build_schedule(self.optimizer, self.settings, len(self.steps), finished)
         self._announce(finished)
         batches = iter_steps(
             self.samples,
@@ -129,17 +139,55 @@ class StageRun:
             workers=self.config.workers,
             pin_memory=self.engine.is_cuda,
         )
-        with MetricsWriter(self.folder if self.engine.is_main else None, finished) as metrics:
+        with (
+            MetricsWriter(self.folder if self.engine.is_main else None, finished) as metrics,
+            catch_signals() as signals,
+        ):
 
-            def after_step(step: int, numbers: dict[str, float]) -> None:
+            def asks() -> tuple[bool, bool]:
+                return signals.is_set(), self.engine.is_main and self.saver.is_due
+
+            for step, result, numbers in run_steps(self.engine, batches, schedule, self.config.seed, finished, asks):
                 metrics.write(step, numbers)
                 if self.engine.is_main:
                     self.progress(self.stage, step, len(self.steps), numbers)
-                if step % self.config.save_every == 0 and step < len(self.steps):
+                self._cap_skipped(step, result)
+                if step < len(self.steps) and (result.stop or result.save or step % self.config.save_every == 0):
                     self._save_checkpoint(step)
-
-            run_steps(self.engine, batches, self.schedule, self.settings.max_grad_norm, finished, after_step)
+                    if result.stop:
+                        self._leave(step)
         self._save_model()
+
+    def _prepare(self) -> int:
+        """Hand the model to the engine, as it was at the newest checkpoint. Returns the finished steps."""
+        preset = None if self.settings.deepspeed is None else find_preset(self.settings.deepspeed)
+        resumed = checkpoint.latest(self.folder / "checkpoints")
+        if resumed is None:
+            self.engine.prepare(self.model, self.optimizer, self.settings.max_grad_norm, preset)
+            return 0
+        folder, state = resumed
+        checkpoint.require_same_settings(folder, state.settings, self._fixed_settings())
+        load_parts(self.model, folder, trained_parts(self.config, self.stage))
+        self.engine.prepare(self.model, self.optimizer, self.settings.max_grad_norm, preset)
+        with checkpoint.tensors(folder) as read:
+            self.engine.restore(state.updates, read)
+        return state.step
+
+    def _cap_skipped(self, step: int, result: StepResult) -> None:
+        self.num_skipped += result.is_skipped
+        if self.num_skipped > self.config.max_skipped_steps:
+            raise DataError(
+                f"{self.stage}: {self.num_skipped} steps were not finite, the last one step {step}: look at the samples "
+                "named above, lower learning_rate, or raise max_skipped_steps"
+            )
+
+    def _leave(self, step: int) -> NoReturn:
+        self.saver.finish()
+        reason = f"{self.stage} is saved after step {step} of {len(self.steps)}: the same command goes on"
+        if self.engine.is_main:
+            mark(self.options.output, reason)
+        self.engine.wait()
+        raise Interrupted(reason)
 
     def _build_model(self) -> tuple[VisionLanguageModel, PreTrainedTokenizerFast]:
         model, tokenizer = build_model(self.config.model, self.config.seed)
@@ -155,14 +203,6 @@ class StageRun:
     def _fixed_settings(self) -> dict[str, Any]:
         """What must not change between a checkpoint and its resumption: it decides the sequence of steps."""
         return {**stage_settings(self.config, self.stage), "plan": self.steps.key, "steps": len(self.steps)}
-
-    def _restore(self) -> int:
-        resumed = checkpoint.latest(self.folder / "checkpoints")
-        if resumed is None:
-            return 0
-        finished = checkpoint.restore_trainer(resumed, self._fixed_settings(), self.optimizer, self.schedule)
-        load_parts(self.model, resumed, trained_parts(self.config, self.stage))
-        return finished
 
     def _announce(self, finished: int) -> None:
         if not self.engine.is_main:
@@ -186,21 +226,14 @@ class StageRun:
         (self.folder / CONFIG_FILE).write_text(content, encoding="utf-8")
 
     def _save_checkpoint(self, step: int) -> None:
-        state = checkpoint.TrainerState(step, self._fixed_settings())
-
-        def fill(folder: Path) -> None:
-            self._write_model(folder, weights)
-            checkpoint.save_trainer(folder, state, self.optimizer, self.schedule)
-
-        weights = self.engine.weights()
+        snapshot = self.engine.snapshot()
         if self.engine.is_main:
-            checkpoint.write_folder(checkpoint.checkpoint_path(self.folder / "checkpoints", step), fill)
-            checkpoint.prune(self.folder / "checkpoints", self.config.keep_checkpoints)
-        self.engine.wait()
+            self.saver.save(snapshot, step, self._fixed_settings())
 
     def _save_model(self) -> None:
-        weights = self.engine.weights()
+        weights = self.engine.snapshot(with_moments=False).weights
         if self.engine.is_main:
+            self.saver.finish()
             target = model_folder(self.options.output, self.stage)
             checkpoint.write_folder(target, lambda folder: self._write_model(folder, weights))
         self.engine.wait()

@@ -1,0 +1,161 @@
+"""One optimizer step over all ranks, whatever splits the model: the seam between the training loop and its backends."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, cast
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import InitProcessGroupKwargs
+from torch import Tensor
+from torch._C._distributed_c10d import HashStore
+from torch.distributed import init_process_group, is_initialized
+from torch.optim import AdamW
+
+from anyres_vlm.errors import UsageError
+from anyres_vlm.model.vlm import VisionLanguageModel
+from anyres_vlm.schema import Batch
+from anyres_vlm.train.engine.plain import PlainBackend
+from anyres_vlm.train.engine.state import ReadTensor, Snapshot
+
+if TYPE_CHECKING:  # DeepSpeed is optional
+    from anyres_vlm.train.engine.zero import ZeroBackend
+
+logger = logging.getLogger(__name__)
+
+RANK_TIMEOUT = timedelta(minutes=30)  # a rank silent for longer ends the job; rank 0 may index for minutes
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """One optimizer step over all ranks: loss in nats a supervised token, gradient norm before clipping, counts.
+
+    A step whose loss or gradient is not finite leaves the weights alone: `is_skipped`.
+    """
+
+    loss: float
+    grad_norm: float
+    supervised_tokens: int
+    tokens: int
+    samples: int
+    rejects: int
+    stop: bool  # whether any rank asked to stop, and to save, behind this step
+    save: bool
+
+    @property
+    def is_skipped(self) -> bool:
+        """Whether the step was not finite."""
+        return not (math.isfinite(self.loss) and math.isfinite(self.grad_norm))
+
+
+class Engine:
+    """The ranks of a run, and on them one stage's model and optimizer."""
+
+    def __init__(self, precision: Literal["fp32", "bf16"]) -> None:
+        has_device = torch.accelerator.is_available()
+        if not has_device:
+            os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed, where installed, warns that it found none
+        # Said outright: under a launcher, accelerate takes several CPU ranks for single processes otherwise.
+        self._accelerator = Accelerator(
+            cpu=not has_device,
+            mixed_precision="bf16" if precision == "bf16" else "no",
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=RANK_TIMEOUT)],
+        )
+        self._bf16 = precision == "bf16"
+        self.rank: int = self._accelerator.process_index
+        self.world_size: int = self._accelerator.num_processes
+        self.is_main: bool = self._accelerator.is_main_process
+        self.is_cuda: bool = self._accelerator.device.type == "cuda"
+
+    def prepare(
+        self, model: VisionLanguageModel, optimizer: AdamW, max_grad_norm: float, preset: Path | None = None
+    ) -> None:
+        """Move the model to this rank's device, whole, or split as a DeepSpeed preset says.
+
+        Raises `UsageError` for a preset that contradicts the run, or where DeepSpeed is not installed.
+        """
+        self._backend: PlainBackend | ZeroBackend
+        if preset is None:
+            self._backend = PlainBackend(self._accelerator, model, optimizer, max_grad_norm)
+            return
+        try:
+            from anyres_vlm.train.engine.zero import ZeroBackend, fill_preset  # optional: the extra `deepspeed`
+        except ModuleNotFoundError:
+            raise UsageError("--deepspeed needs DeepSpeed: pip install 'anyres-vlm[deepspeed]'") from None
+        settings = fill_preset(preset, bf16=self._bf16, max_grad_norm=max_grad_norm)
+        if not is_initialized():  # one process without a launcher is a world of its own
+            init_process_group(store=HashStore(), rank=0, world_size=1)
+        self._backend = ZeroBackend(model.to(self._accelerator.device), optimizer, settings, is_main=self.is_main)
+
+    def step(self, batches: Sequence[Batch], *, stop: bool = False, save: bool = False) -> StepResult:
+        """One optimizer step over this rank's packs, equal to one big batch over all ranks' samples.
+
+        Every rank passes the same number of packs. The summed loss is divided once, by the supervised tokens of the
+        whole step; the factor `world_size` undoes the mean that the gradient exchange takes. What one rank asks for
+        travels with the counts, so that all agree on it at no cost.
+        """
+        counts = torch.tensor(
+            [
+                sum(batch.num_supervised for batch in batches),
+                sum(batch.input_ids.numel() for batch in batches),
+                sum(len(batch.sample_ids) for batch in batches),
+                sum(len(batch.rejects) for batch in batches),
+                int(stop),
+                int(save),
+            ]
+        )
+        supervised, tokens, samples, rejects, stops, saves = (int(count) for count in self._sum(counts))
+        scale = self.world_size / max(supervised, 1)
+        losses = [
+            self._backend.micro_step(batch.to(self._accelerator.device), scale, is_last=batch is batches[-1])
+            for batch in batches
+        ]
+        grad_norm = self._backend.update()
+        total = float(self._sum(torch.stack(losses).sum()))
+        result = StepResult(
+            total / max(supervised, 1), grad_norm, supervised, tokens, samples, rejects, stops > 0, saves > 0
+        )
+        if result.is_skipped:
+            _report(batches, losses)
+        return result
+
+    def snapshot(self, *, with_moments: bool = True) -> Snapshot:
+        """A copy of weights and optimizer state on rank 0. Called on all ranks together."""
+        return self._backend.snapshot(with_moments=with_moments)
+
+    def restore(self, updates: int, read: ReadTensor) -> None:
+        """Put a saved optimizer state in place, on all ranks; `prepare` was given the saved weights."""
+        self._backend.restore(updates, read)
+
+    def wait(self) -> None:
+        """Return once every rank has come here."""
+        self._accelerator.wait_for_everyone()
+
+    def close(self) -> None:
+        """Leave the process group."""
+        self._accelerator.end_training()
+
+    @contextmanager
+    def main_first(self) -> Iterator[None]:
+        """Run the block on rank 0 before the others: what it writes is there when they read."""
+        with self._accelerator.main_process_first():
+            yield
+
+    def _sum(self, tensor: Tensor) -> Tensor:
+        return cast(Tensor, self._accelerator.reduce(tensor.to(self._accelerator.device), reduction="sum"))
+
+
+def _report(batches: Sequence[Batch], losses: Sequence[Tensor]) -> None:
+    """Name the samples of the packs whose loss is not finite; of all packs where only a gradient is not."""
+    bad = [batch for batch, loss in zip(batches, losses, strict=True) if not math.isfinite(float(loss))]
+    for batch in bad or batches:
+        what = "loss" if bad else "gradient of the step"
+        logger.warning("the %s is not finite; samples of the pack: %s", what, ", ".join(batch.sample_ids))

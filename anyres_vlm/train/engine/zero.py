@@ -1,0 +1,134 @@
+"""The ZeRO backend: optimizer state, gradients and weights split over the ranks by DeepSpeed."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch.distributed as dist
+from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+from torch import Tensor, nn
+from torch.optim import AdamW
+
+from anyres_vlm.errors import UsageError
+from anyres_vlm.model.vlm import VisionLanguageModel
+from anyres_vlm.schema import Batch
+from anyres_vlm.train.engine.state import MOMENTS, ReadTensor, Snapshot, blank_entry, trained_parameters
+
+AUTO = "auto"
+
+
+def fill_preset(path: Path, *, bf16: bool, max_grad_norm: float) -> dict[str, Any]:
+    """DeepSpeed's settings from a JSON file whose `auto` values follow from the run's own.
+
+    Raises `UsageError` for a file that is no JSON object or that says otherwise than the run.
+    """
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UsageError(f"--deepspeed {path}: cannot be read as JSON: {error}") from None
+    if not isinstance(settings, dict):
+        raise UsageError(f"--deepspeed {path}: expected a JSON object, got {type(settings).__name__}")
+    ours = {
+        "train_micro_batch_size_per_gpu": 1,  # a pack
+        "gradient_accumulation_steps": 1,  # the step's packs are counted here, not by DeepSpeed
+        "gradient_clipping": max_grad_norm,
+        "zero_allow_untested_optimizer": True,  # torch's AdamW
+        "zero_force_ds_cpu_optimizer": False,
+    }
+    _agree(path, settings, ours)
+    _agree(path, settings.setdefault("bf16", {}), {"enabled": bf16}, "bf16.")
+    return settings
+
+
+def _agree(path: Path, settings: dict[str, Any], ours: dict[str, Any], prefix: str = "") -> None:
+    for key, value in ours.items():
+        if settings.get(key, AUTO) not in (AUTO, value):
+            raise UsageError(
+                f'--deepspeed {path}: {prefix}{key} is {settings[key]!r}, the run needs {value!r}: write "auto"'
+            )
+        settings[key] = value
+
+
+class ZeroBackend:
+    """Forward, backward and update through a DeepSpeed engine. Every method is called on all ranks together."""
+
+    def __init__(
+        self, model: VisionLanguageModel, optimizer: AdamW, settings: dict[str, Any], *, is_main: bool
+    ) -> None:
+        self._module, self._is_main = model, is_main
+        # DeepSpeed casts floating buffers with the weights: rotary frequencies in bf16 would bend long sequences.
+        buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+        self._engine, self._zero, *_ = deepspeed.initialize(
+            model=model, optimizer=optimizer, config=settings, dist_init_required=False
+        )
+        for name, buffer in model.named_buffers():
+            buffer.data = buffers[name].to(buffer.device)
+        self._is_stage_3 = self._engine.zero_optimization_stage() == 3
+
+    def micro_step(self, batch: Batch, scale: float, *, is_last: bool) -> Tensor:
+        """Add a pack's scaled gradient; ranks exchange as the ZeRO stage does. Returns its summed loss, ()."""
+        self._engine.set_gradient_accumulation_boundary(is_last)
+        loss: Tensor = self._engine(batch)
+        self._engine.backward(loss * scale)
+        return loss.detach()
+
+    def update(self) -> float:
+        """Clip by the global norm and update, unless it is not finite. Returns the norm before clipping."""
+        self._engine.step()
+        return float("inf") if self._zero.overflow else float(self._engine.get_global_grad_norm())
+
+    def snapshot(self, *, with_moments: bool) -> Snapshot:
+        """The model and optimizer put together on rank 0, trained weights from their fp32 masters."""
+        known = dict(self._module.named_parameters(remove_duplicate=False))
+        whole = {id(parameter): self._whole(parameter) for _, parameter in self._module.named_parameters()}
+        state = self._module.state_dict()
+        weights = {name: whole[id(known[name])] if name in known else tensor.cpu() for name, tensor in state.items()}
+        moments: dict[str, Tensor] = {}
+        updates = 0
+        for name, parameter in trained_parameters(self._module) if with_moments else ():
+            for moment in MOMENTS:
+                moments[f"{name}.{moment}"] = self._keep(safe_get_full_optimizer_state(parameter, moment))
+        if with_moments:
+            updates = int(next(iter(self._zero.optimizer.state.values()))["step"])
+        return Snapshot(weights, moments, updates) if self._is_main else Snapshot({}, {}, 0)
+
+    def restore(self, updates: int, read: ReadTensor) -> None:
+        """Put a saved optimizer state in place, and the fp32 masters that this rank's weights were rounded from."""
+        adamw = self._zero.optimizer
+        if self._is_stage_3:
+            flats = self._zero.fp32_partitioned_groups_flat
+        else:
+            flats = [flat for group in adamw.param_groups for flat in group["params"]]
+        for flat in flats:
+            adamw.state[flat] = blank_entry(flat, updates)
+        if not self._is_stage_3:
+            self._zero._lazy_init_hp_params_optimizer_state()  # as its own step() and load_checkpoint() do
+        for name, parameter in trained_parameters(self._module):
+            self._set(parameter, read(name), None)
+            for moment in MOMENTS:
+                self._set(parameter, read(f"{name}.{moment}"), moment)
+
+    def _set(self, parameter: Any, value: Tensor, moment: str | None) -> None:
+        """This rank's part of a master (no moment) or of a moment; DeepSpeed hangs its methods on the parameter."""
+        value = value.float().flatten()
+        if not self._is_stage_3:
+            parameter.set_full_hp_param(value.to(parameter.device), moment)
+            return
+        # DeepSpeed's setter of whole tensors reads behind the end of one that the ranks do not divide evenly.
+        size = parameter.ds_tensor.ds_numel
+        part = nn.functional.pad(value, (0, size * dist.get_world_size() - value.numel()))[size * dist.get_rank() :]
+        self._zero.set_local_hp_param(part[:size], parameter, moment)
+
+    def _whole(self, parameter: nn.Parameter) -> Tensor:
+        if parameter.requires_grad:
+            return self._keep(safe_get_full_fp32_param(parameter))
+        with deepspeed.zero.GatheredParameters([parameter], enabled=self._is_stage_3):
+            return self._keep(parameter.detach().clone())
+
+    def _keep(self, tensor: Tensor | None) -> Tensor:
+        """On rank 0 a copy on the CPU; elsewhere nothing, so that no other rank fills its memory."""
+        assert tensor is not None, "a trained parameter has a master and moments"
+        return tensor.cpu() if self._is_main else tensor.new_empty(0, device="cpu")
