@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 
 from anyres_vlm.errors import UsageError
+from anyres_vlm.model.kv_cache import attend_cached
 
 ATTENTION_NAME = "anyres"
 
@@ -37,7 +38,8 @@ def packed_attention(
     """
     if kwargs.get("softcap") is not None:
         raise UsageError("attention with logit soft-capping is not supported: choose another language model")
-    assert attention_mask is None, "transformers builds no mask for an attention it has no mask function for"
+    one_token = cu_seqlens is None and query.shape[2] == 1
+    assert attention_mask is None or one_token, "transformers builds no mask for an attention without mask function"
     longest = key.shape[2] if cu_seqlens is None else longest
     assert longest is not None, "the longest document comes with cu_seqlens: reading it here would stall every layer"
     window = kwargs.get("sliding_window")
@@ -46,10 +48,11 @@ def packed_attention(
             f"a document of {longest} tokens exceeds the model's sliding window of {window}: "
             f"lower max_length to {window}"
         )
-    if cu_seqlens is None:
-        is_causal = query.shape[2] > 1
-        assert not is_causal or query.shape[2] == key.shape[2], "a prompt is fed at once, then token by token"
-        out = _attend(query, key, value, scaling, dropout, is_causal)
+    if one_token:
+        out = attend_cached(query, key, value, attention_mask, scaling)
+    elif cu_seqlens is None:
+        assert query.shape[2] == key.shape[2], "a prompt is fed at once, then token by token"
+        out = _attend(query, key, value, scaling, dropout, True)
     elif query.is_cuda and query.dtype in (torch.float16, torch.bfloat16) and dropout == 0.0:
         out = _varlen(query, key, value, scaling, cu_seqlens, longest)
     else:

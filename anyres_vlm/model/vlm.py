@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -15,19 +14,11 @@ from anyres_vlm.errors import UsageError
 from anyres_vlm.geometry import TilePlan, Tiling
 from anyres_vlm.model import attention
 from anyres_vlm.model.encoder import Encoder
+from anyres_vlm.model.generation import Decoding, generate_tokens
 from anyres_vlm.model.loss import summed_loss
 from anyres_vlm.model.merge import merge_tiles
 from anyres_vlm.model.projector import build_projector
 from anyres_vlm.schema import Batch
-
-
-@dataclass(frozen=True)
-class Decoding:
-    """How the next token is chosen: greedy at temperature 0, else sampled from the nucleus `top_p`."""
-
-    max_new_tokens: int = 256
-    temperature: float = 0.0
-    top_p: float = 1.0
 
 
 class VisionLanguageModel(nn.Module):
@@ -81,24 +72,21 @@ class VisionLanguageModel(nn.Module):
         return summed_loss(hidden, batch.labels, batch.cu_seqlens, self.language_model.get_output_embeddings())
 
     @torch.inference_mode()
-    def generate(
+    def stream(
         self,
         input_ids: Tensor,
+        lengths: Sequence[int],
         tiles: Tensor,
         plans: Sequence[TilePlan],
         decoding: Decoding,
-        streamer: Any = None,
-    ) -> list[int]:
-        """New tokens for one prompt (1, L) with its images, end token left out. `streamer` is one of transformers'."""
-        ending: Any = self.language_model.generation_config.eos_token_id
-        stops = set(ending) if isinstance(ending, list) else {ending}
-        sampling = {"temperature": decoding.temperature, "top_p": decoding.top_p} if decoding.temperature > 0 else {}
-        generated = self.language_model.generate(
-            inputs_embeds=self.embed(input_ids, tiles, plans),
-            attention_mask=torch.ones_like(input_ids),
-            max_new_tokens=decoding.max_new_tokens,
-            do_sample=decoding.temperature > 0,
-            streamer=streamer,
-            **sampling,
-        )
-        return [token for token in generated[0].tolist() if token not in stops]
+        numbers: Sequence[int] | None = None,
+    ) -> Iterator[tuple[int, int]]:
+        """New tokens of packed prompts (1, L) of these lengths with all their images, see `generate_tokens`."""
+        words = self.language_model.get_input_embeddings()
+        embedded = self.embed(input_ids, tiles, plans) if plans else words(input_ids)
+        yield from generate_tokens(self.language_model, embedded, lengths, decoding, numbers)
+
+    def generate(self, input_ids: Tensor, tiles: Tensor, plans: Sequence[TilePlan], decoding: Decoding) -> list[int]:
+        """New tokens for one prompt (1, L) with its images, the end token left out."""
+        tokens = self.stream(input_ids, [input_ids.shape[1]], tiles, plans, decoding)
+        return [token for _, token in tokens]

@@ -14,9 +14,9 @@ from anyres_vlm.config import ModelConfig
 from anyres_vlm.data.templates import TEMPLATES
 from anyres_vlm.geometry import Size, count_tokens
 from anyres_vlm.inference import Assistant
+from anyres_vlm.model.generation import Decoding
 from anyres_vlm.model.hub import build_model
 from anyres_vlm.model.pretrained import save_pretrained
-from anyres_vlm.model.vlm import Decoding
 from anyres_vlm.schema import Turn
 
 

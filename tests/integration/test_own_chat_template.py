@@ -10,7 +10,7 @@ from transformers import AutoProcessor, AutoTokenizer, PreTrainedTokenizerFast
 
 from anyres_vlm.config import load_config, shipped_config
 from anyres_vlm.inference import Assistant
-from anyres_vlm.model.vlm import Decoding
+from anyres_vlm.model.generation import Decoding
 from anyres_vlm.schema import Turn
 from anyres_vlm.train.run import RunOptions, model_folder, train
 

@@ -12,9 +12,10 @@ from transformers import LlavaNextForConditionalGeneration, LlavaNextProcessor, 
 
 from anyres_vlm.config import EncoderConfig, ModelConfig
 from anyres_vlm.geometry import Size, plan_tiles
+from anyres_vlm.model.generation import Decoding
 from anyres_vlm.model.hub import build_model
 from anyres_vlm.model.pretrained import load_pretrained, save_pretrained
-from anyres_vlm.model.vlm import Decoding, VisionLanguageModel
+from anyres_vlm.model.vlm import VisionLanguageModel
 
 LOGITS_ATOL = 2e-5  # worst seen over these shapes in fp32 on CPU: 3e-6
 SIZES = [
