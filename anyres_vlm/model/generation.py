@@ -48,7 +48,7 @@ def room_for_answer(language_model: PreTrainedModel, length: int, wanted: int) -
     if limit is not None and length >= limit:
         raise UsageError(
             f"the prompt has {length:,} tokens, the model reads {limit:,} with the answer: "
-            "ask with fewer or less elongated images, or begin a new conversation"
+            "ask with fewer images or words, or begin a new conversation"
         )
     if length == 0:
         raise UsageError("the prompt has no token: ask something")
@@ -69,7 +69,7 @@ def generate_tokens(
     rooms = [room_for_answer(language_model, length, decoding.max_new_tokens) for length in lengths]
     choice = _Choice(decoding, range(len(lengths)) if numbers is None else numbers, embedded.device)
     stops = _end_tokens(language_model)
-    cache = ConversationCache(lengths)
+    cache = ConversationCache(lengths, max(rooms))
     rows = list(range(len(lengths)))  # the conversations in the cache
     unfinished = set(rows)
     hidden = _read_prompts(language_model, embedded, lengths, cache)
@@ -88,7 +88,7 @@ def generate_tokens(
         if 2 * len(places) <= len(rows):  # a copy of the cache, so not for each one that ends
             cache.keep(places)
             rows, tokens = [rows[place] for place in places], [tokens[place] for place in places]
-        positions = [lengths[row] + step for row in rows]
+        positions = [lengths[row] + step if row in unfinished else 0 for row in rows]
         hidden = _read_tokens(language_model, tokens, positions, cache, embedded.device)
 
 
@@ -109,7 +109,9 @@ class _Choice:
         if self.warpers is None:
             greedy: list[int] = logits.argmax(-1).tolist()
             return greedy
-        shares = self.warpers(None, logits).softmax(-1)
+        # In double and from 0 down, or a temperature near 0 would divide to infinity.
+        logits = logits.double()
+        shares = self.warpers(None, logits - logits.amax(-1, keepdim=True)).softmax(-1)
         return [
             int(torch.multinomial(share, 1, generator=self.generators[row]))
             for row, share in zip(rows, shares, strict=True)

@@ -16,7 +16,7 @@ from einops import rearrange
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-ROOM = 256  # columns that are added at a time, each time at the price of a copy
+ROOM = 256  # columns that are added at a time at most, each time at the price of a copy
 
 
 class ConversationLayer(CacheLayerMixin):  # type: ignore[misc]
@@ -27,9 +27,9 @@ class ConversationLayer(CacheLayerMixin):  # type: ignore[misc]
 
     is_sliding = False
 
-    def __init__(self, lengths: Sequence[int]) -> None:
+    def __init__(self, lengths: Sequence[int], room: int) -> None:
         super().__init__()
-        self.lengths = lengths
+        self.lengths, self.room = lengths, room
         self.begin = 0  # the columns before it belong to finished conversations alone
         self.end = max(lengths)
 
@@ -46,7 +46,7 @@ class ConversationLayer(CacheLayerMixin):  # type: ignore[misc]
             self.lazy_initialization(key_states, value_states)
             return key_states, value_states
         if self.end == self.keys.shape[2]:
-            self.keys, self.values = (F.pad(kept, (0, 0, 0, ROOM)) for kept in (self.keys, self.values))
+            self.keys, self.values = (F.pad(kept, (0, 0, 0, self.room)) for kept in (self.keys, self.values))
         self.keys[:, :, self.end] = key_states[:, :, 0]
         self.values[:, :, self.end] = value_states[:, :, 0]
         self.end += 1
@@ -72,7 +72,7 @@ class ConversationLayer(CacheLayerMixin):  # type: ignore[misc]
 
     def _rows(self, packed: Tensor) -> Tensor:
         _, heads, _, width = packed.shape
-        rows = packed.new_empty((len(self.lengths), heads, self.end + ROOM, width))
+        rows = packed.new_empty((len(self.lengths), heads, self.end + self.room, width))
         for row, prompt in zip(rows, torch.split(packed[0], list(self.lengths), dim=1), strict=True):
             first = self.end - prompt.shape[1]
             row[:, :first] = 0
@@ -81,12 +81,12 @@ class ConversationLayer(CacheLayerMixin):  # type: ignore[misc]
 
 
 class ConversationCache(Cache):  # type: ignore[misc]
-    """The cache of one batch of conversations of any lengths, for any model that attends by `attend_cached`."""
+    """The cache of a batch of prompts of these lengths, for any model that attends by `attend_cached`."""
 
     layers: list[ConversationLayer]
 
-    def __init__(self, lengths: Sequence[int]) -> None:
-        super().__init__(layer_class_to_replicate=partial(ConversationLayer, lengths))
+    def __init__(self, lengths: Sequence[int], new_tokens: int) -> None:
+        super().__init__(layer_class_to_replicate=partial(ConversationLayer, lengths, min(new_tokens, ROOM)))
         self.starts = [max(lengths) - length for length in lengths]
 
     def skip_columns(self, unfinished: Sequence[int]) -> None:
