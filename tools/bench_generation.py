@@ -45,7 +45,7 @@ IMAGE_TOKEN, PAD_TOKEN = 3, 0
 ONE_IMAGE = [(20, Size(height=672, width=672))]
 BATCH = [  # words and image of each prompt
     (20, Size(height=672, width=672)),
-    (30, Size(height=300, width=200)),
+    (30, Size(height=200, width=300)),
     (40, None),
     (300, None),
 ]

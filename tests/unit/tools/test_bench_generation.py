@@ -22,8 +22,8 @@ def test_answers_are_compared(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Ca
     tiny = bench_generation.Shape(64, 96, 1, 2, 200, 64, 2)
     monkeypatch.setattr(bench_generation, "SHAPES", {"tiny": tiny})
     monkeypatch.setattr(bench_generation, "LEAST_ROUNDS", 1)
-    monkeypatch.setattr(bench_generation, "ONE_IMAGE", [(5, Size(height=300, width=200))])
-    monkeypatch.setattr(bench_generation, "BATCH", [(9, None), (5, Size(height=300, width=200))])
+    monkeypatch.setattr(bench_generation, "ONE_IMAGE", [(5, Size(height=200, width=300))])
+    monkeypatch.setattr(bench_generation, "BATCH", [(9, None), (5, Size(height=200, width=300))])
     figures = bench_generation.run(["tiny"], 1, 3)
     one, batch = figures["results"]
     assert (one["positions"], batch["positions"]) == (5 + 1464, 9 + 5 + 1464)
