@@ -97,8 +97,6 @@ class Assistant:
         decoded when its turn comes; `progress` gets the number of answers so far.
         """
         prompts = [self._prompt(conversation, number) for number, conversation in enumerate(conversations)]
-        for prompt in prompts:  # before the first batch, not behind an hour of them
-            room_for_answer(self.model.language_model, len(prompt.ids), decoding.max_new_tokens)
         answers: dict[int, Answer] = {}
         for batch in _batches(prompts, decoding.max_new_tokens, batch_tokens):
             tokens: list[list[int]] = [[] for _ in batch]
@@ -119,9 +117,10 @@ class Assistant:
                 f"the conversation has {wanted} {IMAGE_TOKEN}, but {len(conversation.images)} images are given"
             )
         plans = [self._plan(image) for image in conversation.images]
-        ids = self.conversation.prompt(conversation.turns)
-        repeats = token_repeats(ids, plans, self.model.image_token_id)
-        return _Prompt(number, np.repeat(ids, repeats).astype(np.int64), plans, conversation.images)
+        prompt = self.conversation.prompt(conversation.turns)
+        ids = np.repeat(prompt, token_repeats(prompt, plans, self.model.image_token_id)).astype(np.int64)
+        room_for_answer(self.model.language_model, len(ids), 1)  # before the first batch, not behind an hour of them
+        return _Prompt(number, ids, plans, conversation.images)
 
     def _plan(self, image: Image.Image | ImageRef) -> TilePlan:
         if isinstance(image, ImageRef):

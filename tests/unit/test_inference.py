@@ -138,7 +138,7 @@ def test_a_prompt_that_is_too_long_says_what_to_do(assistant: Assistant, monkeyp
     with pytest.raises(UsageError, match=r"prompt has \d+ tokens, the model reads 40 with the answer: ask with fewer"):
         assistant.answer(turns, [], Decoding(4))
     with pytest.raises(UsageError, match="the model reads 40"):
-        list(assistant.stream(turns, [], Decoding(4)))
+        assistant.stream(turns, [], Decoding(4))
     short = assistant.answer([Turn("user", "a")], [], Decoding(4000))
     assert short.prompt_tokens + short.new_tokens <= 40
 
