@@ -1,8 +1,8 @@
 """Document-exact attention over packed sequences, registered with transformers as `anyres`.
 
 Any causal language model of transformers that looks its attention up by name then attends only inside the documents
-that `cu_seqlens` delimits; no (L, L) mask is ever built. Without `cu_seqlens` (generation) it is plain causal attention
-over one unpadded sequence.
+that `cu_seqlens` delimits; no (L, L) mask is ever built. Without `cu_seqlens` it is plain causal attention over one
+unpadded sequence, or in generation that of one new token a conversation.
 """
 
 from __future__ import annotations
