@@ -8,7 +8,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, get_args
+from typing import Annotated, Any, Literal, TypeVar, cast, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -206,6 +206,14 @@ def tiling_flags(grid: str | None, layout: str | None, dialect: str | None) -> d
     given = {"model.grid": grid, "model.layout": layout, "model.dialect": dialect}
     flags: dict[str, object] = {key: value for key, value in given.items() if value is not None}
     return flags if grid is None else {**flags, "model.pinpoints": None}
+
+
+def template_name(text: str | None) -> TemplateName | None:
+    """A template named on the command line. Raises `UsageError` for a name that is none."""
+    names = get_args(TemplateName)
+    if text is not None and text not in names:
+        raise UsageError(f"--template {text!r}: expected one of {', '.join(names)}")
+    return cast(TemplateName | None, text)
 
 
 def read_mapping(path: Path) -> dict[str, Any]:

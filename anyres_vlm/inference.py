@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 from transformers import PreTrainedTokenizerFast
 
+from anyres_vlm.config import TemplateName
 from anyres_vlm.data.conversation import ConversationTokenizer
 from anyres_vlm.data.tiling import cut_tiles
 from anyres_vlm.errors import UsageError
@@ -31,6 +32,12 @@ class Answer:
     new_tokens: int
 
 
+def stop_at_end(model: VisionLanguageModel, tokenizer: PreTrainedTokenizerFast) -> None:
+    """Let answers end at the end token of the model's template, and at the tokenizer's own."""
+    ends = {ConversationTokenizer(model.config.template, tokenizer).end_id, tokenizer.eos_token_id}
+    model.language_model.generation_config.eos_token_id = sorted(ends - {None})
+
+
 class Assistant:
     """A model and its tokenizer, ready to answer."""
 
@@ -41,9 +48,12 @@ class Assistant:
         self.conversation = ConversationTokenizer(model.config.template, tokenizer)
 
     @classmethod
-    def load(cls, folder: Path) -> Assistant:
-        """From a checkpoint folder. Raises `DataError` if it is none."""
-        return cls(*load_pretrained(folder))
+    def load(cls, folder: Path | str, template: TemplateName | None = None) -> Assistant:
+        """From a checkpoint folder or hub id; `template` replaces its own. Raises `DataError` if it is none."""
+        model, tokenizer = load_pretrained(folder, template)
+        if template is not None:
+            stop_at_end(model, tokenizer)
+        return cls(model, tokenizer)
 
     def answer(
         self, turns: Sequence[Turn], images: Sequence[Image.Image], decoding: Decoding, streamer: Any = None

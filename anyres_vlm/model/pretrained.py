@@ -6,11 +6,10 @@ What stock cannot express is saved the same way under this project's own model t
 
 from __future__ import annotations
 
-import copy
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, cast, get_args
+from typing import cast, get_args
 
 import timm
 import torch
@@ -22,9 +21,6 @@ from transformers import (
     CLIPVisionConfig,
     CLIPVisionModel,
     GenerationConfig,
-    LlavaNextConfig,
-    LlavaNextImageProcessor,
-    LlavaNextProcessor,
     PreTrainedModel,
     PreTrainedTokenizerFast,
 )
@@ -32,25 +28,13 @@ from transformers.initialization import no_init_weights
 
 from anyres_vlm.config import TemplateName
 from anyres_vlm.errors import DataError
-from anyres_vlm.model.description import EXTRAS_FILE, OWN_MODEL_TYPE, Description, describe
+from anyres_vlm.model.description import EXTRAS_FILE, Description, describe
 from anyres_vlm.model.encoder import ClipEncoder, Encoder, TimmEncoder
 from anyres_vlm.model.files import checkpoint_folder, read_json, read_tensors
+from anyres_vlm.model.stock import pixel_statistics, stock_config, stock_obstacle, stock_processor
 from anyres_vlm.model.vlm import VisionLanguageModel
 from anyres_vlm.model.weights import HEAD, STOCK_NAMES, load_weights, renamed
 from anyres_vlm.schema import IMAGE_TOKEN
-
-
-def stock_obstacle(model: VisionLanguageModel) -> str | None:
-    """Why stock LlavaNext cannot express this model; None if it can."""
-    if model.config.projector != "mlp2x_gelu":
-        return f"stock LlavaNext has no {model.config.projector} projector"
-    if not isinstance(model.vision_tower, ClipEncoder):
-        return "stock LlavaNext has no timm encoder"
-    if model.tiling.layout != "spatial_unpad":
-        return f"stock LlavaNext has no {model.tiling.layout} layout"
-    if not model.tiling.pinpoints:
-        return "stock LlavaNext always cuts a grid, this model sees the thumbnail alone"
-    return None
 
 
 def save_pretrained(
@@ -61,10 +45,10 @@ def save_pretrained(
     folder: Path,
 ) -> None:
     """Write config, weights (safetensors, shards of at most 5 GB), tokenizer and processor into an existing folder."""
-    settings = _config(model, weights["image_newline"].dtype)
+    settings = stock_config(model, weights["image_newline"].dtype)
     (folder / "config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-    extras = {"model": model.config.model_dump(mode="json"), "pixel_mean": _flat(model.vision_tower.mean)}
-    extras["pixel_std"] = _flat(model.vision_tower.std)
+    extras = {"model": model.config.model_dump(mode="json"), "pixel_mean": pixel_statistics(model.vision_tower.mean)}
+    extras["pixel_std"] = pixel_statistics(model.vision_tower.std)
     (folder / EXTRAS_FILE).write_text(json.dumps(extras, indent=2) + "\n", encoding="utf-8")
     tied = [HEAD] if settings["tie_word_embeddings"] else None
     save_torch_state_dict(
@@ -76,7 +60,7 @@ def save_pretrained(
     model.language_model.generation_config.save_pretrained(folder)
     tokenizer.chat_template = chat_template
     if stock_obstacle(model) is None:
-        _processor(model, tokenizer, chat_template).save_pretrained(folder)
+        stock_processor(model, tokenizer, chat_template).save_pretrained(folder)
     else:
         tokenizer.save_pretrained(folder)
 
@@ -151,59 +135,6 @@ def load_parts(model: VisionLanguageModel, folder: Path, parts: tuple[str, ...])
     model.load_state_dict(found, strict=False)
 
 
-def _config(model: VisionLanguageModel, dtype: torch.dtype) -> dict[str, Any]:
-    # Copies: a composite config takes its parts over and resets their attention.
-    text_config: Any = copy.deepcopy(model.language_model.config)
-    text_config.dtype = dtype
-    tower = model.vision_tower
-    vision_config = copy.deepcopy(tower.vision_model.config) if isinstance(tower, ClipEncoder) else None
-    if vision_config is not None:
-        vision_config.dtype = dtype
-    settings: dict[str, Any] = LlavaNextConfig(
-        vision_config=vision_config,
-        text_config=text_config,
-        image_token_index=model.image_token_id,
-        vision_feature_layer=model.config.encoder.layer,
-        image_grid_pinpoints=[[canvas.height, canvas.width] for canvas in model.tiling.canvases],
-        image_seq_length=model.tiling.patches,
-        tie_word_embeddings=text_config.tie_word_embeddings,
-        architectures=["LlavaNextForConditionalGeneration"],
-        dtype=str(dtype).removeprefix("torch."),
-    ).to_dict()
-    if stock_obstacle(model) is not None:
-        settings |= {"model_type": OWN_MODEL_TYPE, "architectures": [type(model).__name__]}
-    if isinstance(tower, TimmEncoder):
-        architecture = tower.vision_model.pretrained_cfg["architecture"]
-        settings["vision_config"] = {
-            "model_type": "timm",
-            "architecture": architecture,
-            "image_size": tower.tile,
-            "patch_size": tower.patch,
-        }
-    return settings
-
-
-def _processor(
-    model: VisionLanguageModel, tokenizer: PreTrainedTokenizerFast, chat_template: str
-) -> LlavaNextProcessor:
-    tower = model.vision_tower
-    images = LlavaNextImageProcessor(
-        size={"shortest_edge": tower.tile},
-        crop_size={"height": tower.tile, "width": tower.tile},
-        image_grid_pinpoints=[[canvas.height, canvas.width] for canvas in model.tiling.canvases],
-        image_mean=_flat(tower.mean),
-        image_std=_flat(tower.std),
-    )
-    return LlavaNextProcessor(
-        image_processor=images,
-        tokenizer=tokenizer,
-        patch_size=tower.patch,
-        vision_feature_select_strategy="default",
-        num_additional_image_tokens=1,  # CLS, which the strategy takes off again
-        chat_template=chat_template,
-    )
-
-
 def _empty_encoder(described: Description) -> Encoder:
     layer, vision = described.config.encoder.layer, described.vision
     if isinstance(vision, CLIPVisionConfig):
@@ -223,7 +154,3 @@ def _tensors(folder: Path, described: Description) -> Iterator[tuple[str, Tensor
         yield name, tensor
         if not described.projector_bias and name.startswith("multi_modal_projector."):
             yield name.replace(".weight", ".bias"), tensor.new_zeros(tensor.shape[0])
-
-
-def _flat(statistics: Tensor) -> list[float]:
-    return [round(value, 8) for value in statistics.flatten().tolist()]

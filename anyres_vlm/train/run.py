@@ -14,18 +14,21 @@ from transformers import PreTrainedTokenizerFast
 
 from anyres_vlm.config import CheckpointConfig, RunConfig, StageName, load_config
 from anyres_vlm.data.chat_template import chat_jinja
-from anyres_vlm.data.conversation import ConversationTokenizer
+from anyres_vlm.data.index.table import Index, read_index
 from anyres_vlm.data.loader import iter_steps
 from anyres_vlm.errors import UsageError
+from anyres_vlm.inference import stop_at_end
+from anyres_vlm.model.card import write_card
 from anyres_vlm.model.hub import build_model
 from anyres_vlm.model.pretrained import load_parts, save_pretrained
 from anyres_vlm.model.vlm import VisionLanguageModel
 from anyres_vlm.train import checkpoint
+from anyres_vlm.train.card import stage_sections
 from anyres_vlm.train.engine import Engine
 from anyres_vlm.train.loop import run_steps
 from anyres_vlm.train.metrics import MetricsWriter
 from anyres_vlm.train.optim import build_optimizer, build_schedule
-from anyres_vlm.train.samples import index_samples
+from anyres_vlm.train.samples import INDEX_FILE, index_samples
 from anyres_vlm.train.stage import ADAPTER_PARTS, freeze, recipe_warnings, trained_parts
 from anyres_vlm.train.steps import StageSteps, packing_cost
 
@@ -152,8 +155,7 @@ class StageRun:
         model, tokenizer = build_model(self.config.model, self.config.seed)
         if self.stage == "stage2" and _needs_stage_1(self.config, self.options):
             load_parts(model, model_folder(self.options.output, "stage1"), ADAPTER_PARTS)
-        end = ConversationTokenizer(model.config.template, tokenizer).end_id
-        model.language_model.generation_config.eos_token_id = sorted({end, tokenizer.eos_token_id})
+        stop_at_end(model, tokenizer)
         freeze(model, trained_parts(self.config, self.stage))
         if self.settings.activation_checkpointing:
             model.language_model.activation_checkpointing_enable()
@@ -209,8 +211,24 @@ class StageRun:
         weights = self.engine.weights()
         if self.engine.is_main:
             target = model_folder(self.options.output, self.stage)
-            checkpoint.write_folder(target, lambda folder: self._write_model(folder, weights))
+            sections = stage_sections(self.options.output, self._stages())
+
+            def fill(folder: Path) -> None:
+                self._write_model(folder, weights)
+                write_card(folder, self.model, sections)
+
+            checkpoint.write_folder(target, fill)
         self.engine.wait()
+
+    def _stages(self) -> dict[StageName, Index]:
+        """The stages behind this model, as far as they ran here, with the indexes of their data."""
+        stages = {self.stage: self.samples.index}
+        first = self.options.output / "stage1"
+        if self.stage == "stage2" and _needs_stage_1(self.config, self.options) and (first / CONFIG_FILE).exists():
+            path = load_config(first / CONFIG_FILE).stage1.data.index or first / INDEX_FILE
+            if path.exists():  # a card without it is better than no model
+                stages = {"stage1": read_index(path), **stages}
+        return stages
 
     def _write_model(self, folder: Path, weights: dict[str, torch.Tensor]) -> None:
         chat_template = chat_jinja(self.model.config.template, self.tokenizer)
