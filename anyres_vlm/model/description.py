@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub.errors import StrictDataclassError
 from pydantic import ValidationError
 from transformers import AutoConfig, CLIPVisionConfig, LlavaNextConfig, LlavaNextImageProcessor
 
@@ -74,7 +75,7 @@ def _stock(folder: Path, settings: dict[str, Any], template: TemplateName | None
     where = folder / "config.json"
     try:
         whole: Any = LlavaNextConfig.from_dict(settings)
-    except (TypeError, ValueError, KeyError) as error:
+    except (StrictDataclassError, TypeError, ValueError, KeyError) as error:
         raise DataError(f"{where}: not a LlavaNext configuration: {' '.join(str(error).split())}") from None
     if whole.vision_feature_select_strategy != "default":
         strategy = whole.vision_feature_select_strategy

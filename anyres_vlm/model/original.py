@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, GenerationConfig, PreTrainedTokenizerFast
 from transformers.initialization import no_init_weights
@@ -74,7 +75,11 @@ def _text_config(settings: dict[str, Any], where: Path) -> Any:
         raise DataError(f"{where}: architecture {architecture!r}, expected the original layout of {kinds}{remedy}")
     kind = CONFIG_MAPPING[FAMILIES[architecture]]
     known = kind().to_dict().keys() | {"rope_theta", "rope_scaling"}
-    return kind(**{key: value for key, value in settings.items() if key in known - {"model_type", "architectures"}})
+    own = {key: value for key, value in settings.items() if key in known - {"model_type", "architectures"}}
+    try:
+        return kind(**own)
+    except (StrictDataclassError, TypeError, ValueError) as error:
+        raise DataError(f"{where}: not a {architecture} configuration: {' '.join(str(error).split())}") from None
 
 
 def _model_config(

@@ -55,7 +55,8 @@ def _data(config: RunConfig, stage: StageName, index: Index) -> dict[str, str]:
 
 def _outcome(folder: Path) -> dict[str, str]:
     losses = [row["train/loss"] for row in read_metrics(folder / METRICS_FILE)]
+    last = losses[-SHOWN_STEPS:]
     return {
         "steps": f"{len(losses):,}",
-        "loss": f"{losses[0]:.3f} at first, {np.mean(losses[-SHOWN_STEPS:]):.3f} over the last {SHOWN_STEPS} steps",
+        "loss": f"{losses[0]:.3f} at first, {np.mean(last):.3f} over the last {len(last)} steps",
     }
