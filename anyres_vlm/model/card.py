@@ -9,7 +9,7 @@ import yaml
 
 from anyres_vlm.errors import DataError
 from anyres_vlm.geometry import Grid
-from anyres_vlm.model.files import read_json
+from anyres_vlm.model.files import HUB_ID, read_json
 from anyres_vlm.model.stock import stock_obstacle
 from anyres_vlm.model.vlm import VisionLanguageModel
 
@@ -29,9 +29,10 @@ model = LlavaNextForConditionalGeneration.from_pretrained(FOLDER)
 def write_card(folder: Path, model: VisionLanguageModel, sections: Sequence[str]) -> None:
     """Write the card into a folder that is being filled; `sections` of Markdown say how the model came about."""
     config, tiling, obstacle = model.config, model.tiling, stock_obstacle(model)
-    bases = [name for name in (config.llm, config.encoder.name) if not Path(name).is_absolute()]
+    named = (config.llm, config.encoder.name)
+    bases = [name for name in named if HUB_ID.fullmatch(name) and not Path(name).exists()]
     front = {"pipeline_tag": "image-text-to-text", "library_name": "transformers" if obstacle is None else "anyres_vlm"}
-    hub = {"base_model": bases} if bases and not any(":" in name for name in bases) else {}
+    hub = {"base_model": bases} if bases else {}
     grids = ", ".join(str(Grid(rows=c.height // tiling.tile, cols=c.width // tiling.tile)) for c in tiling.canvases)
     facts = {
         "language model": config.llm,

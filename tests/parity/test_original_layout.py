@@ -16,7 +16,7 @@ from anyres_vlm.data.tiling import cut_tiles
 from anyres_vlm.geometry import Size, plan_tiles
 from anyres_vlm.model.pretrained import load_pretrained
 
-LOGITS_ATOL = 2e-5  # worst seen in fp32 on CPU: 5e-6
+LOGITS_ATOL = 2e-5  # seen in fp32 on CPU: equal to the bit
 SWAPPED = [[width, height] for height, width in PINPOINTS]
 SETTINGS = {
     "architectures": ["LlavaMistralForCausalLM"],
@@ -154,7 +154,7 @@ def test_an_image_token_that_the_tokenizer_lacks_gets_mean_rows(published, tmp_p
     assert model.image_token_id == tokenizer.convert_tokens_to_ids("<image>") == rows
     head = model.language_model.lm_head.weight
     assert torch.equal(head[:rows], stock.lm_head.weight)
-    torch.testing.assert_close(head[rows], head[:rows].mean(0), atol=1e-2, rtol=0)
+    torch.testing.assert_close(head[rows], head[:rows].mean(0), atol=1e-3, rtol=0)
     assert json.loads((tmp_path / "out" / "config.json").read_text())["text_config"]["vocab_size"] == rows + 1
 
 
