@@ -32,12 +32,6 @@ class Answer:
     new_tokens: int
 
 
-def stop_at_end(model: VisionLanguageModel, tokenizer: PreTrainedTokenizerFast) -> None:
-    """Let answers end at the end token of the model's template, and at the tokenizer's own."""
-    ends = {ConversationTokenizer(model.config.template, tokenizer).end_id, tokenizer.eos_token_id}
-    model.language_model.generation_config.eos_token_id = sorted(ends - {None})
-
-
 class Assistant:
     """A model and its tokenizer, ready to answer."""
 
@@ -50,10 +44,10 @@ class Assistant:
     @classmethod
     def load(cls, folder: Path | str, template: TemplateName | None = None) -> Assistant:
         """From a checkpoint folder or hub id; `template` replaces its own. Raises `DataError` if it is none."""
-        model, tokenizer = load_pretrained(folder, template)
+        assistant = cls(*load_pretrained(folder, template))
         if template is not None:
-            stop_at_end(model, tokenizer)
-        return cls(model, tokenizer)
+            assistant.model.language_model.generation_config.eos_token_id = assistant.conversation.stop_ids
+        return assistant
 
     def answer(
         self, turns: Sequence[Turn], images: Sequence[Image.Image], decoding: Decoding, streamer: Any = None

@@ -22,7 +22,7 @@ def import_checkpoint(
     # Start-up time: torch and transformers take seconds to import.
     from anyres_vlm.config import template_name
     from anyres_vlm.data.chat_template import chat_jinja
-    from anyres_vlm.inference import stop_at_end
+    from anyres_vlm.data.conversation import ConversationTokenizer
     from anyres_vlm.model.card import write_card
     from anyres_vlm.model.original import load_original
     from anyres_vlm.model.pretrained import save_pretrained
@@ -31,7 +31,8 @@ def import_checkpoint(
     if out.exists():
         raise UsageError(f"{out} exists: choose another folder")
     model, tokenizer = load_original(source, template_name(template), encoder)
-    stop_at_end(model, tokenizer)
+    stops = ConversationTokenizer(model.config.template, tokenizer).stop_ids
+    model.language_model.generation_config.eos_token_id = stops
     jinja = chat_jinja(model.config.template, tokenizer)
 
     def fill(folder: Path) -> None:

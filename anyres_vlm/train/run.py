@@ -14,10 +14,10 @@ from transformers import PreTrainedTokenizerFast
 
 from anyres_vlm.config import CheckpointConfig, RunConfig, StageName, load_config
 from anyres_vlm.data.chat_template import chat_jinja
+from anyres_vlm.data.conversation import ConversationTokenizer
 from anyres_vlm.data.index.table import Index, read_index
 from anyres_vlm.data.loader import iter_steps
 from anyres_vlm.errors import UsageError
-from anyres_vlm.inference import stop_at_end
 from anyres_vlm.model.card import write_card
 from anyres_vlm.model.hub import build_model
 from anyres_vlm.model.pretrained import load_parts, save_pretrained
@@ -155,7 +155,8 @@ class StageRun:
         model, tokenizer = build_model(self.config.model, self.config.seed)
         if self.stage == "stage2" and _needs_stage_1(self.config, self.options):
             load_parts(model, model_folder(self.options.output, "stage1"), ADAPTER_PARTS)
-        stop_at_end(model, tokenizer)
+        stops = ConversationTokenizer(model.config.template, tokenizer).stop_ids
+        model.language_model.generation_config.eos_token_id = stops
         freeze(model, trained_parts(self.config, self.stage))
         if self.settings.activation_checkpointing:
             model.language_model.activation_checkpointing_enable()
