@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -45,8 +45,8 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def read_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor of a folder, of the shards that its index names if it has one.
+def read_tensors(folder: Path, names: Container[str] | None = None) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor of a folder, or those of some names, of the shards that its index names if it has one.
 
     Raises `DataError` for a shard that is missing or broken, and where there is pickle alone.
     """
@@ -54,7 +54,8 @@ def read_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
         try:
             with safe_open(path, framework="pt") as file:
                 for name in file.keys():  # noqa: SIM118
-                    yield name, file.get_tensor(name)
+                    if names is None or name in names:
+                        yield name, file.get_tensor(name)
         except (OSError, SafetensorError) as error:
             raise DataError(f"{path}: its weights cannot be read ({error}); use a complete checkpoint folder") from None
 

@@ -123,7 +123,7 @@ def read_tokenizer(folder: Path, described: Description) -> PreTrainedTokenizerF
 def load_parts(model: VisionLanguageModel, folder: Path, parts: tuple[str, ...]) -> None:
     """Copy the weights of some parts of the model, such as `multi_modal_projector`, out of a folder of this package."""
     wanted = {name: tensor for name, tensor in model.state_dict().items() if name.split(".")[0] in parts}
-    found = {name: tensor for name, tensor in read_tensors(folder) if name in wanted}
+    found = dict(read_tensors(folder, wanted))
     if model.language_model.config.tie_word_embeddings:
         wanted.pop(HEAD, None)
     for name, tensor in wanted.items():

@@ -26,7 +26,7 @@ from anyres_vlm.train import checkpoint
 from anyres_vlm.train.card import stage_sections
 from anyres_vlm.train.engine import Engine
 from anyres_vlm.train.loop import run_steps
-from anyres_vlm.train.metrics import MetricsWriter
+from anyres_vlm.train.metrics import METRICS_FILE, MetricsWriter
 from anyres_vlm.train.optim import build_optimizer, build_schedule
 from anyres_vlm.train.samples import INDEX_FILE, index_samples
 from anyres_vlm.train.stage import ADAPTER_PARTS, freeze, recipe_warnings, trained_parts
@@ -225,11 +225,12 @@ class StageRun:
         """The stages behind this model, as far as they ran here, with the indexes of their data."""
         stages = {self.stage: self.samples.index}
         first = self.options.output / "stage1"
-        if self.stage == "stage2" and _needs_stage_1(self.config, self.options) and (first / CONFIG_FILE).exists():
-            path = load_config(first / CONFIG_FILE).stage1.data.index or first / INDEX_FILE
-            if path.exists():  # a card without it is better than no model
-                stages = {"stage1": read_index(path), **stages}
-        return stages
+        if self.stage == "stage1" or not _needs_stage_1(self.config, self.options):
+            return stages
+        index = self.config.stage1.data.index or first / INDEX_FILE
+        files = (index, first / CONFIG_FILE, first / METRICS_FILE)
+        # A card that is silent about stage 1 is better than no model.
+        return {"stage1": read_index(index), **stages} if all(file.exists() for file in files) else stages
 
     def _write_model(self, folder: Path, weights: dict[str, torch.Tensor]) -> None:
         chat_template = chat_jinja(self.model.config.template, self.tokenizer)
