@@ -204,6 +204,10 @@ def test_a_hub_id_that_cannot_be_reached(monkeypatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(DataError, match="nobody/nothing: no such folder, and no download from the hub"):
         load_pretrained("nobody/nothing")
+    with pytest.raises(DataError, match="no--body/nothing: no such folder"):
+        load_pretrained("no--body/nothing")
+    with pytest.raises(DataError, match=r"nothing/config\.json: no such file"):
+        load_pretrained("../nothing")
 
 
 def test_stage_2_trains_from_it_and_the_result_is_stock(folder, tmp_path, capsys) -> None:
