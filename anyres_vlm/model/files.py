@@ -17,6 +17,7 @@ from anyres_vlm.errors import DataError
 
 HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")  # not ./folder
 HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+WHOLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 
 
@@ -66,6 +67,8 @@ def _shards(folder: Path) -> list[Path]:
         if not isinstance(places, dict):
             raise DataError(f"{folder / INDEX_FILE}: no weight_map in it; use a complete checkpoint folder")
         return [folder / name for name in sorted(set(places.values()))]
+    if (folder / WHOLE_FILE).exists():  # an adapter may lie beside it
+        return [folder / WHOLE_FILE]
     if shards := sorted(folder.glob("*.safetensors")):
         return shards
     if pickled := sorted([*folder.glob("*.bin"), *folder.glob("*.pt"), *folder.glob("*.pth")]):
