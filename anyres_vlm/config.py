@@ -8,7 +8,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, get_args
+from typing import Annotated, Any, Literal, TypeVar, cast, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -64,6 +64,24 @@ class ModelConfig(Frozen):
         if self.pinpoints is not None:
             return Tiling(self.pinpoints, tile, patch, self.layout, self.dialect)
         return Tiling.from_grid(Grid.parse(self.grid), tile=tile, patch=patch, layout=self.layout, dialect=self.dialect)
+
+
+class CheckpointConfig(Frozen):
+    """A LlavaNext checkpoint to start from, by folder or hub id. What is None is the checkpoint's own."""
+
+    checkpoint: str
+    template: TemplateName | None = None
+    grid: str | None = None
+    pinpoints: tuple[tuple[Positive, Positive], ...] | None = None
+    layout: Layout | None = None
+    dialect: Dialect | None = None
+
+    def apply(self, own: ModelConfig) -> ModelConfig:
+        """The checkpoint's own configuration with what is set here; a grid replaces its list of pinpoints."""
+        changes = self.model_dump(exclude={"checkpoint"}, exclude_none=True)
+        if self.grid is not None:
+            changes.setdefault("pinpoints", None)
+        return ModelConfig.model_validate(own.model_dump() | changes)
 
 
 class AugmentConfig(Frozen):
@@ -130,7 +148,7 @@ class StageConfig(Frozen):
 class RunConfig(Frozen):
     """A whole two-stage run."""
 
-    model: ModelConfig
+    model: ModelConfig | CheckpointConfig
     stage1: StageConfig
     stage2: StageConfig
     seed: int = 0
@@ -142,6 +160,14 @@ class RunConfig(Frozen):
     def stage(self, name: StageName) -> StageConfig:
         """The settings of one stage."""
         return self.stage1 if name == "stage1" else self.stage2
+
+
+class _FromBases(RunConfig):
+    model: ModelConfig
+
+
+class _FromCheckpoint(RunConfig):
+    model: CheckpointConfig
 
 
 def shipped_config(name: str) -> Path:
@@ -169,7 +195,10 @@ def load_config(path: Path, overrides: Sequence[str] = (), flags: Mapping[str, o
             raise UsageError(f"--set {override!r}: the value is not YAML") from None
     for key, flag in (flags or {}).items():
         _assign(content, key, flag)
-    return validated(RunConfig, content, path)
+    # Not left to the union, whose messages name the keys of both.
+    model = content.get("model")
+    kind = _FromCheckpoint if isinstance(model, dict) and "checkpoint" in model else _FromBases
+    return validated(kind, content, path)
 
 
 def tiling_flags(grid: str | None, layout: str | None, dialect: str | None) -> dict[str, object]:
@@ -177,6 +206,14 @@ def tiling_flags(grid: str | None, layout: str | None, dialect: str | None) -> d
     given = {"model.grid": grid, "model.layout": layout, "model.dialect": dialect}
     flags: dict[str, object] = {key: value for key, value in given.items() if value is not None}
     return flags if grid is None else {**flags, "model.pinpoints": None}
+
+
+def template_name(text: str | None) -> TemplateName | None:
+    """A template named on the command line. Raises `UsageError` for a name that is none."""
+    names = get_args(TemplateName)
+    if text is not None and text not in names:
+        raise UsageError(f"--template {text!r}: expected one of {', '.join(names)}")
+    return cast(TemplateName | None, text)
 
 
 def read_mapping(path: Path) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from transformers import PreTrainedTokenizerFast
 
+from anyres_vlm.config import TemplateName
 from anyres_vlm.data.checks import plan_image
 from anyres_vlm.data.conversation import ConversationTokenizer
 from anyres_vlm.data.images import open_image
@@ -65,12 +66,18 @@ class Assistant:
         self.conversation = ConversationTokenizer(model.config.template, tokenizer)
 
     @classmethod
-    def load(cls, folder: Path) -> Assistant:
-        """From a checkpoint folder, on a GPU with bf16 weights. Raises `DataError` if it is none."""
-        model, tokenizer = load_pretrained(folder)
+    def load(cls, folder: Path | str, template: TemplateName | None = None) -> Assistant:
+        """From a checkpoint folder or hub id, on a GPU with bf16 weights; `template` replaces its own.
+
+        Raises `DataError` if it is none.
+        """
+        model, tokenizer = load_pretrained(folder, template)
         if torch.cuda.is_available():
             halve(model)
-        return cls(model, tokenizer)
+        assistant = cls(model, tokenizer)
+        if template is not None:
+            model.language_model.generation_config.eos_token_id = assistant.conversation.stop_ids
+        return assistant
 
     def answer(self, turns: Sequence[Turn], images: Sequence[Image.Image | ImageRef], decoding: Decoding) -> Answer:
         """Answer the last turn, the user's. Raises `UsageError` for a prompt that is too long or misses an image."""

@@ -32,7 +32,6 @@ class VisionLanguageModel(nn.Module):
         if getattr(head_config, "final_logit_softcapping", None) is not None:
             raise UsageError(f"{config.llm} caps its logits, which the loss does not support: choose another llm")
         width: int = head_config.hidden_size
-        self.config = config
         self.image_token_id = image_token_id
         self.vision_tower = vision_tower
         self.multi_modal_projector = build_projector(config.projector, vision_tower.width, width)
@@ -40,7 +39,12 @@ class VisionLanguageModel(nn.Module):
         self.language_model.set_attn_implementation(attention.ATTENTION_NAME)
         # the deviation of transformers' own LlavaNext
         self.image_newline = nn.Parameter(torch.randn(width) / width**0.5)
-        self.tiling: Tiling = config.tiling(vision_tower.tile, vision_tower.patch)
+        self.configure(config)
+
+    def configure(self, config: ModelConfig) -> None:
+        """Take over a configuration of the same parts; images are cut as it says."""
+        self.config = config
+        self.tiling: Tiling = config.tiling(self.vision_tower.tile, self.vision_tower.patch)
 
     def embed(self, input_ids: Tensor, tiles: Tensor, plans: Sequence[TilePlan]) -> Tensor:
         """Token embeddings with the images' tokens in place. (1, L), (T, 3, S, S) uint8 -> (1, L, D).

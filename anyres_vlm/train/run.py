@@ -12,20 +12,23 @@ import torch
 import yaml
 from transformers import PreTrainedTokenizerFast
 
-from anyres_vlm.config import RunConfig, StageName, load_config
+from anyres_vlm.config import CheckpointConfig, RunConfig, StageName, load_config
 from anyres_vlm.data.chat_template import chat_jinja
 from anyres_vlm.data.conversation import ConversationTokenizer
+from anyres_vlm.data.index.table import Index, read_index
 from anyres_vlm.data.loader import iter_steps
 from anyres_vlm.errors import UsageError
+from anyres_vlm.model.card import write_card
 from anyres_vlm.model.hub import build_model
 from anyres_vlm.model.pretrained import load_parts, save_pretrained
 from anyres_vlm.model.vlm import VisionLanguageModel
 from anyres_vlm.train import checkpoint
+from anyres_vlm.train.card import stage_sections
 from anyres_vlm.train.engine import Engine
 from anyres_vlm.train.loop import run_steps
-from anyres_vlm.train.metrics import MetricsWriter
+from anyres_vlm.train.metrics import METRICS_FILE, MetricsWriter
 from anyres_vlm.train.optim import build_optimizer, build_schedule
-from anyres_vlm.train.samples import index_samples
+from anyres_vlm.train.samples import INDEX_FILE, index_samples
 from anyres_vlm.train.stage import ADAPTER_PARTS, freeze, recipe_warnings, trained_parts
 from anyres_vlm.train.steps import StageSteps, packing_cost
 
@@ -69,7 +72,7 @@ def train(config: RunConfig, options: RunOptions, progress: Progress) -> bool:
                 checkpoint.require_same_settings(options.output / stage, stage_settings(before, stage), settings)
                 logger.info("%s is finished: %s", stage, model_folder(options.output, stage))
             else:
-                _check_start(options, stage)
+                _check_start(config, options, stage)
                 StageRun(engine, config, options, stage, progress).run()
         return engine.is_main
     finally:
@@ -82,11 +85,18 @@ def stage_settings(config: RunConfig, stage: StageName) -> dict[str, Any]:
     return {**run, **config.stage(stage).model_dump(mode="json", exclude={"data": {"index"}})}  # a place, no content
 
 
-def _check_start(options: RunOptions, stage: StageName) -> None:
+def _needs_stage_1(config: RunConfig, options: RunOptions) -> bool:
+    """Whether stage 2 takes its projector from stage 1: a checkpoint has one, unless stage 1 trained it further."""
+    if isinstance(config.model, CheckpointConfig) and not model_folder(options.output, "stage1").is_dir():
+        return False
+    return not options.skip_stage1
+
+
+def _check_start(config: RunConfig, options: RunOptions, stage: StageName) -> None:
     if not options.resume and (options.output / stage).exists():
         raise UsageError(f"{options.output / stage} exists: --resume auto goes on with it, or choose another --output")
     first = model_folder(options.output, "stage1")
-    if stage == "stage2" and not options.skip_stage1 and not first.is_dir():
+    if stage == "stage2" and _needs_stage_1(config, options) and not first.is_dir():
         raise UsageError(
             f"stage 2 needs the projector of stage 1, and {first} does not exist: run --stage 1 with the same --output "
             "first, or pass --skip-stage1 for the ablation without it"
@@ -110,7 +120,7 @@ class StageRun:
         self.folder = options.output / stage
         self.model, self.tokenizer = self._build_model()
         with engine.main_first():
-            self.samples = index_samples(config, stage, options.output, self.model.tiling, self.tokenizer)
+            self.samples = index_samples(config, stage, options.output, self.model, self.tokenizer)
         cost = packing_cost(self.model)
         self.steps = StageSteps.plan(self.samples.index, config, stage, cost, options.max_steps)
         self.optimizer = build_optimizer(self.model, self.settings)
@@ -143,10 +153,10 @@ class StageRun:
 
     def _build_model(self) -> tuple[VisionLanguageModel, PreTrainedTokenizerFast]:
         model, tokenizer = build_model(self.config.model, self.config.seed)
-        if self.stage == "stage2" and not self.options.skip_stage1:
+        if self.stage == "stage2" and _needs_stage_1(self.config, self.options):
             load_parts(model, model_folder(self.options.output, "stage1"), ADAPTER_PARTS)
-        end = ConversationTokenizer(self.config.model.template, tokenizer).end_id
-        model.language_model.generation_config.eos_token_id = sorted({end, tokenizer.eos_token_id})
+        stops = ConversationTokenizer(model.config.template, tokenizer).stop_ids
+        model.language_model.generation_config.eos_token_id = stops
         freeze(model, trained_parts(self.config, self.stage))
         if self.settings.activation_checkpointing:
             model.language_model.activation_checkpointing_enable()
@@ -202,9 +212,26 @@ class StageRun:
         weights = self.engine.weights()
         if self.engine.is_main:
             target = model_folder(self.options.output, self.stage)
-            checkpoint.write_folder(target, lambda folder: self._write_model(folder, weights))
+            sections = stage_sections(self.options.output, self._stages())
+
+            def fill(folder: Path) -> None:
+                self._write_model(folder, weights)
+                write_card(folder, self.model, sections)
+
+            checkpoint.write_folder(target, fill)
         self.engine.wait()
 
+    def _stages(self) -> dict[StageName, Index]:
+        """The stages behind this model, as far as they ran here, with the indexes of their data."""
+        stages = {self.stage: self.samples.index}
+        first = self.options.output / "stage1"
+        if self.stage == "stage1" or not _needs_stage_1(self.config, self.options):
+            return stages
+        index = self.config.stage1.data.index or first / INDEX_FILE
+        files = (index, first / CONFIG_FILE, first / METRICS_FILE)
+        # A card that is silent about stage 1 is better than no model.
+        return {"stage1": read_index(index), **stages} if all(file.exists() for file in files) else stages
+
     def _write_model(self, folder: Path, weights: dict[str, torch.Tensor]) -> None:
-        chat_template = chat_jinja(self.config.model.template, self.tokenizer)
+        chat_template = chat_jinja(self.model.config.template, self.tokenizer)
         save_pretrained(self.model, weights, self.tokenizer, chat_template, folder)

@@ -115,7 +115,7 @@ def test_several_images_and_text_alone(saved, ours, stock) -> None:
     ],
 )
 def test_what_stock_cannot_express_is_ours_and_loads_back(tiny_bases, tmp_path, change, reason) -> None:
-    from anyres_vlm.model.pretrained import stock_obstacle
+    from anyres_vlm.model.stock import stock_obstacle
 
     base = {
         "llm": str(tiny_bases / "llm"),

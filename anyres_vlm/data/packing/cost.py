@@ -63,7 +63,7 @@ def read_cost(path: Path) -> CostModel:
     """
     from transformers import AutoConfig  # start-up time
 
-    from anyres_vlm.config import load_config
+    from anyres_vlm.config import CheckpointConfig, load_config
 
     def read(name: str | Path) -> Any:
         try:
@@ -77,6 +77,8 @@ def read_cost(path: Path) -> CostModel:
 
     if path.suffix in (".yaml", ".yml"):
         model = load_config(path).model
+        if isinstance(model, CheckpointConfig):
+            return read_cost(Path(model.checkpoint))
         vision = read(model.encoder.name)
         return derive_cost(read(model.llm), getattr(vision, "vision_config", vision), model.encoder.layer)
     if not path.exists():
