@@ -2,11 +2,12 @@
 
 Any causal language model of transformers that looks its attention up by name then attends only inside the documents
 that `cu_seqlens` delimits; no (L, L) mask is ever built. Without `cu_seqlens` (generation) it is plain causal attention
-over one unpadded sequence.
+over one unpadded sequence. Grouped queries need no repeated keys: torch's fused kernels, on the CPU too, take them.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -28,42 +29,41 @@ def packed_attention(
     dropout: float = 0.0,
     scaling: float | None = None,
     cu_seqlens: Tensor | None = None,
-    longest: int | None = None,
+    lengths: Sequence[int] | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Causal attention inside each document. (1, H, L, d) and keys/values (1, Hkv, L, d) -> (1, L, H, d).
 
+    `lengths` are the documents' tokens: with them once a pack, no layer waits for the device to say `cu_seqlens`.
     Raises `UsageError` for what it cannot do exactly: logit soft-capping, and a sliding window shorter than a document.
     """
     if kwargs.get("softcap") is not None:
         raise UsageError("attention with logit soft-capping is not supported: choose another language model")
     assert attention_mask is None, "transformers builds no mask for an attention it has no mask function for"
-    longest = key.shape[2] if cu_seqlens is None else longest
-    assert longest is not None, "the longest document comes with cu_seqlens: reading it here would stall every layer"
+    assert (cu_seqlens is None) == (lengths is None), "the documents' lengths come with their boundaries"
+    longest = key.shape[2] if lengths is None else max(lengths)
     window = kwargs.get("sliding_window")
     if window is not None and window < longest:
         raise UsageError(
             f"a document of {longest} tokens exceeds the model's sliding window of {window}: "
             f"lower max_length to {window}"
         )
-    if cu_seqlens is None:
+    if cu_seqlens is None or lengths is None:
         is_causal = query.shape[2] > 1
         assert not is_causal or query.shape[2] == key.shape[2], "a prompt is fed at once, then token by token"
-        out = _attend(query, key, value, scaling, dropout, is_causal)
-    elif query.is_cuda and query.dtype in (torch.float16, torch.bfloat16) and dropout == 0.0:
-        out = _varlen(query, key, value, scaling, cu_seqlens, longest)
-    else:
-        sizes = cu_seqlens.diff().tolist()
-        parts = zip(*(torch.split(x, sizes, dim=2) for x in (query, key, value)), strict=True)
-        out = torch.cat([_attend(q, k, v, scaling, dropout, True) for q, k, v in parts], dim=2)
-    return out.transpose(1, 2).contiguous(), None
+        return _attend(query, key, value, scaling, dropout, is_causal).contiguous(), None
+    if query.is_cuda and query.dtype in (torch.float16, torch.bfloat16) and dropout == 0.0:
+        return _varlen(query, key, value, scaling, cu_seqlens, longest), None
+    parts = zip(*(torch.split(x, list(lengths), dim=2) for x in (query, key, value)), strict=True)
+    return torch.cat([_attend(q, k, v, scaling, dropout, True) for q, k, v in parts], dim=1), None
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, scale: float | None, dropout: float, is_causal: bool) -> Tensor:
     grouped = q.shape[1] != k.shape[1]
-    return F.scaled_dot_product_attention(
+    out = F.scaled_dot_product_attention(
         q, k, v, dropout_p=dropout, is_causal=is_causal, scale=scale, enable_gqa=grouped
     )
+    return out.transpose(1, 2)
 
 
 def _varlen(q: Tensor, k: Tensor, v: Tensor, scale: float | None, cu_seqlens: Tensor, longest: int) -> Tensor:
@@ -84,7 +84,7 @@ def _varlen(q: Tensor, k: Tensor, v: Tensor, scale: float | None, cu_seqlens: Te
         enable_gqa=flat_q.shape[1] != flat_k.shape[1],
     )
     assert isinstance(out, Tensor)
-    return out.transpose(0, 1)[None]
+    return out[None]
 
 
 AttentionInterface.register(ATTENTION_NAME, packed_attention)

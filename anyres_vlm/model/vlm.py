@@ -75,7 +75,7 @@ class VisionLanguageModel(nn.Module):
             inputs_embeds=self.embed(batch.input_ids, batch.tiles, batch.plans),
             position_ids=batch.position_ids,
             cu_seqlens=batch.cu_seqlens,
-            longest=int(batch.cu_seqlens.diff().max()),
+            lengths=batch.cu_seqlens.diff().tolist(),
             use_cache=False,
         ).last_hidden_state
         return summed_loss(hidden, batch.labels, batch.cu_seqlens, self.language_model.get_output_embeddings())
