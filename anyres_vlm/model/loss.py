@@ -74,13 +74,13 @@ class _HeadLoss(torch.autograd.Function):
                 elif of_weight is not None:
                     of_weight += logits.T @ chunk
         ctx.gradients = [
-            None if gradient is None else gradient.to(tensor.dtype)
+            None if gradient is None or tensor is None else gradient.to(tensor.dtype)
             for gradient, tensor in zip((of_states, of_weight, of_bias), (states, weight, bias), strict=True)
         ]
         return total
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, scale: Tensor) -> tuple[Tensor | None, ...]:
         # Handed over, not kept: the weight's gradient is scaled in place and becomes the parameter's without a copy.
         gradients, ctx.gradients = ctx.gradients, None
