@@ -31,10 +31,11 @@ from anyres_vlm.model.encoder import ClipEncoder
 from anyres_vlm.model.vlm import VisionLanguageModel
 from anyres_vlm.schema import IGNORE_INDEX, Batch, Sample
 
-# Relative to the largest entry. Worst over 40 seeds of all families in fp32 on CPU:
-LOGITS_TOL = 1e-5  # MEASURED
-GRADIENT_TOL = 2e-5  # MEASURED
-LOSS_TOL = 1e-6  # MEASURED
+# Relative to the largest entry. Worst over packs of 1 to 20 documents, 40 seeds a family, fp32 on CPU:
+LOGITS_TOL = 1e-5  # 1.6e-6
+LOSS_TOL = 2e-6  # 2.4e-7
+GRADIENT_TOL = 3e-4  # 7e-5, in a parameter whose gradient almost cancels; the cosine of all differs from 1 by 2e-12
+COSINE_TOL = 1e-9
 
 WORDS, IMAGE, TILE = 300, 4, 28
 FAMILIES: dict[str, dict[str, Any]] = {
@@ -145,7 +146,7 @@ def assert_equal(found: dict[str, float]) -> None:
     assert found["logits"] < LOGITS_TOL, found
     assert found["loss"] < LOSS_TOL, found
     assert found["gradients"] < GRADIENT_TOL, found
-    assert found["cosine"] > 1 - 1e-9, found
+    assert found["cosine"] > 1 - COSINE_TOL, found
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -278,8 +279,6 @@ def test_bf16_is_close() -> None:
     _, exact, fine = packed(model, pack)
     with torch.autocast("cpu", torch.bfloat16):
         _, rough, coarse = packed(model, pack)
-    assert abs(float(rough / exact) - 1) < 2e-2  # MEASURED
-    name = "language_model.lm_head.weight"
-    assert float(F.cosine_similarity(fine[name].flatten(), coarse[name].flatten(), dim=0)) > 0.99  # MEASURED
-
-
+    assert abs(float(rough / exact) - 1) < 1e-2  # worst of 40 seeds: 3e-3
+    flat = [torch.cat([side[name].flatten() for name in fine]) for side in (fine, coarse)]
+    assert float(F.cosine_similarity(*flat, dim=0)) > 0.99  # worst of 40 seeds: 0.998
