@@ -237,8 +237,9 @@ def test_no_mask_of_the_whole_pack_is_ever_built(family: str) -> None:
 
 
 def test_what_attention_cannot_do_exactly_is_refused() -> None:
-    with pytest.raises(UsageError, match="caps its logits"):
-        make_model(language_config("gemma2", head_dim=16))
+    for changing in (language_config("gemma2", head_dim=16), language_config("granite", logits_scaling=8.0)):
+        with pytest.raises(UsageError, match="caps or scales its logits"):
+            make_model(changing)
     capped = make_model(language_config("gemma2", head_dim=16, final_logit_softcapping=None))
     with pytest.raises(UsageError, match="logit soft-capping is not supported"):
         capped(collate(documents(capped, 1, 3), TILE, IMAGE))
@@ -246,6 +247,14 @@ def test_what_attention_cannot_do_exactly_is_refused() -> None:
         model = make_model(language_config(family, sliding_window=8))
         with pytest.raises(UsageError, match="sliding window of 8: lower max_length to 8"):
             model(collate(documents(model, 1, 3), TILE, IMAGE))
+
+
+@pytest.mark.parametrize("family", ["nemotron", "mamba", "bloom"])
+def test_a_model_that_loses_the_documents_is_refused(family: str) -> None:
+    """One does not pass the keyword on, one has no attention, one does not look its attention up."""
+    model = make_model(language_config(family))
+    with pytest.raises(UsageError, match="keeps documents apart in 0 of its 2 layers"):
+        model(collate(documents(model, 3, 3), TILE, IMAGE))
 
 
 def test_checkpointing_changes_nothing_but_memory() -> None:

@@ -9,7 +9,7 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 from anyres_vlm.config import ModelConfig
-from anyres_vlm.model.attention import ATTENTION_NAME, packed_attention
+from anyres_vlm.model.attention import ATTENTION_NAME, Documents, packed_attention
 from anyres_vlm.model.hub import build_model
 from anyres_vlm.model.pretrained import save_pretrained
 
@@ -21,7 +21,8 @@ def test_attention_stays_inside_documents(groups: int, lengths: list[int]) -> No
     query = torch.randn(1, 4, sum(lengths), 8, generator=generator)
     key, value = torch.randn(2, 1, 4 // groups, sum(lengths), 8, generator=generator)
     ends = torch.tensor([0, *lengths]).cumsum(0).int()
-    out, _ = packed_attention(torch.nn.Module(), query, key, value, None, 0.0, 0.3, ends, lengths)
+    documents = Documents.between(ends)
+    out, _ = packed_attention(torch.nn.Module(), query, key, value, None, 0.0, 0.3, documents)
 
     document = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
     visible = (document[:, None] == document) & torch.ones(len(document), len(document)).tril().bool()
