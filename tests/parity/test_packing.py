@@ -231,7 +231,7 @@ def test_no_mask_of_the_whole_pack_is_ever_built(family: str) -> None:
         model(batch).backward()
     assert seen.elements < dense / 4
     model.language_model.set_attn_implementation("sdpa")  # what packs by positions alone: the measure would notice
-    with LargestTensor() as seen, torch.no_grad():
+    with LargestTensor() as seen, torch.no_grad(), pytest.raises(UsageError, match="keeps documents apart in 0 of"):
         model(batch)
     assert seen.elements >= dense
 
