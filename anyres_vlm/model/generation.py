@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from transformers.generation import LogitsProcessorList, TemperatureLogitsWarper, TopPLogitsWarper
 
 from anyres_vlm.errors import UsageError
+from anyres_vlm.model.attention import Documents
 from anyres_vlm.model.kv_cache import ConversationCache
 
 
@@ -124,14 +125,15 @@ def _read_prompts(
     """The last hidden state of each prompt, (1, L, D) -> (B, D)."""
     device = embedded.device
     ends = torch.tensor(np.cumsum(lengths), device=device)
+    documents = Documents(torch.nn.functional.pad(ends, (1, 0)).to(torch.int32), list(lengths))
     hidden = _forward(
         language_model,
         cache,
         inputs_embeds=embedded,
         position_ids=torch.cat([torch.arange(length, device=device) for length in lengths])[None],
-        cu_seqlens=torch.nn.functional.pad(ends, (1, 0)).to(torch.int32),
-        longest=max(lengths),
+        documents=documents,
     )
+    documents.check(language_model)
     return hidden[0, ends - 1]
 
 

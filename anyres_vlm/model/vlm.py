@@ -20,6 +20,9 @@ from anyres_vlm.model.merge import merge_tiles
 from anyres_vlm.model.projector import build_projector
 from anyres_vlm.schema import Batch
 
+# What models of transformers do to the logits that their head gives, by the configuration's names.
+LOGIT_CHANGES = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier")
+
 
 class VisionLanguageModel(nn.Module):
     """Encoder, projector, newline and causal language model. State-dict names are those of released LlavaNext files."""
@@ -29,8 +32,8 @@ class VisionLanguageModel(nn.Module):
     ) -> None:
         super().__init__()
         head_config: Any = language_model.config
-        if getattr(head_config, "final_logit_softcapping", None) is not None:
-            raise UsageError(f"{config.llm} caps its logits, which the loss does not support: choose another llm")
+        if any(getattr(head_config, name, None) not in (None, 1.0) for name in LOGIT_CHANGES):
+            raise UsageError(f"{config.llm} caps or scales its logits behind the head: choose another llm")
         width: int = head_config.hidden_size
         self.image_token_id = image_token_id
         self.vision_tower = vision_tower
@@ -66,13 +69,14 @@ class VisionLanguageModel(nn.Module):
 
     def forward(self, batch: Batch) -> Tensor:
         """Summed loss of one pack in nats, fp32. The caller divides by the step's supervised tokens."""
+        documents = attention.Documents.between(batch.cu_seqlens)
         hidden = self.language_model.base_model(
             inputs_embeds=self.embed(batch.input_ids, batch.tiles, batch.plans),
             position_ids=batch.position_ids,
-            cu_seqlens=batch.cu_seqlens,
-            longest=int(batch.cu_seqlens.diff().max()),
+            documents=documents,
             use_cache=False,
         ).last_hidden_state
+        documents.check(self.language_model)
         return summed_loss(hidden, batch.labels, batch.cu_seqlens, self.language_model.get_output_embeddings())
 
     @torch.inference_mode()
