@@ -38,8 +38,14 @@ class EncoderConfig(Frozen):
 
     kind: Literal["clip", "timm"] = "clip"
     name: str
-    layer: int = -2
+    layer: int | Annotated[tuple[int, ...], Field(min_length=1)] = -2  # several are concatenated in this order
     tile: Positive | None = None  # timm only: tile side in pixels; None is the model's own
+
+    @model_validator(mode="after")
+    def _tile_is_timm_s(self) -> EncoderConfig:
+        if self.tile is not None and self.kind == "clip":
+            raise ValueError(f"tile={self.tile} goes with kind: timm; a clip encoder has its own")
+        return self
 
 
 class ModelConfig(Frozen):

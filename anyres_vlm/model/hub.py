@@ -21,7 +21,7 @@ from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from anyres_vlm.config import EncoderConfig, ModelConfig
 from anyres_vlm.errors import DataError, UsageError
-from anyres_vlm.model.encoder import ClipEncoder, Encoder, TimmEncoder
+from anyres_vlm.model.encoder import ClipEncoder, Encoder, TimmEncoder, plain_geometry
 from anyres_vlm.model.vlm import VisionLanguageModel
 from anyres_vlm.schema import IMAGE_TOKEN
 
@@ -91,8 +91,7 @@ def encoder_geometry(config: EncoderConfig) -> tuple[int, int]:
     try:
         if config.kind == "timm":
             with torch.device("meta"):
-                embed = _timm_network(config, pretrained=False).patch_embed
-            return int(embed.img_size[0]), int(embed.patch_size[0])
+                return plain_geometry(_timm_network(config, pretrained=False))
         vision: Any = CLIPVisionConfig.from_pretrained(name)
     except (OSError, RuntimeError) as error:
         raise _unavailable("encoder", config.name, error) from error
@@ -103,7 +102,12 @@ def _timm_network(config: EncoderConfig, pretrained: bool) -> Any:
     name = resolve(config.name)
     options = {} if config.tile is None else {"img_size": config.tile}
     source = f"local-dir:{name}" if Path(name).is_dir() else name
-    return timm.create_model(source, pretrained=pretrained, num_classes=0, **options)
+    try:
+        return timm.create_model(source, pretrained=pretrained, num_classes=0, **options)
+    except TypeError:  # it takes no img_size
+        raise UsageError(f"encoder {config.name}: its tile cannot be set, so it is no vision transformer") from None
+    except ValueError as error:  # a hub id without its prefix
+        raise _unavailable("encoder", config.name, error) from error
 
 
 def _clip_statistics(name: str) -> tuple[list[float], list[float]]:

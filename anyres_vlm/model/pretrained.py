@@ -131,13 +131,13 @@ def load_parts(model: VisionLanguageModel, folder: Path, parts: tuple[str, ...])
 def _config(model: VisionLanguageModel) -> dict[str, Any]:
     # Copies: a composite config takes its parts over and resets their attention.
     text_config: Any = copy.deepcopy(model.language_model.config)
-    tower = model.vision_tower
+    tower, layer = model.vision_tower, model.config.encoder.layer
     vision_config = copy.deepcopy(tower.vision_model.config) if isinstance(tower, ClipEncoder) else None
     settings: dict[str, Any] = LlavaNextConfig(
         vision_config=vision_config,
         text_config=text_config,
         image_token_index=model.image_token_id,
-        vision_feature_layer=model.config.encoder.layer,
+        vision_feature_layer=layer if isinstance(layer, int) else list(layer),
         image_grid_pinpoints=[[canvas.height, canvas.width] for canvas in model.tiling.canvases],
         image_seq_length=model.tiling.patches,
         tie_word_embeddings=text_config.tie_word_embeddings,
