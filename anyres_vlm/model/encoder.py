@@ -3,8 +3,10 @@
 A layer is named by its hidden state: `k` is what `k` blocks give and negative numbers count from the last block's, so
 that -2 is LLaVA's. Features are taken as they are, before the final norm: the convention of transformers'
 `hidden_states` for CLIP and of timm's `forward_intermediates` (`norm=False` is its default; DINOv2's own evaluation
-norms them). Several layers are concatenated along the width in the order given, as stock LlavaNext does. Both keep the wrapped network under `vision_model`, so that the parameters of a CLIP encoder carry the names they have
-in released LlavaNext checkpoints.
+norms them). Several layers are concatenated along the width in the order given, as stock LlavaNext does.
+
+Both encoders keep the wrapped network under `vision_model`, so that the parameters of a CLIP encoder carry the names
+they have in released LlavaNext checkpoints.
 """
 
 from __future__ import annotations
@@ -50,7 +52,7 @@ class Encoder(nn.Module):
         raise NotImplementedError
 
     def unused_parameters(self) -> Iterator[nn.Parameter]:
-        """What no feature depends on. Trained, it would have no gradient, which the exchange between ranks waits for."""
+        """What no feature depends on: its gradients never come, so it must not wait for them among the trained."""
         yield from ()
 
 

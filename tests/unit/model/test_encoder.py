@@ -109,11 +109,10 @@ def test_just_the_unused_parameters_get_no_gradient(tiny_bases: Path, name: str,
     ],
 )
 def test_layers_that_are_not_there(tiny_bases: Path, kind: str, layer: Any, message: str) -> None:
+    is_clip = kind == "clip"
+    vision = CLIPVisionModel.from_pretrained(tiny_bases / "vit") if is_clip else network("vit_tiny_patch16_224")
     with pytest.raises(UsageError, match=message):
-        if kind == "clip":
-            ClipEncoder(CLIPVisionModel.from_pretrained(tiny_bases / "vit"), layer, MEAN, STD)
-        else:
-            TimmEncoder(network("vit_tiny_patch16_224"), layer, MEAN, STD)
+        (ClipEncoder if is_clip else TimmEncoder)(vision, layer, MEAN, STD)
 
 
 @pytest.mark.parametrize(
