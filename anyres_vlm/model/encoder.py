@@ -113,7 +113,8 @@ class TimmEncoder(Encoder):
 def plain_geometry(network: Any) -> tuple[int, int]:
     """Tile and patch side in pixels of a plain vision transformer of timm: one resolution, square tiles and patches.
 
-    Raises `UsageError` for any other network.
+    A network of dynamic image size counts as one of the size it was built for, which is that of every tile. Raises
+    `UsageError` for any other network.
     """
     kind, embed = type(network).__name__, getattr(network, "patch_embed", None)
     is_plain = all(hasattr(network, name) for name in ("blocks", "num_prefix_tokens", "prune_intermediate_layers"))
@@ -121,8 +122,8 @@ def plain_geometry(network: Any) -> tuple[int, int]:
         raise UsageError(
             f"encoder {kind} is not a plain vision transformer of timm: choose a vit_*, deit3_* or eva02_*"
         )
-    if embed.img_size is None or not embed.strict_img_size:
-        raise UsageError(f"encoder {kind} takes images of any size (dynamic_img_size): choose one of a fixed size")
+    if embed.img_size is None:
+        raise UsageError(f"encoder {kind} is built for no image size of its own: set encoder.tile")
     (height, width), (patch_height, patch_width) = embed.img_size, embed.patch_size
     if height != width or patch_height != patch_width:
         raise UsageError(

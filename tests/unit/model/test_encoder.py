@@ -12,10 +12,11 @@ from timm.models import save_for_hf
 from torch import Tensor, nn
 from transformers import CLIPVisionModel
 
-from anyres_vlm.config import EncoderConfig
+from anyres_vlm.config import EncoderConfig, ModelConfig
 from anyres_vlm.errors import DataError, UsageError
 from anyres_vlm.model.encoder import ClipEncoder, TimmEncoder
-from anyres_vlm.model.hub import encoder_geometry, load_encoder
+from anyres_vlm.model.hub import build_model, encoder_geometry, load_encoder
+from anyres_vlm.model.pretrained import load_pretrained, save_pretrained
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.3, 0.25)
 SMALL = {"depth": 4, "embed_dim": 48, "num_heads": 3}
@@ -27,6 +28,7 @@ NETWORKS = {  # name: (img_size and what shrinks it, class and register tokens)
     "vit_base_patch16_siglip_224": (32, SMALL, 0),
     "eva02_tiny_patch14_224": (28, SMALL, 1),  # rotary positions
     "deit3_small_patch16_224": (32, SMALL, 1),
+    "test_vit": (32, {"depth": 4}, 1),  # of dynamic image size
 }
 
 
@@ -122,12 +124,18 @@ def test_layers_that_are_not_there(tiny_bases: Path, kind: str, layer: Any, mess
         ({"patch_size": (16, 8)}, "patches 16 high and 8 wide.*expected squares"),
         ({"img_size": 8}, r"tile of 8 pixels is no multiple of its patches of 16: set encoder\.tile=16"),
         ({"img_size": 40}, r"tile of 40 pixels is no multiple of its patches of 16: set encoder\.tile=32"),
-        ({"dynamic_img_size": True}, "images of any size"),
     ],
 )
 def test_odd_geometry_is_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(UsageError, match=message):
         TimmEncoder(network("vit_tiny_patch16_224", **options), -2, MEAN, STD)
+
+
+def test_a_network_without_an_image_size_is_refused() -> None:
+    vision = network("vit_tiny_patch16_224")
+    vision.patch_embed.img_size = None
+    with pytest.raises(UsageError, match=r"no image size of its own: set encoder\.tile"):
+        TimmEncoder(vision, -2, MEAN, STD)
 
 
 @pytest.mark.parametrize(
@@ -162,3 +170,20 @@ def test_a_folder_of_timm_gives_weights_geometry_and_statistics(tmp_path: Path) 
     with torch.inference_mode():
         torch.testing.assert_close(encoder(tiles), expected(tiles))
     assert encoder_geometry(EncoderConfig(kind="timm", name=str(tmp_path), tile=42)) == (42, 14)
+
+
+@pytest.mark.parametrize("layer", [-2, (-1, 2)], ids=str)
+def test_a_saved_model_loads_back_with_its_timm_encoder(tiny_bases: Path, tmp_path: Path, layer: Any) -> None:
+    save_for_hf(
+        timm.create_model("test_vit", num_classes=0, img_size=64), str(tmp_path / "vit"), safe_serialization=True
+    )
+    encoder = EncoderConfig(kind="timm", name=str(tmp_path / "vit"), layer=layer, tile=32)
+    config = ModelConfig(llm=str(tiny_bases / "llm"), encoder=encoder, projector="linear", template="vicuna_v1")
+    model, tokenizer = build_model(config, seed=0)
+    (tmp_path / "model").mkdir()
+    save_pretrained(model, model.state_dict(), tokenizer, "", tmp_path / "model")
+    again, _ = load_pretrained(tmp_path / "model")
+    tiles = random_tiles(2, 32)
+    with torch.inference_mode():
+        expected = model.multi_modal_projector(model.vision_tower.eval()(tiles))
+        assert torch.equal(again.multi_modal_projector(again.vision_tower.eval()(tiles)), expected)
