@@ -52,7 +52,7 @@ class Encoder(nn.Module):
         raise NotImplementedError
 
     def unused_parameters(self) -> Iterator[nn.Parameter]:
-        """What no feature depends on: its gradients never come, so it must not wait for them among the trained."""
+        """What no feature depends on. Among the trained parameters, ranks would wait for gradients that never come."""
         yield from ()
 
 
@@ -70,9 +70,12 @@ class ClipEncoder(Encoder):
     def forward(self, tiles: Tensor) -> Tensor:
         """Patch features without CLS. (T, 3, S, S) uint8 -> (T, P, Dv)."""
         vision = self.vision_model
-        states = [vision.pre_layrnorm(vision.embeddings(self.normalise(tiles)))]
-        for block in vision.encoder.layers[: max(self.layers)]:
-            states.append(block(states[-1], attention_mask=None))
+        hidden = vision.pre_layrnorm(vision.embeddings(self.normalise(tiles)))
+        states = {0: hidden}
+        for number, block in enumerate(vision.encoder.layers[: max(self.layers)], start=1):
+            hidden = block(hidden, attention_mask=None)
+            if number in self.layers:  # the others are freed while the encoder is frozen
+                states[number] = hidden
         return torch.cat([states[layer][:, 1:] for layer in self.layers], dim=-1)
 
     def unused_parameters(self) -> Iterator[nn.Parameter]:
