@@ -38,8 +38,14 @@ class EncoderConfig(Frozen):
 
     kind: Literal["clip", "timm"] = "clip"
     name: str
-    layer: int = -2
+    layer: int | Annotated[tuple[int, ...], Field(min_length=1)] = -2  # several are concatenated in this order
     tile: Positive | None = None  # timm only: tile side in pixels; None is the model's own
+
+    @model_validator(mode="after")
+    def _tile_is_timm_s(self) -> EncoderConfig:
+        if self.tile is not None and self.kind == "clip":
+            raise ValueError(f"tile={self.tile} goes with kind: timm; a clip encoder has its own")
+        return self
 
 
 class ModelConfig(Frozen):
@@ -118,12 +124,23 @@ class DataConfig(Frozen):
         return self
 
 
+class LoraSettings(Frozen):
+    """Low-rank adapters trained in place of the language model; rank and alpha are those of LLaVA-1.5's LoRA recipe."""
+
+    rank: Positive = 128
+    alpha: Positive = 256  # an adapter's output counts alpha / rank times
+    dropout: Fraction = 0.0
+    learning_rate: Rate | None = None  # None is the stage's; LLaVA's is 2e-4 beside the projector's 2e-5
+    target_modules: Annotated[tuple[str, ...], Field(min_length=1)] | None = None  # None: all linear ones, not the head
+
+
 class StageConfig(Frozen):
     """One stage of the recipe. `batch_size` counts samples an optimizer step, `capacity` the tokens of a pack."""
 
     data: DataConfig
     learning_rate: Rate
     vision_lr: Rate | None = None  # None keeps the encoder frozen
+    lora: LoraSettings | None = None  # stage 2 only; None trains the whole language model
     batch_size: Positive
     epochs: Positive = 1
     max_length: Positive = 4096
@@ -156,6 +173,12 @@ class RunConfig(Frozen):
     workers: Annotated[int, Field(ge=0)] = 0  # loader processes
     save_every: Positive = 500  # optimizer steps between checkpoints
     keep_checkpoints: Positive = 2
+
+    @model_validator(mode="after")
+    def _lora_is_stage_2_s(self) -> RunConfig:
+        if self.stage1.lora is not None:
+            raise ValueError("stage1.lora: stage 1 leaves the language model as it is; put lora under stage2")
+        return self
 
     def stage(self, name: StageName) -> StageConfig:
         """The settings of one stage."""

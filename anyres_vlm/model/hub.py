@@ -24,7 +24,7 @@ from anyres_vlm.config import CheckpointConfig, EncoderConfig, ModelConfig
 from anyres_vlm.errors import DataError, UsageError
 from anyres_vlm.geometry import Tiling
 from anyres_vlm.model.description import describe
-from anyres_vlm.model.encoder import ClipEncoder, Encoder, TimmEncoder
+from anyres_vlm.model.encoder import ClipEncoder, Encoder, TimmEncoder, plain_geometry
 from anyres_vlm.model.files import checkpoint_folder
 from anyres_vlm.model.pretrained import load_pretrained, read_tokenizer
 from anyres_vlm.model.vlm import VisionLanguageModel
@@ -117,8 +117,7 @@ def encoder_geometry(config: EncoderConfig) -> tuple[int, int]:
     try:
         if config.kind == "timm":
             with torch.device("meta"):
-                embed = _timm_network(config, pretrained=False).patch_embed
-            return int(embed.img_size[0]), int(embed.patch_size[0])
+                return plain_geometry(_timm_network(config, pretrained=False))
         vision: Any = CLIPVisionConfig.from_pretrained(name)
     except (OSError, RuntimeError) as error:
         raise _unavailable("encoder", config.name, error) from error
@@ -129,7 +128,12 @@ def _timm_network(config: EncoderConfig, pretrained: bool) -> Any:
     name = resolve(config.name)
     options = {} if config.tile is None else {"img_size": config.tile}
     source = f"local-dir:{name}" if Path(name).is_dir() else name
-    return timm.create_model(source, pretrained=pretrained, num_classes=0, **options)
+    try:
+        return timm.create_model(source, pretrained=pretrained, num_classes=0, **options)
+    except TypeError:  # it takes no img_size
+        raise UsageError(f"encoder {config.name}: its tile cannot be set, so it is no vision transformer") from None
+    except ValueError as error:  # a hub id without its prefix
+        raise _unavailable("encoder", config.name, error) from error
 
 
 def _clip_statistics(name: str) -> tuple[list[float], list[float]]:

@@ -1,8 +1,8 @@
 """Checkpoints of a running stage: atomic, complete, and refused where they belong to another run.
 
-A checkpoint is a model folder as `model.pretrained` writes it, plus `trainer/` with the optimizer, the schedule, the
-position in the data and the random state. The position is the number of finished optimizer steps: the plan of the steps
-is recomputed from the configuration.
+A checkpoint is a model folder as `model.pretrained` writes it, plus `trainer/` with the optimizer, the schedule and
+the position in the data. The position is the number of finished optimizer steps: the plan of the steps and the seeds of
+their dropout are recomputed from the configuration.
 """
 
 from __future__ import annotations
@@ -58,7 +58,6 @@ def save_trainer(folder: Path, state: TrainerState, optimizer: AdamW, schedule: 
         {
             "optimizer": optimizer.state_dict(),
             "schedule": schedule.state_dict(),
-            "rng": torch.get_rng_state(),
         },
         trainer / "state.pt",
     )
@@ -79,7 +78,6 @@ def restore_trainer(folder: Path, settings: dict[str, Any], optimizer: AdamW, sc
     require_same_settings(folder, state.settings, settings)
     optimizer.load_state_dict(tensors["optimizer"])
     schedule.load_state_dict(tensors["schedule"])
-    torch.set_rng_state(tensors["rng"])
     return state.step
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -44,6 +45,10 @@ class Engine:
     def prepare(self, model: VisionLanguageModel, optimizer: AdamW) -> None:
         """Move the model to this rank's device and wrap it for gradient exchange."""
         self._model, self._optimizer = self._accelerator.prepare(model, optimizer)
+
+    def seed(self, seed: int, step: int) -> None:
+        """Seed what the next optimizer step draws on this rank (dropout), on every device."""
+        torch.manual_seed(random.Random(f"{seed} {step} {self.rank}").getrandbits(63))
 
     def step(self, batches: Sequence[Batch], max_grad_norm: float) -> StepResult:
         """One optimizer step over this rank's packs, equal to one big batch over all ranks' samples.

@@ -18,13 +18,18 @@ def run_steps(
     max_grad_norm: float,
     first_step: int,
     after_step: Callable[[int, dict[str, float]], None],
+    seed: int,
 ) -> None:
-    """Train over the optimizer steps that are left; `after_step` gets the finished steps and their numbers."""
+    """Train over the optimizer steps that are left; `after_step` gets the finished steps and their numbers.
+
+    Dropout is seeded from (`seed`, step, rank), so that a resumed run draws what the undisturbed one drew.
+    """
     finished = first_step
     fetching = time.monotonic()
     for batches in steps:
         started = time.monotonic()
         rate = float(schedule.get_last_lr()[0])
+        engine.seed(seed, finished)
         result = engine.step(batches, max_grad_norm)
         schedule.step()
         finished += 1

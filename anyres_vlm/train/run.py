@@ -20,6 +20,7 @@ from anyres_vlm.data.loader import iter_steps
 from anyres_vlm.errors import UsageError
 from anyres_vlm.model.card import write_card
 from anyres_vlm.model.hub import build_model
+from anyres_vlm.model.lora import add_lora, load_adapter, merged_weights, save_adapter
 from anyres_vlm.model.pretrained import load_parts, save_pretrained
 from anyres_vlm.model.vlm import VisionLanguageModel
 from anyres_vlm.train import checkpoint
@@ -29,7 +30,7 @@ from anyres_vlm.train.loop import run_steps
 from anyres_vlm.train.metrics import METRICS_FILE, MetricsWriter
 from anyres_vlm.train.optim import build_optimizer, build_schedule
 from anyres_vlm.train.samples import INDEX_FILE, index_samples
-from anyres_vlm.train.stage import ADAPTER_PARTS, freeze, recipe_warnings, trained_parts
+from anyres_vlm.train.stage import ADAPTER_PARTS, freeze, recipe_warnings, trained_rates
 from anyres_vlm.train.steps import StageSteps, packing_cost
 
 logger = logging.getLogger(__name__)
@@ -117,13 +118,14 @@ class StageRun:
             progress,
         )
         self.settings = config.stage(stage)
+        self.rates = trained_rates(config, stage)
         self.folder = options.output / stage
         self.model, self.tokenizer = self._build_model()
         with engine.main_first():
             self.samples = index_samples(config, stage, options.output, self.model, self.tokenizer)
         cost = packing_cost(self.model)
         self.steps = StageSteps.plan(self.samples.index, config, stage, cost, options.max_steps)
-        self.optimizer = build_optimizer(self.model, self.settings)
+        self.optimizer = build_optimizer(self.model, self.rates, self.settings.weight_decay)
         self.schedule = build_schedule(self.optimizer, self.settings, len(self.steps))
 
     def run(self) -> None:
@@ -148,7 +150,9 @@ class StageRun:
                 if step % self.config.save_every == 0 and step < len(self.steps):
                     self._save_checkpoint(step)
 
-            run_steps(self.engine, batches, self.schedule, self.settings.max_grad_norm, finished, after_step)
+            run_steps(
+                self.engine, batches, self.schedule, self.settings.max_grad_norm, finished, after_step, self.config.seed
+            )
         self._save_model()
 
     def _build_model(self) -> tuple[VisionLanguageModel, PreTrainedTokenizerFast]:
@@ -157,10 +161,12 @@ class StageRun:
             load_parts(model, model_folder(self.options.output, "stage1"), ADAPTER_PARTS)
         stops = ConversationTokenizer(model.config.template, tokenizer).stop_ids
         model.language_model.generation_config.eos_token_id = stops
-        freeze(model, trained_parts(self.config, self.stage))
+        if self.settings.lora is not None:
+            add_lora(model, self.settings.lora, self.config.seed)
         if self.settings.activation_checkpointing:
             model.language_model.activation_checkpointing_enable()
-        return model.train(), tokenizer
+        freeze(model, self.rates)
+        return model, tokenizer
 
     def _fixed_settings(self) -> dict[str, Any]:
         """What must not change between a checkpoint and its resumption: it decides the sequence of steps."""
@@ -171,7 +177,9 @@ class StageRun:
         if resumed is None:
             return 0
         finished = checkpoint.restore_trainer(resumed, self._fixed_settings(), self.optimizer, self.schedule)
-        load_parts(self.model, resumed, trained_parts(self.config, self.stage))
+        load_parts(self.model, resumed, tuple(self.rates))
+        if self.settings.lora is not None:
+            load_adapter(self.model, resumed)
         return finished
 
     def _announce(self, finished: int) -> None:
@@ -233,5 +241,8 @@ class StageRun:
         return {"stage1": read_index(index), **stages} if all(file.exists() for file in files) else stages
 
     def _write_model(self, folder: Path, weights: dict[str, torch.Tensor]) -> None:
+        if self.settings.lora is not None:
+            save_adapter(self.model, weights, folder)
+            weights = merged_weights(weights, self.settings.lora)
         chat_template = chat_jinja(self.model.config.template, self.tokenizer)
         save_pretrained(self.model, weights, self.tokenizer, chat_template, folder)
