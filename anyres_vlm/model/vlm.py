@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,6 +50,7 @@ class VisionLanguageModel(nn.Module):
         # the deviation of transformers' own LlavaNext
         self.image_newline = nn.Parameter(torch.randn(width) / width**0.5)
         self.tiling: Tiling = config.tiling(vision_tower.tile, vision_tower.patch)
+        self.cached_features: Callable[[Tensor], Tensor] | None = None  # what stands in for a frozen encoder
 
     def embed(self, input_ids: Tensor, tiles: Tensor, plans: Sequence[TilePlan]) -> Tensor:
         """Token embeddings with the images' tokens in place. (1, L), (T, 3, S, S) uint8 -> (1, L, D).
@@ -58,7 +59,8 @@ class VisionLanguageModel(nn.Module):
         """
         if not plans:
             tiles = tiles.new_zeros((1, 3, self.vision_tower.tile, self.vision_tower.tile))
-        projected = self.multi_modal_projector(self.vision_tower(tiles))
+        encode = self.cached_features or self.vision_tower
+        projected = self.multi_modal_projector(encode(tiles))
         embedded: Tensor = self.language_model.get_input_embeddings()(input_ids)
         if not plans:
             embedded = embedded + 0.0 * (projected.sum() + self.image_newline.sum()).to(embedded.dtype)
