@@ -58,6 +58,7 @@ def test_two_processes_see_each_other_s_records(tmp_path: Path) -> None:
         (".features", lambda content: content[256:512] + content[:256] + content[512:], {2, 3, 4}),
         (".features", lambda content: content[:256] + bytes(1024), {0}),
         (".keys", lambda content: content[:50], {0, 1}),
+        (".keys", lambda content: content[20:36] + content[16:20] + content[:16] + content[36:], {2, 3, 4}),
         (".keys", lambda content: bytes([content[0] ^ 1]) + content[1:], {1, 2, 3, 4}),
         (".keys", lambda content: content[:17] + bytes([content[17] ^ 1]) + content[18:], {1, 2, 3, 4}),
     ],
