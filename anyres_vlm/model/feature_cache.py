@@ -21,8 +21,8 @@ class FeatureCache:
     """The encoder's features rounded to bf16, the same bits whether a tile was known or not.
 
     For that, a tile is encoded alone: in a batch its last bits can depend on the number of tiles and its place among
-    them (fp32 on CPU, a small CLIP of width 96: 12% of the numbers, and behind the rounding still 5 of 960 tiles). On
-    CPU a tile of CLIP ViT-L/14-336 costs the same alone, and one of the tiny default 1.5 times as much.
+    them (fp32 on CPU, a small CLIP with quick_gelu: 12% of the numbers, and behind the rounding still 5 of 960 tiles).
+    On CPU a tile of CLIP ViT-L/14-336 costs the same alone, and one of the tiny default 1.5 times as much.
     """
 
     def __init__(self, encoder: Encoder, root: Path, max_bytes: int) -> None:
@@ -56,7 +56,7 @@ class FeatureCache:
                 features[place] = features[first[key]]
         self._misses += len(missing)
         self._hits += len(keys) - len(missing)
-        return features.to(tiles.device, self._dtype)
+        return features.to(tiles.device).to(next(self.encoder.parameters()).dtype)  # widened where it is wanted
 
     def take_counts(self) -> tuple[int, int]:
         """Tiles that were known and tiles that were encoded since the last call."""
@@ -70,10 +70,6 @@ class FeatureCache:
         name = self._fingerprint()
         logger.info("encoder features are kept in %s", self.root / name)
         return FeatureStore(self.root, name, self.shape, self.max_bytes)
-
-    @property
-    def _dtype(self) -> torch.dtype:
-        return next(self.encoder.parameters()).dtype
 
     def _fingerprint(self) -> str:
         """Hash of the weights and of the features of one noise tile.

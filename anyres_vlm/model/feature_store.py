@@ -82,7 +82,8 @@ class FeatureStore:
         if self._closed:
             return
         try:
-            used = sum(path.stat().st_size for path in self.root.glob("*/*"))
+            files = [*self.root.glob("*/*.features"), *self.root.glob("*/*.keys")]
+            used = sum(path.stat().st_size for path in files)
             room = max(0, self.max_bytes - used) // (self.record_bytes + ENTRY.size)
             self._append(keys[:room], features[:room])
         except OSError as error:

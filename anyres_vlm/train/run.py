@@ -205,7 +205,7 @@ class StageRun:
         tiles = int(self.samples.index.tiles[self.steps.positions].sum())
         need_gb, bound_gb = tiles * cache.tile_bytes / 1e9, cache.max_bytes / 1e9
         logger.info(
-            "%s: features of %s tiles take up to %.2f GB; %s holds %.2f GB%s",
+            "%s: features of %s tiles take up to %.2f GB; %s may hold %.2f GB%s",
             self.stage,
             f"{tiles:,}",
             need_gb,
