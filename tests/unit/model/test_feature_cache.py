@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -38,6 +39,15 @@ def make_encoder(width: int = 32, layer: int = -2, seed: int = 0, std: float = 0
 
 def noise(count: int, seed: int = 0) -> Tensor:
     return torch.randint(0, 256, (count, 3, 28, 28), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Encoders this small only wait for each other's threads: on a busy machine a hundred times as long."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def test_features_are_the_encoder_s_rounded_once(tmp_path: Path) -> None:
