@@ -162,6 +162,23 @@ class StageConfig(Frozen):
         return self
 
 
+class CacheConfig(Frozen):
+    """Where features of the frozen encoder are kept, and how many bytes of them (10^9 a GB) over all encoders."""
+
+    folder: Path
+    max_gb: Annotated[float, Field(gt=0)] = 50.0
+
+    @model_validator(mode="before")
+    @classmethod
+    def _folder_alone(cls, content: Any) -> Any:
+        return {"folder": content} if isinstance(content, str) else content
+
+    @field_validator("folder")
+    @classmethod
+    def _home(cls, folder: Path) -> Path:
+        return folder.expanduser()
+
+
 class RunConfig(Frozen):
     """A whole two-stage run."""
 
@@ -171,6 +188,7 @@ class RunConfig(Frozen):
     seed: int = 0
     precision: Literal["fp32", "bf16"] = "bf16"
     workers: Annotated[int, Field(ge=0)] = 0  # loader processes
+    cache_features: CacheConfig | None = None  # a folder or a section; None encodes every tile anew
     save_every: Positive = 500  # optimizer steps between checkpoints
     keep_checkpoints: Positive = 2
 
@@ -178,6 +196,14 @@ class RunConfig(Frozen):
     def _lora_is_stage_2_s(self) -> RunConfig:
         if self.stage1.lora is not None:
             raise ValueError("stage1.lora: stage 1 leaves the language model as it is; put lora under stage2")
+        return self
+
+    @model_validator(mode="after")
+    def _cached_encoder_is_frozen(self) -> RunConfig:
+        for stage in get_args(StageName):
+            rate = self.stage(stage).vision_lr
+            if self.cache_features is not None and rate is not None:
+                raise ValueError(f"{stage}.vision_lr={rate:g} trains the encoder: it goes without cache_features")
         return self
 
     def stage(self, name: StageName) -> StageConfig:
@@ -264,7 +290,9 @@ def _assign(content: dict[str, Any], key: str, value: object) -> None:
     *parents, last = key.split(".")
     node: Any = content
     for parent in parents:
-        node = node.setdefault(parent, {})
+        if node.get(parent) is None:  # not there, or written out as null
+            node[parent] = {}
+        node = node[parent]
         if not isinstance(node, dict):
             raise UsageError(f"--set {key}: {parent} is a value, not a section")
     node[last] = value

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -42,6 +42,7 @@ class VisionLanguageModel(nn.Module):
         self.language_model.set_attn_implementation(attention.ATTENTION_NAME)
         # the deviation of transformers' own LlavaNext
         self.image_newline = nn.Parameter(torch.randn(width) / width**0.5)
+        self.cached_features: Callable[[Tensor], Tensor] | None = None  # what stands in for a frozen encoder
         self.configure(config)
 
     def configure(self, config: ModelConfig) -> None:
@@ -56,7 +57,8 @@ class VisionLanguageModel(nn.Module):
         """
         if not plans:
             tiles = tiles.new_zeros((1, 3, self.vision_tower.tile, self.vision_tower.tile))
-        projected = self.multi_modal_projector(self.vision_tower(tiles))
+        encode = self.cached_features or self.vision_tower
+        projected = self.multi_modal_projector(encode(tiles))
         embedded: Tensor = self.language_model.get_input_embeddings()(input_ids)
         if not plans:
             embedded = embedded + 0.0 * (projected.sum() + self.image_newline.sum()).to(embedded.dtype)

@@ -64,7 +64,7 @@ class Engine:
                 sum(len(batch.rejects) for batch in batches),
             ]
         )
-        supervised, *others = (int(count) for count in self._sum(counts))
+        supervised, *others = (int(count) for count in self.sum(counts))
         total = torch.zeros((), device=self._accelerator.device)
         for position, batch in enumerate(batches):
             is_last = position == len(batches) - 1
@@ -75,7 +75,7 @@ class Engine:
         grad_norm = self._accelerator.clip_grad_norm_(self._model.parameters(), max_grad_norm)
         self._optimizer.step()
         self._optimizer.zero_grad()
-        return StepResult(float(self._sum(total)) / max(supervised, 1), float(grad_norm), supervised, *others)
+        return StepResult(float(self.sum(total)) / max(supervised, 1), float(grad_norm), supervised, *others)
 
     def weights(self) -> dict[str, Tensor]:
         """The whole model's state on this rank, under the names of a checkpoint."""
@@ -95,5 +95,6 @@ class Engine:
         with self._accelerator.main_process_first():
             yield
 
-    def _sum(self, tensor: Tensor) -> Tensor:
+    def sum(self, tensor: Tensor) -> Tensor:
+        """A tensor added up over all ranks."""
         return cast(Tensor, self._accelerator.reduce(tensor.to(self._accelerator.device), reduction="sum"))

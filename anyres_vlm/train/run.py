@@ -19,6 +19,7 @@ from anyres_vlm.data.index.table import Index, read_index
 from anyres_vlm.data.loader import iter_steps
 from anyres_vlm.errors import UsageError
 from anyres_vlm.model.card import write_card
+from anyres_vlm.model.feature_cache import FeatureCache
 from anyres_vlm.model.hub import build_model
 from anyres_vlm.model.lora import add_lora, load_adapter, merged_weights, save_adapter
 from anyres_vlm.model.pretrained import load_parts, save_pretrained
@@ -83,6 +84,7 @@ def train(config: RunConfig, options: RunOptions, progress: Progress) -> bool:
 def stage_settings(config: RunConfig, stage: StageName) -> dict[str, Any]:
     """What decides a stage's result; the rest of the configuration may change while it runs."""
     run = config.model_dump(mode="json", include={"model", "seed", "precision"})
+    run["cache_features"] = config.cache_features is not None  # it rounds; where and how much is no matter
     return {**run, **config.stage(stage).model_dump(mode="json", exclude={"data": {"index"}})}  # a place, no content
 
 
@@ -121,6 +123,7 @@ class StageRun:
         self.rates = trained_rates(config, stage)
         self.folder = options.output / stage
         self.model, self.tokenizer = self._build_model()
+        self.model.cached_features = self.cache = self._open_cache()
         with engine.main_first():
             self.samples = index_samples(config, stage, options.output, self.model, self.tokenizer)
         cost = packing_cost(self.model)
@@ -144,6 +147,7 @@ class StageRun:
         with MetricsWriter(self.folder if self.engine.is_main else None, finished) as metrics:
 
             def after_step(step: int, numbers: dict[str, float]) -> None:
+                numbers |= self._cache_counts()
                 metrics.write(step, numbers)
                 if self.engine.is_main:
                     self.progress(self.stage, step, len(self.steps), numbers)
@@ -167,6 +171,16 @@ class StageRun:
             model.language_model.activation_checkpointing_enable()
         freeze(model, self.rates)
         return model, tokenizer
+
+    def _open_cache(self) -> FeatureCache | None:
+        cache = self.config.cache_features
+        return None if cache is None else FeatureCache(self.model.vision_tower, cache.folder, int(cache.max_gb * 1e9))
+
+    def _cache_counts(self) -> dict[str, float]:
+        if self.cache is None:
+            return {}
+        hits, misses = self.engine.sum(torch.tensor(self.cache.take_counts())).tolist()
+        return {"cache/hits": hits, "cache/misses": misses}
 
     def _fixed_settings(self) -> dict[str, Any]:
         """What must not change between a checkpoint and its resumption: it decides the sequence of steps."""
@@ -199,9 +213,28 @@ class StageRun:
             f", resumed after step {finished}" if finished else "",
         )
         logger.info("%s: %s", self.stage, packs)
+        if self.cache is not None:
+            self._announce_cache(self.cache)
         self.folder.mkdir(parents=True, exist_ok=True)
         content = yaml.safe_dump(self.config.model_dump(mode="json"), sort_keys=False)
         (self.folder / CONFIG_FILE).write_text(content, encoding="utf-8")
+
+    def _announce_cache(self, cache: FeatureCache) -> None:
+        tiles = int(self.samples.index.tiles[self.steps.positions].sum())
+        need_gb, bound_gb = tiles * cache.tile_bytes / 1e9, cache.max_bytes / 1e9
+        logger.info(
+            "%s: features of %s tiles take up to %.2f GB; %s may hold %.2f GB%s",
+            self.stage,
+            f"{tiles:,}",
+            need_gb,
+            cache.root,
+            bound_gb,
+            f", {bound_gb / need_gb:.0%} of them: raise cache_features.max_gb" if need_gb > bound_gb else "",
+        )
+        if self.settings.data.augment is not None:
+            logger.warning(
+                "data.augment changes images in every epoch: cache_features finds only those that it left alone"
+            )
 
     def _save_checkpoint(self, step: int) -> None:
         state = checkpoint.TrainerState(step, self._fixed_settings())
