@@ -8,7 +8,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, get_args
+from typing import Annotated, Any, Literal, TypeVar, cast, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -38,8 +38,14 @@ class EncoderConfig(Frozen):
 
     kind: Literal["clip", "timm"] = "clip"
     name: str
-    layer: int = -2
+    layer: int | Annotated[tuple[int, ...], Field(min_length=1)] = -2  # several are concatenated in this order
     tile: Positive | None = None  # timm only: tile side in pixels; None is the model's own
+
+    @model_validator(mode="after")
+    def _tile_is_timm_s(self) -> EncoderConfig:
+        if self.tile is not None and self.kind == "clip":
+            raise ValueError(f"tile={self.tile} goes with kind: timm; a clip encoder has its own")
+        return self
 
 
 class ModelConfig(Frozen):
@@ -64,6 +70,24 @@ class ModelConfig(Frozen):
         if self.pinpoints is not None:
             return Tiling(self.pinpoints, tile, patch, self.layout, self.dialect)
         return Tiling.from_grid(Grid.parse(self.grid), tile=tile, patch=patch, layout=self.layout, dialect=self.dialect)
+
+
+class CheckpointConfig(Frozen):
+    """A LlavaNext checkpoint to start from, by folder or hub id. What is None is the checkpoint's own."""
+
+    checkpoint: str
+    template: TemplateName | None = None
+    grid: str | None = None
+    pinpoints: tuple[tuple[Positive, Positive], ...] | None = None
+    layout: Layout | None = None
+    dialect: Dialect | None = None
+
+    def apply(self, own: ModelConfig) -> ModelConfig:
+        """The checkpoint's own configuration with what is set here; a grid replaces its list of pinpoints."""
+        changes = self.model_dump(exclude={"checkpoint"}, exclude_none=True)
+        if self.grid is not None:
+            changes.setdefault("pinpoints", None)
+        return ModelConfig.model_validate(own.model_dump() | changes)
 
 
 class AugmentConfig(Frozen):
@@ -100,12 +124,23 @@ class DataConfig(Frozen):
         return self
 
 
+class LoraSettings(Frozen):
+    """Low-rank adapters trained in place of the language model; rank and alpha are those of LLaVA-1.5's LoRA recipe."""
+
+    rank: Positive = 128
+    alpha: Positive = 256  # an adapter's output counts alpha / rank times
+    dropout: Fraction = 0.0
+    learning_rate: Rate | None = None  # None is the stage's; LLaVA's is 2e-4 beside the projector's 2e-5
+    target_modules: Annotated[tuple[str, ...], Field(min_length=1)] | None = None  # None: all linear ones, not the head
+
+
 class StageConfig(Frozen):
     """One stage of the recipe. `batch_size` counts samples an optimizer step, `capacity` the tokens of a pack."""
 
     data: DataConfig
     learning_rate: Rate
     vision_lr: Rate | None = None  # None keeps the encoder frozen
+    lora: LoraSettings | None = None  # stage 2 only; None trains the whole language model
     batch_size: Positive
     epochs: Positive = 1
     max_length: Positive = 4096
@@ -128,23 +163,63 @@ class StageConfig(Frozen):
         return self
 
 
+class CacheConfig(Frozen):
+    """Where features of the frozen encoder are kept, and how many bytes of them (10^9 a GB) over all encoders."""
+
+    folder: Path
+    max_gb: Annotated[float, Field(gt=0)] = 50.0
+
+    @model_validator(mode="before")
+    @classmethod
+    def _folder_alone(cls, content: Any) -> Any:
+        return {"folder": content} if isinstance(content, str) else content
+
+    @field_validator("folder")
+    @classmethod
+    def _home(cls, folder: Path) -> Path:
+        return folder.expanduser()
+
+
 class RunConfig(Frozen):
     """A whole two-stage run."""
 
-    model: ModelConfig
+    model: ModelConfig | CheckpointConfig
     stage1: StageConfig
     stage2: StageConfig
     seed: int = 0
     precision: Literal["fp32", "bf16"] = "bf16"
     workers: Annotated[int, Field(ge=0)] = 0  # loader processes
+    cache_features: CacheConfig | None = None  # a folder or a section; None encodes every tile anew
     save_every: Positive = 500  # optimizer steps between checkpoints
     save_minutes: Annotated[float, Field(gt=0)] | None = None  # and minutes at most
     keep_checkpoints: Positive = 2
     max_skipped_steps: Annotated[int, Field(ge=0)] = 10  # whose loss or gradient is not finite
 
+    @model_validator(mode="after")
+    def _lora_is_stage_2_s(self) -> RunConfig:
+        if self.stage1.lora is not None:
+            raise ValueError("stage1.lora: stage 1 leaves the language model as it is; put lora under stage2")
+        return self
+
+    @model_validator(mode="after")
+    def _cached_encoder_is_frozen(self) -> RunConfig:
+        for stage in get_args(StageName):
+            rate = self.stage(stage).vision_lr
+            if self.cache_features is not None and rate is not None:
+                raise ValueError(f"{stage}.vision_lr={rate:g} trains the encoder: it goes without cache_features")
+        return self
+
     def stage(self, name: StageName) -> StageConfig:
         """The settings of one stage."""
         return self.stage1 if name == "stage1" else self.stage2
+
+
+class _FromBases(RunConfig):
+    model: ModelConfig
+
+
+class _FromCheckpoint(RunConfig):
+    model: CheckpointConfig
 
 
 def shipped_config(name: str) -> Path:
@@ -182,7 +257,10 @@ def load_config(path: Path, overrides: Sequence[str] = (), flags: Mapping[str, o
             raise UsageError(f"--set {override!r}: the value is not YAML") from None
     for key, flag in (flags or {}).items():
         _assign(content, key, flag)
-    return validated(RunConfig, content, path)
+    # Not left to the union, whose messages name the keys of both.
+    model = content.get("model")
+    kind = _FromCheckpoint if isinstance(model, dict) and "checkpoint" in model else _FromBases
+    return validated(kind, content, path)
 
 
 def tiling_flags(grid: str | None, layout: str | None, dialect: str | None) -> dict[str, object]:
@@ -190,6 +268,14 @@ def tiling_flags(grid: str | None, layout: str | None, dialect: str | None) -> d
     given = {"model.grid": grid, "model.layout": layout, "model.dialect": dialect}
     flags: dict[str, object] = {key: value for key, value in given.items() if value is not None}
     return flags if grid is None else {**flags, "model.pinpoints": None}
+
+
+def template_name(text: str | None) -> TemplateName | None:
+    """A template named on the command line. Raises `UsageError` for a name that is none."""
+    names = get_args(TemplateName)
+    if text is not None and text not in names:
+        raise UsageError(f"--template {text!r}: expected one of {', '.join(names)}")
+    return cast(TemplateName | None, text)
 
 
 def read_mapping(path: Path) -> dict[str, Any]:
@@ -217,7 +303,9 @@ def _assign(content: dict[str, Any], key: str, value: object) -> None:
     *parents, last = key.split(".")
     node: Any = content
     for parent in parents:
-        node = node.setdefault(parent, {})
+        if node.get(parent) is None:  # not there, or written out as null
+            node[parent] = {}
+        node = node[parent]
         if not isinstance(node, dict):
             raise UsageError(f"--set {key}: {parent} is a value, not a section")
     node[last] = value

@@ -2,23 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image
 from transformers import PreTrainedTokenizerFast
 
+from anyres_vlm.config import TemplateName
+from anyres_vlm.data.checks import plan_image
 from anyres_vlm.data.conversation import ConversationTokenizer
+from anyres_vlm.data.images import open_image
 from anyres_vlm.data.tiling import cut_tiles
 from anyres_vlm.errors import UsageError
 from anyres_vlm.geometry import Size, TilePlan, plan_tiles
+from anyres_vlm.model.generation import Decoding, room_for_answer
 from anyres_vlm.model.pretrained import load_pretrained
-from anyres_vlm.model.vlm import Decoding, VisionLanguageModel
-from anyres_vlm.schema import IMAGE_TOKEN, Turn, token_repeats
+from anyres_vlm.model.vlm import VisionLanguageModel
+from anyres_vlm.schema import IMAGE_TOKEN, ImageRef, Turn, token_repeats
+
+BATCH_TOKENS = 8192  # a 7B model of 32 heads keeps 4.3 GB of keys and values for them in bf16
+INCOMPLETE = "\ufffd"  # what a tokenizer writes for the bytes of a character that has not ended
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """Turns, the user's last, and the images that stand for their `<image>`, in order: RGB, or yet to be read."""
+
+    turns: Sequence[Turn]
+    images: Sequence[Image.Image | ImageRef] = ()
 
 
 @dataclass(frozen=True)
@@ -31,6 +46,16 @@ class Answer:
     new_tokens: int
 
 
+@dataclass(frozen=True)
+class _Prompt:
+    """A conversation as the model reads it, an image as many tokens as its plan has."""
+
+    number: int
+    ids: NDArray[np.int64]
+    plans: Sequence[TilePlan]
+    images: Sequence[Image.Image | ImageRef]
+
+
 class Assistant:
     """A model and its tokenizer, ready to answer."""
 
@@ -41,27 +66,121 @@ class Assistant:
         self.conversation = ConversationTokenizer(model.config.template, tokenizer)
 
     @classmethod
-    def load(cls, folder: Path) -> Assistant:
-        """From a checkpoint folder. Raises `DataError` if it is none."""
-        return cls(*load_pretrained(folder))
+    def load(cls, folder: Path | str, template: TemplateName | None = None) -> Assistant:
+        """From a checkpoint folder or hub id, on a GPU with bf16 weights; `template` replaces its own.
 
-    def answer(
-        self, turns: Sequence[Turn], images: Sequence[Image.Image], decoding: Decoding, streamer: Any = None
-    ) -> Answer:
-        """Answer the last turn, the user's. RGB images stand for the `<image>` of the turns, in order."""
-        wanted = sum(turn.text.count(IMAGE_TOKEN) for turn in turns)
-        if wanted != len(images):
-            raise UsageError(f"the conversation has {wanted} {IMAGE_TOKEN}, but {len(images)} images are given")
-        plans = [plan_tiles(Size(height=image.height, width=image.width), self.model.tiling) for image in images]
-        prompt = self.conversation.prompt(turns)
+        Raises `DataError` if it is none.
+        """
+        model, tokenizer = load_pretrained(folder, template)
+        if torch.cuda.is_available():
+            halve(model)
+        assistant = cls(model, tokenizer)
+        if template is not None:
+            model.language_model.generation_config.eos_token_id = assistant.conversation.stop_ids
+        return assistant
+
+    def answer(self, turns: Sequence[Turn], images: Sequence[Image.Image | ImageRef], decoding: Decoding) -> Answer:
+        """Answer the last turn, the user's. Raises `UsageError` for a prompt that is too long or misses an image."""
+        (answer,) = self.answer_many([Conversation(turns, images)], decoding)
+        return answer
+
+    def stream(
+        self, turns: Sequence[Turn], images: Sequence[Image.Image | ImageRef], decoding: Decoding
+    ) -> Iterator[str]:
+        """The text of `answer` piece by piece, as soon as it is certain."""
+        prompt = self._prompt(Conversation(turns, images))
+        return text_pieces(self.tokenizer, (token for _, token in self._tokens([prompt], decoding)))
+
+    def answer_many(
+        self,
+        conversations: Sequence[Conversation],
+        decoding: Decoding,
+        batch_tokens: int = BATCH_TOKENS,
+        progress: Callable[[int], None] | None = None,
+    ) -> list[Answer]:
+        """Answers in the order of the conversations, which are read in batches of similar length, longest first.
+
+        A batch has at most `batch_tokens` positions, answers and padding included, or one conversation. Its images are
+        decoded when its turn comes; `progress` gets the number of answers so far.
+        """
+        prompts = [self._prompt(conversation, number) for number, conversation in enumerate(conversations)]
+        answers: dict[int, Answer] = {}
+        for batch in _batches(prompts, decoding.max_new_tokens, batch_tokens):
+            tokens: list[list[int]] = [[] for _ in batch]
+            for place, token in self._tokens(batch, decoding):
+                tokens[place].append(token)
+            for prompt, new in zip(batch, tokens, strict=True):
+                text = _decode(self.tokenizer, new).strip()
+                image_tokens = sum(plan.total_tokens for plan in prompt.plans)
+                answers[prompt.number] = Answer(text, len(prompt.ids), image_tokens, len(new))
+            if progress is not None:
+                progress(len(answers))
+        return [answers[number] for number in range(len(prompts))]
+
+    def _prompt(self, conversation: Conversation, number: int = 0) -> _Prompt:
+        wanted = sum(turn.text.count(IMAGE_TOKEN) for turn in conversation.turns)
+        if wanted != len(conversation.images):
+            raise UsageError(
+                f"the conversation has {wanted} {IMAGE_TOKEN}, but {len(conversation.images)} images are given"
+            )
+        plans = [self._plan(image) for image in conversation.images]
+        prompt = self.conversation.prompt(conversation.turns)
         ids = np.repeat(prompt, token_repeats(prompt, plans, self.model.image_token_id)).astype(np.int64)
-        new = self.model.generate(
-            torch.from_numpy(ids)[None].to(self.device), self._tiles(images, plans), plans, decoding, streamer
-        )
-        text = str(self.tokenizer.decode(new, skip_special_tokens=True)).strip()
-        return Answer(text, len(ids), sum(plan.total_tokens for plan in plans), len(new))
+        room_for_answer(self.model.language_model, len(ids), 1)  # before the first batch, not behind an hour of them
+        return _Prompt(number, ids, plans, conversation.images)
 
-    def _tiles(self, images: Sequence[Image.Image], plans: Sequence[TilePlan]) -> torch.Tensor:
+    def _plan(self, image: Image.Image | ImageRef) -> TilePlan:
+        if isinstance(image, ImageRef):
+            return plan_image(image, self.model.tiling)
+        return plan_tiles(Size(height=image.height, width=image.width), self.model.tiling)
+
+    def _tokens(self, prompts: Sequence[_Prompt], decoding: Decoding) -> Iterator[tuple[int, int]]:
+        """New tokens with the place of their prompt."""
         side = self.model.tiling.tile
-        tiles = [np.zeros((0, 3, side, side), np.uint8), *map(cut_tiles, images, plans)]
-        return torch.from_numpy(np.concatenate(tiles)).to(self.device)
+        plans = [plan for prompt in prompts for plan in prompt.plans]
+        images = [open_image(i) if isinstance(i, ImageRef) else i for prompt in prompts for i in prompt.images]
+        tiles = np.concatenate([np.zeros((0, 3, side, side), np.uint8), *map(cut_tiles, images, plans)])
+        return self.model.stream(
+            torch.from_numpy(np.concatenate([prompt.ids for prompt in prompts]))[None].to(self.device),
+            [len(prompt.ids) for prompt in prompts],
+            torch.from_numpy(tiles).to(self.device),
+            plans,
+            decoding,
+            [prompt.number for prompt in prompts],
+        )
+
+
+def halve(model: VisionLanguageModel) -> None:
+    """Keep the weights in bf16. Buffers stay as they are: positions and pixel statistics need their digits."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(torch.bfloat16)
+
+
+def text_pieces(tokenizer: PreTrainedTokenizerFast, tokens: Iterable[int]) -> Iterator[str]:
+    """The text of tokens as they come, stripped; together the pieces are the text of all tokens.
+
+    Held back are the first bytes of a character, and white space until something follows it.
+    """
+    seen: list[int] = []
+    shown = ""
+    for token in tokens:
+        seen.append(token)
+        text = _decode(tokenizer, seen).rstrip(INCOMPLETE).strip()
+        if len(text) > len(shown) and text.startswith(shown):
+            yield text[len(shown) :]
+            shown = text
+    if rest := _decode(tokenizer, seen).strip()[len(shown) :]:
+        yield rest
+
+
+def _decode(tokenizer: PreTrainedTokenizerFast, tokens: Sequence[int]) -> str:
+    # Without the clean-up, which would change text that has been shown.
+    return str(tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
+
+def _batches(prompts: Sequence[_Prompt], new_tokens: int, batch_tokens: int) -> Iterator[list[_Prompt]]:
+    longest_first = sorted(prompts, key=lambda prompt: -len(prompt.ids))
+    while longest_first:
+        count = max(1, batch_tokens // (len(longest_first[0].ids) + new_tokens))
+        yield longest_first[:count]
+        longest_first = longest_first[count:]

@@ -21,6 +21,9 @@ def evaluate(
     swap_images: bool = typer.Option(
         False, "--swap-images", help="Blind baseline: every question about another image."
     ),
+    batch_tokens: int | None = typer.Option(
+        None, "--batch-tokens", min=1, help="Tokens that are answered at once; fewer need less memory. Default: 8192."
+    ),
     out: Path | None = typer.Option(None, help="Write every answer and the accuracies as JSON."),
     as_json: bool = typer.Option(False, "--json", help="Print the accuracies as JSON."),
 ) -> None:
@@ -33,7 +36,7 @@ def evaluate(
 
     from anyres_vlm.data.sources import read_records
     from anyres_vlm.evaluate import heldout
-    from anyres_vlm.inference import Assistant
+    from anyres_vlm.inference import BATCH_TOKENS, Assistant
 
     assistant = Assistant.load(model)
     records = read_records(data, images, max_bad_fraction=0.0)[:limit]
@@ -43,7 +46,7 @@ def evaluate(
         if sys.stderr.isatty():
             print(f"\r{done}/{len(records)}", end="\n" if done == len(records) else "", file=sys.stderr)
 
-    results = heldout.ask_all(assistant, asked, progress)
+    results = heldout.ask_all(assistant, asked, progress, batch_tokens or BATCH_TOKENS)
     accuracies = heldout.accuracy_by_task(results)
     if out is not None:
         answers = [asdict(result) | {"correct": result.correct} for result in results]

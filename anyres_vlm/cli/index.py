@@ -44,7 +44,7 @@ def index(
     from anyres_vlm.data.index.build import Shard, build_index
     from anyres_vlm.data.index.rows import IndexSettings
     from anyres_vlm.data.index.summary import summarise
-    from anyres_vlm.model.hub import encoder_geometry, load_tokenizer
+    from anyres_vlm.model.hub import describe_model
     from anyres_vlm.serve.index_figures import require_matplotlib
     from anyres_vlm.serve.index_report import draw_report
     from anyres_vlm.serve.progress import RowProgress
@@ -53,9 +53,8 @@ def index(
         require_matplotlib()
     run_config = load_config(config or shipped_config("tiny"), settings, tiling_flags(grid, layout, dialect))
     stage_config = run_config.stage("stage1" if stage == "1" else "stage2")
-    tokenizer = load_tokenizer(run_config.model.llm)
-    conversation = ConversationTokenizer(stage_config.template or run_config.model.template, tokenizer)
-    tiling = run_config.model.tiling(*encoder_geometry(run_config.model.encoder))
+    model, tiling, tokenizer = describe_model(run_config.model)
+    conversation = ConversationTokenizer(stage_config.template or model.template, tokenizer)
     began = time.perf_counter()
     with RowProgress("indexing") as progress:
         built = build_index(

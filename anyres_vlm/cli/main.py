@@ -13,6 +13,8 @@ import typer
 from anyres_vlm import __version__
 from anyres_vlm.cli.chat import chat
 from anyres_vlm.cli.evaluate import evaluate
+from anyres_vlm.cli.export import export
+from anyres_vlm.cli.import_checkpoint import import_checkpoint
 from anyres_vlm.cli.index import index
 from anyres_vlm.cli.plan import plan
 from anyres_vlm.cli.render import render
@@ -35,6 +37,8 @@ app.command()(render)
 app.command()(train)
 app.command("eval")(evaluate)
 app.command()(chat)
+app.command("import")(import_checkpoint)
+app.command()(export)
 
 
 @app.callback(invoke_without_command=True)

@@ -31,7 +31,7 @@ def train(
     from anyres_vlm.config import load_config, shipped_config, tiling_flags
     from anyres_vlm.serve.progress import StepProgress
     from anyres_vlm.train.curves import draw_curves
-    from anyres_vlm.train.run import RunOptions
+    from anyres_vlm.train.options import RunOptions
     from anyres_vlm.train.run import train as run_stages
 
     path = config or shipped_config("tiny")

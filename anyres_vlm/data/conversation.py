@@ -60,6 +60,12 @@ class ConversationTokenizer:
             )
         return token
 
+    @property
+    def stop_ids(self) -> list[int]:
+        """The tokens at which generation stops: the one that ends an answer and the tokenizer's own last one."""
+        own = self.tokenizer.eos_token_id
+        return sorted({self.end_id} if own is None else {self.end_id, own})
+
     @cached_property
     def image_token_id(self) -> int:
         """The token that stands for an image."""

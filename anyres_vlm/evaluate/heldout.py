@@ -7,10 +7,9 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from anyres_vlm.data.images import open_image
 from anyres_vlm.errors import DataError
-from anyres_vlm.inference import Assistant
-from anyres_vlm.model.vlm import Decoding
+from anyres_vlm.inference import BATCH_TOKENS, Assistant, Conversation
+from anyres_vlm.model.generation import Decoding
 from anyres_vlm.schema import Record
 
 MAX_NEW_TOKENS = 24
@@ -52,16 +51,16 @@ def swap_images(records: Sequence[Record]) -> list[Record]:
     return swapped
 
 
-def ask_all(assistant: Assistant, records: Sequence[Record], progress: Callable[[int], None]) -> list[Result]:
-    """Ask each record's first question, greedily."""
-    results = []
-    for done, record in enumerate(records, start=1):
-        images = [open_image(image) for image in record.images]
-        answer = assistant.answer(record.turns[:1], images, Decoding(MAX_NEW_TOKENS))
-        question, expected = record.turns[0].text, record.turns[1].text
-        results.append(Result(record.id, record.task, question, expected, answer.text))
-        progress(done)
-    return results
+def ask_all(
+    assistant: Assistant, records: Sequence[Record], progress: Callable[[int], None], batch_tokens: int = BATCH_TOKENS
+) -> list[Result]:
+    """Ask each record's first question, greedily, in batches of so many tokens."""
+    asked = [Conversation(record.turns[:1], record.images) for record in records]
+    answers = assistant.answer_many(asked, Decoding(MAX_NEW_TOKENS), batch_tokens, progress)
+    return [
+        Result(record.id, record.task, record.turns[0].text, record.turns[1].text, answer.text)
+        for record, answer in zip(records, answers, strict=True)
+    ]
 
 
 def accuracy_by_task(results: Sequence[Result]) -> dict[str, float]:

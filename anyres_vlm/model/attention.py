@@ -1,22 +1,53 @@
 """Document-exact attention over packed sequences, registered with transformers as `anyres`.
 
-Any causal language model of transformers that looks its attention up by name then attends only inside the documents
-that `cu_seqlens` delimits; no (L, L) mask is ever built. Without `cu_seqlens` (generation) it is plain causal attention
-over one unpadded sequence.
+Any causal language model of transformers that looks its attention up by name then attends only inside the documents of
+a pack; no (L, L) mask is ever built. Without `documents` it is plain causal attention over one unpadded sequence, or in
+generation that of one new token a conversation. Grouped queries need no repeated keys: torch's fused kernels, on the
+CPU too, take them.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AttentionInterface
+from transformers import AttentionInterface, PreTrainedModel
 
 from anyres_vlm.errors import UsageError
+from anyres_vlm.model.kv_cache import attend_cached
 
 ATTENTION_NAME = "anyres"
+UNSUPPORTED = {"softcap": "logit soft-capping", "s_aux": "sinks", "position_bias": "position biases"}
+
+
+@dataclass
+class Documents:
+    """Where the documents of a pack lie, and how many attention layers were told.
+
+    The lengths are read from the device once a pack, not in every layer. A model that loses the keyword on the way to
+    an attention, or mixes positions by other means, would let documents see each other without a word.
+    """
+
+    boundaries: Tensor  # (documents + 1,) int32, 0 and L included
+    lengths: list[int]
+    layers_told: int = 0
+
+    @classmethod
+    def between(cls, boundaries: Tensor) -> Documents:
+        """The documents between these boundaries."""
+        return cls(boundaries, boundaries.diff().tolist())
+
+    def check(self, model: PreTrainedModel) -> None:
+        """Raise `UsageError` unless every layer of the model has kept to the documents."""
+        layers: int = model.config.num_hidden_layers
+        if self.layers_told < layers:
+            raise UsageError(
+                f"{type(model).__name__} keeps documents apart in {self.layers_told} of its {layers} layers, "
+                "so that packed samples would see each other: choose another language model"
+            )
 
 
 def packed_attention(
@@ -27,43 +58,41 @@ def packed_attention(
     attention_mask: Tensor | None,
     dropout: float = 0.0,
     scaling: float | None = None,
-    cu_seqlens: Tensor | None = None,
-    longest: int | None = None,
+    documents: Documents | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Causal attention inside each document. (1, H, L, d) and keys/values (1, Hkv, L, d) -> (1, L, H, d).
 
-    Raises `UsageError` for what it cannot do exactly: logit soft-capping, and a sliding window shorter than a document.
+    Raises `UsageError` for what it cannot do exactly: soft-capping and the like, a sliding window below a document.
     """
-    if kwargs.get("softcap") is not None:
-        raise UsageError("attention with logit soft-capping is not supported: choose another language model")
-    assert attention_mask is None, "transformers builds no mask for an attention it has no mask function for"
-    longest = key.shape[2] if cu_seqlens is None else longest
-    assert longest is not None, "the longest document comes with cu_seqlens: reading it here would stall every layer"
+    for name, kind in UNSUPPORTED.items():
+        if kwargs.get(name) is not None:
+            raise UsageError(f"attention with {kind} is not supported: choose another language model")
+    one_token = documents is None and query.shape[2] == 1
+    assert attention_mask is None or one_token, "transformers builds no mask for an attention without mask function"
+    longest = key.shape[2] if documents is None else max(documents.lengths)
     window = kwargs.get("sliding_window")
     if window is not None and window < longest:
         raise UsageError(
             f"a document of {longest} tokens exceeds the model's sliding window of {window}: "
             f"lower max_length to {window}"
         )
-    if cu_seqlens is None:
-        is_causal = query.shape[2] > 1
-        assert not is_causal or query.shape[2] == key.shape[2], "a prompt is fed at once, then token by token"
-        out = _attend(query, key, value, scaling, dropout, is_causal)
-    elif query.is_cuda and query.dtype in (torch.float16, torch.bfloat16) and dropout == 0.0:
-        out = _varlen(query, key, value, scaling, cu_seqlens, longest)
-    else:
-        sizes = cu_seqlens.diff().tolist()
-        parts = zip(*(torch.split(x, sizes, dim=2) for x in (query, key, value)), strict=True)
-        out = torch.cat([_attend(q, k, v, scaling, dropout, True) for q, k, v in parts], dim=2)
-    return out.transpose(1, 2).contiguous(), None
+    if one_token:
+        return attend_cached(query, key, value, attention_mask, scaling).transpose(1, 2).contiguous(), None
+    if documents is None:
+        assert query.shape[2] == key.shape[2], "a prompt is fed at once, then token by token"
+        return _attend(query, key, value, scaling, dropout).contiguous(), None
+    documents.layers_told += 1
+    if query.is_cuda and query.dtype in (torch.float16, torch.bfloat16) and dropout == 0.0:
+        return _varlen(query, key, value, scaling, documents.boundaries, longest), None
+    parts = zip(*(torch.split(x, documents.lengths, dim=2) for x in (query, key, value)), strict=True)
+    return torch.cat([_attend(q, k, v, scaling, dropout) for q, k, v in parts], dim=1), None
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, scale: float | None, dropout: float, is_causal: bool) -> Tensor:
+def _attend(q: Tensor, k: Tensor, v: Tensor, scale: float | None, dropout: float) -> Tensor:
     grouped = q.shape[1] != k.shape[1]
-    return F.scaled_dot_product_attention(
-        q, k, v, dropout_p=dropout, is_causal=is_causal, scale=scale, enable_gqa=grouped
-    )
+    out = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True, scale=scale, enable_gqa=grouped)
+    return out.transpose(1, 2)
 
 
 def _varlen(q: Tensor, k: Tensor, v: Tensor, scale: float | None, cu_seqlens: Tensor, longest: int) -> Tensor:
@@ -84,7 +113,7 @@ def _varlen(q: Tensor, k: Tensor, v: Tensor, scale: float | None, cu_seqlens: Te
         enable_gqa=flat_q.shape[1] != flat_k.shape[1],
     )
     assert isinstance(out, Tensor)
-    return out.transpose(0, 1)[None]
+    return out[None]
 
 
 AttentionInterface.register(ATTENTION_NAME, packed_attention)

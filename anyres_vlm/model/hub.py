@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from importlib import resources
 from pathlib import Path
 from typing import Any, cast
@@ -19,9 +20,13 @@ from transformers import (
 )
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
-from anyres_vlm.config import EncoderConfig, ModelConfig
+from anyres_vlm.config import CheckpointConfig, EncoderConfig, ModelConfig
 from anyres_vlm.errors import DataError, UsageError
-from anyres_vlm.model.encoder import ClipEncoder, Encoder, TimmEncoder
+from anyres_vlm.geometry import Tiling
+from anyres_vlm.model.description import describe
+from anyres_vlm.model.encoder import ClipEncoder, Encoder, TimmEncoder, plain_geometry
+from anyres_vlm.model.files import checkpoint_folder
+from anyres_vlm.model.pretrained import load_pretrained, read_tokenizer
 from anyres_vlm.model.vlm import VisionLanguageModel
 from anyres_vlm.schema import IMAGE_TOKEN
 
@@ -38,8 +43,17 @@ def resolve(name: str) -> str:
     return str(folder)
 
 
-def build_model(config: ModelConfig, seed: int) -> tuple[VisionLanguageModel, PreTrainedTokenizerFast]:
-    """Base models, a projector and newline initialised from `seed`, and the tokenizer with `<image>` in it."""
+def build_model(
+    config: ModelConfig | CheckpointConfig, seed: int
+) -> tuple[VisionLanguageModel, PreTrainedTokenizerFast]:
+    """Base models, a projector and newline initialised from `seed`, and the tokenizer with `<image>` in it.
+
+    A checkpoint comes whole, and nothing is initialised. All weights are fp32.
+    """
+    if isinstance(config, CheckpointConfig):
+        model, tokenizer = load_pretrained(config.checkpoint, config.template)
+        model.configure(config.apply(model.config))
+        return model, tokenizer
     tokenizer = load_tokenizer(config.llm)
     language_model = _load_llm(config.llm)
     _fit_vocabulary(language_model, tokenizer)
@@ -48,6 +62,18 @@ def build_model(config: ModelConfig, seed: int) -> tuple[VisionLanguageModel, Pr
         torch.manual_seed(seed)
         model = VisionLanguageModel(config, encoder, language_model, image_token_id(tokenizer))
     return model.float(), tokenizer
+
+
+def describe_model(
+    config: ModelConfig | CheckpointConfig,
+) -> tuple[ModelConfig, Tiling, PreTrainedTokenizerFast]:
+    """What `build_model` would give, its weights left unread."""
+    if isinstance(config, ModelConfig):
+        return config, config.tiling(*encoder_geometry(config.encoder)), load_tokenizer(config.llm)
+    folder = checkpoint_folder(config.checkpoint)
+    described = describe(folder, config.template)
+    described = replace(described, config=config.apply(described.config))
+    return described.config, described.tiling, read_tokenizer(folder, described)
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerFast:
@@ -91,8 +117,7 @@ def encoder_geometry(config: EncoderConfig) -> tuple[int, int]:
     try:
         if config.kind == "timm":
             with torch.device("meta"):
-                embed = _timm_network(config, pretrained=False).patch_embed
-            return int(embed.img_size[0]), int(embed.patch_size[0])
+                return plain_geometry(_timm_network(config, pretrained=False))
         vision: Any = CLIPVisionConfig.from_pretrained(name)
     except (OSError, RuntimeError) as error:
         raise _unavailable("encoder", config.name, error) from error
@@ -103,7 +128,12 @@ def _timm_network(config: EncoderConfig, pretrained: bool) -> Any:
     name = resolve(config.name)
     options = {} if config.tile is None else {"img_size": config.tile}
     source = f"local-dir:{name}" if Path(name).is_dir() else name
-    return timm.create_model(source, pretrained=pretrained, num_classes=0, **options)
+    try:
+        return timm.create_model(source, pretrained=pretrained, num_classes=0, **options)
+    except TypeError:  # it takes no img_size
+        raise UsageError(f"encoder {config.name}: its tile cannot be set, so it is no vision transformer") from None
+    except ValueError as error:  # a hub id without its prefix
+        raise _unavailable("encoder", config.name, error) from error
 
 
 def _clip_statistics(name: str) -> tuple[list[float], list[float]]:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.autograd.function import once_differentiable
 
+from anyres_vlm.errors import UsageError
 from anyres_vlm.schema import IGNORE_INDEX
 
-CHUNK = 2048  # supervised positions whose logits live at once: 2048 x 32064 in fp32 are 263 MB
+CHUNK = 512  # supervised positions whose logits live at once: 512 x 32064 in fp32 are 66 MB
 
 
 def next_token_targets(labels: Tensor, cu_seqlens: Tensor) -> Tensor:
@@ -23,19 +26,72 @@ def next_token_targets(labels: Tensor, cu_seqlens: Tensor) -> Tensor:
 def summed_loss(hidden: Tensor, labels: Tensor, cu_seqlens: Tensor, head: nn.Module) -> Tensor:
     """Sum of the cross-entropy in nats over all supervised positions, in fp32. (1, L, D), (1, L) -> ().
 
-    The caller divides by the number of supervised tokens of the whole optimizer step. Beyond `CHUNK` positions the
-    logits are recomputed in the backward pass, so memory does not grow with the sequence.
+    The caller divides by the number of supervised tokens of the whole optimizer step. Logits are computed `CHUNK`
+    positions at a time, once, and their gradient with them, so memory grows neither with the sequence nor with the
+    labels. Raises `UsageError` for a head that is more than one linear map, whose weight alone would not do.
     """
+    if type(head) is not nn.Linear:
+        raise UsageError(f"the loss needs a plain linear language-model head, got {type(head).__name__}: leave it bare")
     targets = next_token_targets(labels, cu_seqlens)
     positions = torch.nonzero(targets != IGNORE_INDEX).squeeze(1)
-    states, wanted = hidden[0, positions], targets[positions]
-    if len(positions) <= CHUNK:
-        return _chunk_loss(states, wanted, head)
-    total = states.new_zeros((), dtype=torch.float32)
-    for part, want in zip(torch.split(states, CHUNK), torch.split(wanted, CHUNK), strict=True):
-        total = total + checkpoint(_chunk_loss, part, want, head, use_reentrant=False)
+    states = hidden[0].index_select(0, positions)
+    # Weight and bias enter as arguments: their gradients reach them through autograd, once, where DDP's hooks wait.
+    total: Tensor = _HeadLoss.apply(states, targets[positions], head.weight, head.bias, torch.is_grad_enabled())
     return total
 
 
-def _chunk_loss(states: Tensor, targets: Tensor, head: nn.Module) -> Tensor:
-    return F.cross_entropy(head(states).float(), targets, reduction="sum")
+class _HeadLoss(torch.autograd.Function):
+    """Linear head and cross-entropy in one: (K, D), (K,), (V, D), (V,) -> (). Differentiable once.
+
+    The forward pass takes the gradients too, while it has the logits. Recomputing them instead would be a fourth matrix
+    product beside three. The idea is that of fused linear cross-entropy kernels (Liger, arXiv:2410.10989).
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, states: Tensor, targets: Tensor, weight: Tensor, bias: Tensor | None, with_gradients: bool
+    ) -> Tensor:
+        device = states.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else states.dtype
+        of_states, of_weight, of_bias = (
+            torch.zeros_like(tensor, dtype=torch.float32) if with_gradients and needed and tensor is not None else None
+            for tensor, needed in zip((states, weight, bias), (ctx.needs_input_grad[i] for i in (0, 2, 3)), strict=True)
+        )
+        total = torch.zeros((), dtype=torch.float32, device=states.device)
+        with torch.autocast(device, enabled=False):
+            low_weight, low_bias = weight.to(dtype), None if bias is None else bias.to(dtype)
+            for first in range(0, len(states), CHUNK):
+                chunk = states[first : first + CHUNK].to(dtype)
+                logits = F.linear(chunk, low_weight, low_bias).float()
+                total += _to_gradient(logits, targets[first : first + CHUNK, None])
+                if of_bias is not None:
+                    of_bias += logits.sum(0)
+                logits = logits.to(dtype)
+                if of_states is not None:
+                    of_states[first : first + CHUNK] = logits @ low_weight
+                if of_weight is not None and dtype == torch.float32:
+                    of_weight.addmm_(logits.T, chunk)
+                elif of_weight is not None:
+                    of_weight += logits.T @ chunk
+        ctx.gradients = [
+            None if gradient is None or tensor is None else gradient.to(tensor.dtype)
+            for gradient, tensor in zip((of_states, of_weight, of_bias), (states, weight, bias), strict=True)
+        ]
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, scale: Tensor) -> tuple[Tensor | None, ...]:
+        # Handed over, not kept: the weight's gradient is scaled in place and becomes the parameter's without a copy.
+        gradients, ctx.gradients = ctx.gradients, None
+        assert gradients is not None, "the graph of the loss is walked once"
+        of_states, of_weight, of_bias = (None if gradient is None else gradient.mul_(scale) for gradient in gradients)
+        return of_states, None, of_weight, of_bias, None
+
+
+def _to_gradient(logits: Tensor, targets: Tensor) -> Tensor:
+    """The summed cross-entropy of fp32 logits (K, V), which become its gradient in place. Targets are (K, 1)."""
+    largest, wanted = logits.amax(1, keepdim=True), logits.gather(1, targets)
+    total = logits.sub_(largest).exp_().sum(1, keepdim=True)
+    logits.div_(total).scatter_add_(1, targets, -torch.ones_like(wanted))
+    return (total.log() + largest - wanted).sum()

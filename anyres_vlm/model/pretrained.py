@@ -6,52 +6,35 @@ What stock cannot express is saved the same way under this project's own model t
 
 from __future__ import annotations
 
-import copy
 import json
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, cast
+from typing import cast, get_args
 
 import timm
 import torch
-from huggingface_hub import load_torch_model, save_torch_state_dict
-from pydantic import ValidationError
-from safetensors import safe_open
+from huggingface_hub import save_torch_state_dict
 from torch import Tensor
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     CLIPVisionConfig,
     CLIPVisionModel,
     GenerationConfig,
-    LlavaNextConfig,
-    LlavaNextImageProcessor,
-    LlavaNextProcessor,
     PreTrainedModel,
     PreTrainedTokenizerFast,
 )
 from transformers.initialization import no_init_weights
 
-from anyres_vlm.config import ModelConfig
+from anyres_vlm.config import TemplateName
 from anyres_vlm.errors import DataError
+from anyres_vlm.model.description import EXTRAS_FILE, Description, describe
 from anyres_vlm.model.encoder import ClipEncoder, Encoder, TimmEncoder
+from anyres_vlm.model.files import checkpoint_folder, read_json, read_tensors
+from anyres_vlm.model.stock import pixel_statistics, stock_config, stock_obstacle, stock_processor
 from anyres_vlm.model.vlm import VisionLanguageModel
-
-OWN_MODEL_TYPE = "anyres_vlm"
-EXTRAS_FILE = "anyres.json"
-
-
-def stock_obstacle(model: VisionLanguageModel) -> str | None:
-    """Why stock LlavaNext cannot express this model; None if it can."""
-    if model.config.projector != "mlp2x_gelu":
-        return f"stock LlavaNext has no {model.config.projector} projector"
-    if not isinstance(model.vision_tower, ClipEncoder):
-        return "stock LlavaNext has no timm encoder"
-    if model.tiling.layout != "spatial_unpad":
-        return f"stock LlavaNext has no {model.tiling.layout} layout"
-    if not model.tiling.pinpoints:
-        return "stock LlavaNext always cuts a grid, this model sees the thumbnail alone"
-    return None
+from anyres_vlm.model.weights import HEAD, STOCK_NAMES, load_weights, renamed
+from anyres_vlm.schema import IMAGE_TOKEN
 
 
 def save_pretrained(
@@ -62,12 +45,12 @@ def save_pretrained(
     folder: Path,
 ) -> None:
     """Write config, weights (safetensors, shards of at most 5 GB), tokenizer and processor into an existing folder."""
-    settings = _config(model)
+    settings = stock_config(model, weights["image_newline"].dtype)
     (folder / "config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-    extras = {"model": model.config.model_dump(mode="json"), "pixel_mean": _flat(model.vision_tower.mean)}
-    extras["pixel_std"] = _flat(model.vision_tower.std)
+    extras = {"model": model.config.model_dump(mode="json"), "pixel_mean": pixel_statistics(model.vision_tower.mean)}
+    extras["pixel_std"] = pixel_statistics(model.vision_tower.std)
     (folder / EXTRAS_FILE).write_text(json.dumps(extras, indent=2) + "\n", encoding="utf-8")
-    tied = ["language_model.lm_head.weight"] if settings["tie_word_embeddings"] else None
+    tied = [HEAD] if settings["tie_word_embeddings"] else None
     save_torch_state_dict(
         {name: tensor.contiguous() for name, tensor in weights.items()},
         folder,
@@ -77,48 +60,72 @@ def save_pretrained(
     model.language_model.generation_config.save_pretrained(folder)
     tokenizer.chat_template = chat_template
     if stock_obstacle(model) is None:
-        _processor(model, tokenizer, chat_template).save_pretrained(folder)
+        stock_processor(model, tokenizer, chat_template).save_pretrained(folder)
     else:
         tokenizer.save_pretrained(folder)
 
 
-def load_pretrained(folder: Path) -> tuple[VisionLanguageModel, PreTrainedTokenizerFast]:
-    """A model and tokenizer that `save_pretrained` wrote. Raises `DataError` naming what is missing or broken."""
-    settings, extras = _read(folder / "config.json"), _read(folder / EXTRAS_FILE)
-    try:
-        config = ModelConfig.model_validate(extras["model"])
-    except (KeyError, ValidationError) as error:
-        raise DataError(f"{folder / EXTRAS_FILE}: not a model description of this version: {error}") from None
+def load_pretrained(
+    name: Path | str, template: TemplateName | None = None, dtype: torch.dtype | None = torch.float32
+) -> tuple[VisionLanguageModel, PreTrainedTokenizerFast]:
+    """A model and tokenizer of a folder or hub id, `save_pretrained`'s or a stock LlavaNext checkpoint.
+
+    `template` replaces the one that the folder has; `dtype=None` keeps that of each weight. Raises `DataError` naming
+    what is missing, broken or not supported.
+    """
+    folder = checkpoint_folder(name)
+    described = describe(folder, template)
+    tokenizer = read_tokenizer(folder, described)
     with no_init_weights():
         model = VisionLanguageModel(
-            config,
-            _empty_encoder(config, settings["vision_config"], extras),
-            _empty_llm(settings["text_config"]),
-            settings["image_token_index"],
+            described.config, _empty_encoder(described), _empty_llm(described), described.image_token_id
         )
-    try:
-        outcome = load_torch_model(model, folder, strict=False, safe=True)
-    except (OSError, ValueError, RuntimeError) as error:
-        raise DataError(f"{folder}: its weights cannot be read ({error}); use a complete checkpoint folder") from None
-    tied = {"language_model.lm_head.weight"} if settings["tie_word_embeddings"] else set()
-    missing, unexpected = set(outcome.missing_keys) - tied, set(outcome.unexpected_keys)
-    if missing or unexpected:
-        raise DataError(f"{folder}: weights missing {sorted(missing)[:3]} or unexpected {sorted(unexpected)[:3]}")
-    model.language_model.tie_weights()
+    load_weights(model, _tensors(folder, described), folder, dtype)
+    generation = model.language_model.generation_config
     if (folder / "generation_config.json").exists():
-        model.language_model.generation_config = GenerationConfig.from_pretrained(folder)
-    return model, cast(PreTrainedTokenizerFast, AutoTokenizer.from_pretrained(folder))
+        generation = model.language_model.generation_config = GenerationConfig.from_pretrained(folder)
+    if generation.eos_token_id is None:
+        generation.eos_token_id = tokenizer.eos_token_id
+    return model, tokenizer
+
+
+def read_tokenizer(folder: Path, described: Description) -> PreTrainedTokenizerFast:
+    """The tokenizer of a checkpoint folder, with the chat template of its processor.
+
+    Raises `DataError` if it does not go with the model, or has no chat template and none of ours was named.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise DataError(f"{folder}: its tokenizer cannot be loaded: {reason}") from None
+    if not isinstance(tokenizer, PreTrainedTokenizerFast):
+        raise DataError(f"{folder}: exact labels need a fast tokenizer, got {type(tokenizer).__name__}")
+    if (found := tokenizer.get_vocab().get(IMAGE_TOKEN)) != described.image_token_id:
+        raise DataError(
+            f"{folder}: {IMAGE_TOKEN} is token {found} of its tokenizer, config.json says {described.image_token_id}"
+        )
+    if len(tokenizer) > described.text.vocab_size:
+        raise DataError(
+            f"{folder}: its tokenizer has {len(tokenizer)} tokens, its language model {described.text.vocab_size}"
+        )
+    if (folder / "chat_template.json").exists():  # where processors of older releases kept it
+        tokenizer.chat_template = read_json(folder / "chat_template.json").get("chat_template")
+    if tokenizer.chat_template is None and described.config.template == "chat_template":
+        names = ", ".join(get_args(TemplateName))
+        raise DataError(
+            f"{folder}: it has no chat template: name the one it was trained with (--template or model.template), one "
+            f"of {names}"
+        )
+    return tokenizer
 
 
 def load_parts(model: VisionLanguageModel, folder: Path, parts: tuple[str, ...]) -> None:
-    """Copy the weights of some parts of the model, such as `multi_modal_projector`, out of a checkpoint folder."""
+    """Copy the weights of some parts of the model, such as `multi_modal_projector`, out of a folder of this package."""
     wanted = {name: tensor for name, tensor in model.state_dict().items() if name.split(".")[0] in parts}
-    found: dict[str, Tensor] = {}
-    for shard in sorted(folder.glob("*.safetensors")):
-        with safe_open(shard, framework="pt") as weights:
-            found |= {name: weights.get_tensor(name) for name in weights.keys() if name in wanted}  # noqa: SIM118
+    found = dict(read_tensors(folder, wanted))
     if model.language_model.config.tie_word_embeddings:
-        wanted.pop("language_model.lm_head.weight", None)
+        wanted.pop(HEAD, None)
     for name, tensor in wanted.items():
         if name not in found or found[name].shape != tensor.shape:
             got = "nothing" if name not in found else f"shape {tuple(found[name].shape)}"
@@ -128,81 +135,22 @@ def load_parts(model: VisionLanguageModel, folder: Path, parts: tuple[str, ...])
     model.load_state_dict(found, strict=False)
 
 
-def _config(model: VisionLanguageModel) -> dict[str, Any]:
-    # Copies: a composite config takes its parts over and resets their attention.
-    text_config: Any = copy.deepcopy(model.language_model.config)
-    tower = model.vision_tower
-    vision_config = copy.deepcopy(tower.vision_model.config) if isinstance(tower, ClipEncoder) else None
-    settings: dict[str, Any] = LlavaNextConfig(
-        vision_config=vision_config,
-        text_config=text_config,
-        image_token_index=model.image_token_id,
-        vision_feature_layer=model.config.encoder.layer,
-        image_grid_pinpoints=[[canvas.height, canvas.width] for canvas in model.tiling.canvases],
-        image_seq_length=model.tiling.patches,
-        tie_word_embeddings=text_config.tie_word_embeddings,
-        architectures=["LlavaNextForConditionalGeneration"],
-        dtype=str(model.image_newline.dtype).removeprefix("torch."),
-    ).to_dict()
-    if stock_obstacle(model) is not None:
-        settings |= {"model_type": OWN_MODEL_TYPE, "architectures": [type(model).__name__]}
-    if isinstance(tower, TimmEncoder):
-        architecture = tower.vision_model.pretrained_cfg["architecture"]
-        settings["vision_config"] = {
-            "model_type": "timm",
-            "architecture": architecture,
-            "image_size": tower.tile,
-        }
-    return settings
+def _empty_encoder(described: Description) -> Encoder:
+    layer, vision = described.config.encoder.layer, described.vision
+    if isinstance(vision, CLIPVisionConfig):
+        return ClipEncoder(CLIPVisionModel(vision), layer, described.mean, described.std)
+    network = timm.create_model(vision["architecture"], pretrained=False, num_classes=0, img_size=vision["image_size"])
+    return TimmEncoder(network, layer, described.mean, described.std)
 
 
-def _processor(
-    model: VisionLanguageModel, tokenizer: PreTrainedTokenizerFast, chat_template: str
-) -> LlavaNextProcessor:
-    tower = model.vision_tower
-    images = LlavaNextImageProcessor(
-        size={"shortest_edge": tower.tile},
-        crop_size={"height": tower.tile, "width": tower.tile},
-        image_grid_pinpoints=[[canvas.height, canvas.width] for canvas in model.tiling.canvases],
-        image_mean=_flat(tower.mean),
-        image_std=_flat(tower.std),
-    )
-    return LlavaNextProcessor(
-        image_processor=images,
-        tokenizer=tokenizer,
-        patch_size=tower.patch,
-        vision_feature_select_strategy="default",
-        num_additional_image_tokens=1,  # CLS, which the strategy takes off again
-        chat_template=chat_template,
-    )
+def _empty_llm(described: Description) -> PreTrainedModel:
+    return cast(PreTrainedModel, AutoModelForCausalLM.from_config(described.text, dtype=torch.float32))
 
 
-def _empty_encoder(config: ModelConfig, vision_config: dict[str, Any], extras: dict[str, Any]) -> Encoder:
-    pixels = extras["pixel_mean"], extras["pixel_std"]
-    if config.encoder.kind == "clip":
-        return ClipEncoder(CLIPVisionModel(CLIPVisionConfig.from_dict(vision_config)), config.encoder.layer, *pixels)
-    architecture, tile = vision_config["architecture"], vision_config["image_size"]
-    network = timm.create_model(architecture, pretrained=False, num_classes=0, img_size=tile)
-    return TimmEncoder(network, config.encoder.layer, *pixels)
-
-
-def _empty_llm(text_config: dict[str, Any]) -> PreTrainedModel:
-    settings = dict(text_config)
-    config = AutoConfig.for_model(settings.pop("model_type"), **settings)
-    return cast(PreTrainedModel, AutoModelForCausalLM.from_config(config, dtype=torch.float32))
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise DataError(f"{path}: no such file; expected a checkpoint folder written by `anyres train`") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise DataError(f"{path}: not readable JSON: {error}") from None
-    if not isinstance(content, dict):
-        raise DataError(f"{path}: expected a JSON object, got {type(content).__name__}")
-    return content
-
-
-def _flat(statistics: Tensor) -> list[float]:
-    return [round(value, 8) for value in statistics.flatten().tolist()]
+def _tensors(folder: Path, described: Description) -> Iterator[tuple[str, Tensor]]:
+    """The folder's weights under this package's names; a projector without biases gets biases of zero."""
+    for name, tensor in read_tensors(folder):
+        name = renamed(name, STOCK_NAMES)
+        yield name, tensor
+        if not described.projector_bias and name.startswith("multi_modal_projector."):
+            yield name.replace(".weight", ".bias"), tensor.new_zeros(tensor.shape[0])

@@ -38,5 +38,9 @@ class MlpProjector(nn.Module):
 
 
 def build_projector(kind: ProjectorKind, vision_width: int, text_width: int) -> nn.Module:
-    """A freshly initialised projector from width Dv to D."""
+    """A projector from width Dv, that of all chosen layers together, to D.
+
+    Initialised as `nn.Linear` is, uniform within 1 / sqrt(inputs), as the original LLaVA begins; stock LlavaNext
+    draws from a normal distribution.
+    """
     return (LinearProjector if kind == "linear" else MlpProjector)(vision_width, text_width)

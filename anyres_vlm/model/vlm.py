@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -15,19 +14,14 @@ from anyres_vlm.errors import UsageError
 from anyres_vlm.geometry import TilePlan, Tiling
 from anyres_vlm.model import attention
 from anyres_vlm.model.encoder import Encoder
+from anyres_vlm.model.generation import Decoding, generate_tokens
 from anyres_vlm.model.loss import summed_loss
 from anyres_vlm.model.merge import merge_tiles
 from anyres_vlm.model.projector import build_projector
 from anyres_vlm.schema import Batch
 
-
-@dataclass(frozen=True)
-class Decoding:
-    """How the next token is chosen: greedy at temperature 0, else sampled from the nucleus `top_p`."""
-
-    max_new_tokens: int = 256
-    temperature: float = 0.0
-    top_p: float = 1.0
+# What models of transformers do to the logits that their head gives, by the configuration's names.
+LOGIT_CHANGES = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier")
 
 
 class VisionLanguageModel(nn.Module):
@@ -38,10 +32,9 @@ class VisionLanguageModel(nn.Module):
     ) -> None:
         super().__init__()
         head_config: Any = language_model.config
-        if getattr(head_config, "final_logit_softcapping", None) is not None:
-            raise UsageError(f"{config.llm} caps its logits, which the loss does not support: choose another llm")
+        if any(getattr(head_config, name, None) not in (None, 1.0) for name in LOGIT_CHANGES):
+            raise UsageError(f"{config.llm} caps or scales its logits behind the head: choose another llm")
         width: int = head_config.hidden_size
-        self.config = config
         self.image_token_id = image_token_id
         self.vision_tower = vision_tower
         self.multi_modal_projector = build_projector(config.projector, vision_tower.width, width)
@@ -49,7 +42,13 @@ class VisionLanguageModel(nn.Module):
         self.language_model.set_attn_implementation(attention.ATTENTION_NAME)
         # the deviation of transformers' own LlavaNext
         self.image_newline = nn.Parameter(torch.randn(width) / width**0.5)
-        self.tiling: Tiling = config.tiling(vision_tower.tile, vision_tower.patch)
+        self.cached_features: Callable[[Tensor], Tensor] | None = None  # what stands in for a frozen encoder
+        self.configure(config)
+
+    def configure(self, config: ModelConfig) -> None:
+        """Take over a configuration of the same parts; images are cut as it says."""
+        self.config = config
+        self.tiling: Tiling = config.tiling(self.vision_tower.tile, self.vision_tower.patch)
 
     def embed(self, input_ids: Tensor, tiles: Tensor, plans: Sequence[TilePlan]) -> Tensor:
         """Token embeddings with the images' tokens in place. (1, L), (T, 3, S, S) uint8 -> (1, L, D).
@@ -58,7 +57,8 @@ class VisionLanguageModel(nn.Module):
         """
         if not plans:
             tiles = tiles.new_zeros((1, 3, self.vision_tower.tile, self.vision_tower.tile))
-        projected = self.multi_modal_projector(self.vision_tower(tiles))
+        encode = self.cached_features or self.vision_tower
+        projected = self.multi_modal_projector(encode(tiles))
         embedded: Tensor = self.language_model.get_input_embeddings()(input_ids)
         if not plans:
             embedded = embedded + 0.0 * (projected.sum() + self.image_newline.sum()).to(embedded.dtype)
@@ -71,34 +71,32 @@ class VisionLanguageModel(nn.Module):
 
     def forward(self, batch: Batch) -> Tensor:
         """Summed loss of one pack in nats, fp32. The caller divides by the step's supervised tokens."""
+        documents = attention.Documents.between(batch.cu_seqlens)
         hidden = self.language_model.base_model(
             inputs_embeds=self.embed(batch.input_ids, batch.tiles, batch.plans),
             position_ids=batch.position_ids,
-            cu_seqlens=batch.cu_seqlens,
-            longest=int(batch.cu_seqlens.diff().max()),
+            documents=documents,
             use_cache=False,
         ).last_hidden_state
+        documents.check(self.language_model)
         return summed_loss(hidden, batch.labels, batch.cu_seqlens, self.language_model.get_output_embeddings())
 
     @torch.inference_mode()
-    def generate(
+    def stream(
         self,
         input_ids: Tensor,
+        lengths: Sequence[int],
         tiles: Tensor,
         plans: Sequence[TilePlan],
         decoding: Decoding,
-        streamer: Any = None,
-    ) -> list[int]:
-        """New tokens for one prompt (1, L) with its images, end token left out. `streamer` is one of transformers'."""
-        ending: Any = self.language_model.generation_config.eos_token_id
-        stops = set(ending) if isinstance(ending, list) else {ending}
-        sampling = {"temperature": decoding.temperature, "top_p": decoding.top_p} if decoding.temperature > 0 else {}
-        generated = self.language_model.generate(
-            inputs_embeds=self.embed(input_ids, tiles, plans),
-            attention_mask=torch.ones_like(input_ids),
-            max_new_tokens=decoding.max_new_tokens,
-            do_sample=decoding.temperature > 0,
-            streamer=streamer,
-            **sampling,
-        )
-        return [token for token in generated[0].tolist() if token not in stops]
+        numbers: Sequence[int] | None = None,
+    ) -> Iterator[tuple[int, int]]:
+        """New tokens of packed prompts (1, L) of these lengths with all their images, see `generate_tokens`."""
+        words = self.language_model.get_input_embeddings()
+        embedded = self.embed(input_ids, tiles, plans) if plans else words(input_ids)
+        yield from generate_tokens(self.language_model, embedded, lengths, decoding, numbers)
+
+    def generate(self, input_ids: Tensor, tiles: Tensor, plans: Sequence[TilePlan], decoding: Decoding) -> list[int]:
+        """New tokens for one prompt (1, L) with its images, the end token left out."""
+        tokens = self.stream(input_ids, [input_ids.shape[1]], tiles, plans, decoding)
+        return [token for _, token in tokens]

@@ -6,8 +6,6 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator
 
-import numpy as np
-import torch
 from torch.optim.lr_scheduler import LambdaLR
 
 from anyres_vlm.schema import Batch
@@ -24,23 +22,19 @@ def run_steps(
 ) -> Iterator[tuple[int, StepResult, dict[str, float]]]:
     """Train over the optimizer steps that are left; yields each one's number, result and metrics.
 
-    `asks` says before a step whether this rank wants to stop, and to save, behind it.
+    `asks` says before a step whether this rank wants to stop, and to save, behind it. Dropout is seeded from (`seed`,
+    step, rank), so that a resumed run draws what the undisturbed one drew.
     """
     fetching = time.monotonic()
     for step, batches in enumerate(steps, start=first_step + 1):
         started = time.monotonic()
         rate = float(schedule.get_last_lr()[0])
-        torch.manual_seed(_step_seed(seed, step, engine.rank))
+        engine.seed(seed, step)
         stop, save = asks()
         result = engine.step(batches, stop=stop, save=save)
         schedule.step()
         yield step, result, _numbers(result, rate, wait_s=started - fetching, step_s=time.monotonic() - started)
         fetching = time.monotonic()
-
-
-def _step_seed(seed: int, step: int, rank: int) -> int:
-    """Dropout follows from the step, not from what was drawn before it: no random state needs saving."""
-    return int(np.random.SeedSequence((seed, step, rank)).generate_state(1)[0])
 
 
 def _numbers(result: StepResult, rate: float, wait_s: float, step_s: float) -> dict[str, float]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import torch
 from torch import nn
@@ -10,17 +11,16 @@ from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 
 from anyres_vlm.config import StageConfig
+from anyres_vlm.train.stage import part_of
 
 
-def build_optimizer(model: nn.Module, settings: StageConfig) -> AdamW:
-    """AdamW over what requires gradients: the encoder at its own rate; biases and norms are never decayed."""
+def build_optimizer(model: nn.Module, rates: Mapping[str, float], weight_decay: float) -> AdamW:
+    """AdamW over what requires gradients, each part at its own rate; biases and norms are never decayed."""
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            rate = settings.vision_lr if name.startswith("vision_tower.") else settings.learning_rate
-            assert rate is not None, "the encoder is trained only with a rate of its own"
-            decay = settings.weight_decay if parameter.ndim > 1 else 0.0
-            groups.setdefault((rate, decay), []).append(parameter)
+            decay = weight_decay if parameter.ndim > 1 else 0.0
+            groups.setdefault((rates[part_of(name)], decay), []).append(parameter)
     return AdamW(
         [{"params": params, "lr": rate, "weight_decay": decay} for (rate, decay), params in groups.items()],
         fused=torch.cuda.is_available(),

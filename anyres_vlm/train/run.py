@@ -1,61 +1,18 @@
-"""One run: the data, model and plan of each stage put together, trained, checkpointed and finished."""
+"""One run: its stages in order, each where it was left."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, NoReturn
 
-import torch
-import yaml
-from transformers import PreTrainedTokenizerFast
-
-from anyres_vlm.config import RunConfig, StageName, find_preset, load_config
-from anyres_vlm.data.chat_template import chat_jinja
-from anyres_vlm.data.conversation import ConversationTokenizer
-from anyres_vlm.data.loader import iter_steps
-from anyres_vlm.errors import DataError, Interrupted, UsageError
-from anyres_vlm.model.hub import build_model
-from anyres_vlm.model.pretrained import load_parts, save_pretrained
-from anyres_vlm.model.vlm import VisionLanguageModel
+from anyres_vlm.config import RunConfig, StageName, load_config
+from anyres_vlm.errors import UsageError
 from anyres_vlm.train import checkpoint
-from anyres_vlm.train.engine import Engine, StepResult
-from anyres_vlm.train.interruption import catch_signals, mark, unmark
-from anyres_vlm.train.loop import run_steps
-from anyres_vlm.train.metrics import MetricsWriter
-from anyres_vlm.train.optim import build_optimizer, build_schedule
-from anyres_vlm.train.samples import index_samples
-from anyres_vlm.train.saving import Saver
-from anyres_vlm.train.stage import ADAPTER_PARTS, freeze, recipe_warnings, trained_parts
-from anyres_vlm.train.steps import StageSteps, packing_cost
+from anyres_vlm.train.engine import Engine
+from anyres_vlm.train.interruption import unmark
+from anyres_vlm.train.options import CONFIG_FILE, RunOptions, model_folder, needs_stage_1, stage_settings
+from anyres_vlm.train.stage_run import Progress, StageRun
 
 logger = logging.getLogger(__name__)
-
-CONFIG_FILE = "config.yaml"
-
-# An index's place is no content; DeepSpeed splits the same steps.
-NOT_DECISIVE: Any = {"data": {"index": True}, "deepspeed": True}
-
-Progress = Callable[[StageName, int, int, dict[str, float]], None]
-"""Called after each optimizer step with the stage, the finished steps, all steps and the step's numbers."""
-
-
-@dataclass(frozen=True)
-class RunOptions:
-    """What the command line decides beside the configuration."""
-
-    output: Path
-    stages: tuple[StageName, ...]
-    resume: bool = True
-    max_steps: int | None = None
-    skip_stage1: bool = False
-
-
-def model_folder(output: Path, stage: StageName) -> Path:
-    """Where a finished stage's checkpoint lies."""
-    return output / stage / "model"
 
 
 def train(config: RunConfig, options: RunOptions, progress: Progress) -> bool:
@@ -63,7 +20,8 @@ def train(config: RunConfig, options: RunOptions, progress: Progress) -> bool:
 
     Returns whether this process is the one that reports, rank 0; only there is `progress` called.
 
-    Raises `UsageError` for stage 2 without a stage-1 projector, and for an output folder of another run.
+    Raises `UsageError` for stage 2 without a stage-1 projector, and for an output folder of another run; `Interrupted`
+    after a signal.
     """
     engine = Engine(config.precision)
     unmark(options.output)
@@ -75,169 +33,19 @@ def train(config: RunConfig, options: RunOptions, progress: Progress) -> bool:
                 checkpoint.require_same_settings(options.output / stage, stage_settings(before, stage), settings)
                 logger.info("%s is finished: %s", stage, model_folder(options.output, stage))
             else:
-                _check_start(options, stage)
+                _check_start(config, options, stage)
                 StageRun(engine, config, options, stage, progress).run()
         return engine.is_main
     finally:
         engine.close()
 
 
-def stage_settings(config: RunConfig, stage: StageName) -> dict[str, Any]:
-    """What decides a stage's result; the rest of the configuration may change while it runs."""
-    run = config.model_dump(mode="json", include={"model", "seed", "precision"})
-    return {**run, **config.stage(stage).model_dump(mode="json", exclude=NOT_DECISIVE)}
-
-
-def _check_start(options: RunOptions, stage: StageName) -> None:
+def _check_start(config: RunConfig, options: RunOptions, stage: StageName) -> None:
     if not options.resume and (options.output / stage).exists():
         raise UsageError(f"{options.output / stage} exists: --resume auto goes on with it, or choose another --output")
     first = model_folder(options.output, "stage1")
-    if stage == "stage2" and not options.skip_stage1 and not first.is_dir():
+    if stage == "stage2" and needs_stage_1(config, options) and not first.is_dir():
         raise UsageError(
             f"stage 2 needs the projector of stage 1, and {first} does not exist: run --stage 1 with the same --output "
             "first, or pass --skip-stage1 for the ablation without it"
         )
-
-
-class StageRun:
-    """Everything one stage holds while it trains; `run` is the order of events."""
-
-    def __init__(
-        self, engine: Engine, config: RunConfig, options: RunOptions, stage: StageName, progress: Progress
-    ) -> None:
-        self.engine, self.config, self.options, self.stage, self.progress = (
-            engine,
-            config,
-            options,
-            stage,
-            progress,
-        )
-        self.settings = config.stage(stage)
-        self.num_skipped = 0
-        self.folder = options.output / stage
-        self.model, self.tokenizer = self._build_model()
-        with engine.main_first():
-            self.samples = index_samples(config, stage, options.output, self.model.tiling, self.tokenizer)
-        cost = packing_cost(self.model)
-        self.steps = StageSteps.plan(self.samples.index, config, stage, cost, options.max_steps)
-        self.optimizer = build_optimizer(self.model, self.settings)
-        self.saver = Saver(self.folder / "checkpoints", self._write_model, config.keep_checkpoints, config.save_minutes)
-
-    def run(self) -> None:
-        """Resume or begin, train the steps that are left, save the finished model.
-
-        Raises `Interrupted` after a signal, with the state saved; `DataError` when too many steps are not finite.
-        """
-        finished = self._prepare()
-        schedule = build_schedule(self.optimizer, self.settings, len(self.steps), finished)
-        self._announce(finished)
-        batches = iter_steps(
-            self.samples,
-            self.steps.shares(finished, self.engine.rank, self.engine.world_size),
-            self.settings.data,
-            self.config.seed,
-            workers=self.config.workers,
-            pin_memory=self.engine.is_cuda,
-        )
-        with (
-            MetricsWriter(self.folder if self.engine.is_main else None, finished) as metrics,
-            catch_signals() as signals,
-        ):
-
-            def asks() -> tuple[bool, bool]:
-                return signals.is_set(), self.engine.is_main and self.saver.is_due
-
-            for step, result, numbers in run_steps(self.engine, batches, schedule, self.config.seed, finished, asks):
-                metrics.write(step, numbers)
-                if self.engine.is_main:
-                    self.progress(self.stage, step, len(self.steps), numbers)
-                self._cap_skipped(step, result)
-                if step < len(self.steps) and (result.stop or result.save or step % self.config.save_every == 0):
-                    self._save_checkpoint(step)
-                    if result.stop:
-                        self._leave(step)
-        self._save_model()
-
-    def _prepare(self) -> int:
-        """Hand the model to the engine, as it was at the newest checkpoint. Returns the finished steps."""
-        preset = None if self.settings.deepspeed is None else find_preset(self.settings.deepspeed)
-        resumed = checkpoint.latest(self.folder / "checkpoints")
-        if resumed is None:
-            self.engine.prepare(self.model, self.optimizer, self.settings.max_grad_norm, preset)
-            return 0
-        folder, state = resumed
-        checkpoint.require_same_settings(folder, state.settings, self._fixed_settings())
-        load_parts(self.model, folder, trained_parts(self.config, self.stage))
-        self.engine.prepare(self.model, self.optimizer, self.settings.max_grad_norm, preset)
-        with checkpoint.tensors(folder) as read:
-            self.engine.restore(state.updates, read)
-        return state.step
-
-    def _cap_skipped(self, step: int, result: StepResult) -> None:
-        self.num_skipped += result.is_skipped
-        if self.num_skipped > self.config.max_skipped_steps:
-            raise DataError(
-                f"{self.stage}: {self.num_skipped} steps were not finite, the last one step {step}: look at the samples "
-                "named above, lower learning_rate, or raise max_skipped_steps"
-            )
-
-    def _leave(self, step: int) -> NoReturn:
-        self.saver.finish()
-        reason = f"{self.stage} is saved after step {step} of {len(self.steps)}: the same command goes on"
-        if self.engine.is_main:
-            mark(self.options.output, reason)
-        self.engine.wait()
-        raise Interrupted(reason)
-
-    def _build_model(self) -> tuple[VisionLanguageModel, PreTrainedTokenizerFast]:
-        model, tokenizer = build_model(self.config.model, self.config.seed)
-        if self.stage == "stage2" and not self.options.skip_stage1:
-            load_parts(model, model_folder(self.options.output, "stage1"), ADAPTER_PARTS)
-        end = ConversationTokenizer(self.config.model.template, tokenizer).end_id
-        model.language_model.generation_config.eos_token_id = sorted({end, tokenizer.eos_token_id})
-        freeze(model, trained_parts(self.config, self.stage))
-        if self.settings.activation_checkpointing:
-            model.language_model.activation_checkpointing_enable()
-        return model.train(), tokenizer
-
-    def _fixed_settings(self) -> dict[str, Any]:
-        """What must not change between a checkpoint and its resumption: it decides the sequence of steps."""
-        return {**stage_settings(self.config, self.stage), "plan": self.steps.key, "steps": len(self.steps)}
-
-    def _announce(self, finished: int) -> None:
-        if not self.engine.is_main:
-            return
-        packs, advice = self.steps.describe(self.engine.world_size)
-        for warning in [*recipe_warnings(self.config, self.stage), *advice]:
-            logger.warning(warning)
-        trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
-        logger.info(
-            "%s: %s samples, %s tokens, %s steps, %.1f M parameters trained%s",
-            self.stage,
-            f"{len(self.steps.positions):,}",
-            f"{int(self.steps.epochs[0].tokens.sum()):,}",
-            f"{len(self.steps):,}",
-            trained / 1e6,
-            f", resumed after step {finished}" if finished else "",
-        )
-        logger.info("%s: %s", self.stage, packs)
-        self.folder.mkdir(parents=True, exist_ok=True)
-        content = yaml.safe_dump(self.config.model_dump(mode="json"), sort_keys=False)
-        (self.folder / CONFIG_FILE).write_text(content, encoding="utf-8")
-
-    def _save_checkpoint(self, step: int) -> None:
-        snapshot = self.engine.snapshot()
-        if self.engine.is_main:
-            self.saver.save(snapshot, step, self._fixed_settings())
-
-    def _save_model(self) -> None:
-        weights = self.engine.snapshot(with_moments=False).weights
-        if self.engine.is_main:
-            self.saver.finish()
-            target = model_folder(self.options.output, self.stage)
-            checkpoint.write_folder(target, lambda folder: self._write_model(folder, weights))
-        self.engine.wait()
-
-    def _write_model(self, folder: Path, weights: dict[str, torch.Tensor]) -> None:
-        chat_template = chat_jinja(self.config.model.template, self.tokenizer)
-        save_pretrained(self.model, weights, self.tokenizer, chat_template, folder)

@@ -15,7 +15,7 @@ from anyres_vlm.data.index.rejects import count_rejects, rejects_path
 from anyres_vlm.data.index.rows import IndexSettings
 from anyres_vlm.data.samples import IndexedSamples
 from anyres_vlm.data.sources import open_source
-from anyres_vlm.geometry import Tiling
+from anyres_vlm.model.vlm import VisionLanguageModel
 from anyres_vlm.synthetic.dataset import write_dataset
 
 logger = logging.getLogger(__name__)
@@ -24,7 +24,7 @@ INDEX_FILE = "index.parquet"
 
 
 def index_samples(
-    config: RunConfig, stage: StageName, output: Path, tiling: Tiling, tokenizer: PreTrainedTokenizerFast
+    config: RunConfig, stage: StageName, output: Path, model: VisionLanguageModel, tokenizer: PreTrainedTokenizerFast
 ) -> IndexedSamples:
     """Index a stage's data beside the run, or where `data.index` says; an index that is up to date is not made again.
 
@@ -32,11 +32,11 @@ def index_samples(
     """
     settings = config.stage(stage)
     path, images = _locate(settings.data, output, config.seed)
-    conversation = ConversationTokenizer(settings.template or config.model.template, tokenizer)
+    conversation = ConversationTokenizer(settings.template or model.config.template, tokenizer)
     index = build_index(
         path,
         images,
-        IndexSettings(conversation, tiling, settings.max_length),
+        IndexSettings(conversation, model.tiling, settings.max_length),
         settings.data.index or output / stage / INDEX_FILE,
         workers=os.cpu_count() or 1,
         max_bad_fraction=settings.data.max_bad_fraction,
@@ -46,7 +46,7 @@ def index_samples(
         logger.warning(
             "%s: left out of %s records: %s; see %s", path, f"{len(index):,}", kinds, rejects_path(index.path)
         )
-    return IndexedSamples(open_source(path, images), index, conversation, tiling)
+    return IndexedSamples(open_source(path, images), index, conversation, model.tiling)
 
 
 def _locate(data: DataConfig, output: Path, seed: int) -> tuple[Path, Path | None]:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from anyres_vlm.model.lora import is_adapter
 from anyres_vlm.train import checkpoint
 from anyres_vlm.train.engine import Snapshot
 
@@ -48,7 +49,8 @@ class Saver:
     def _write(self, snapshot: Snapshot, state: checkpoint.TrainerState) -> None:
         def fill(folder: Path) -> None:
             self._write_model(folder, snapshot.weights)
-            checkpoint.save_trainer(folder, state, snapshot.moments)
+            adapter = {name: tensor for name, tensor in snapshot.weights.items() if is_adapter(name)}
+            checkpoint.save_trainer(folder, state, {**snapshot.moments, **adapter})
 
         checkpoint.write_folder(checkpoint.checkpoint_path(self._folder, state.step), fill)
         checkpoint.prune(self._folder, self._keep)

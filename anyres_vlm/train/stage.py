@@ -1,27 +1,58 @@
-"""What each stage of the recipe trains, and the recipe's known mistakes."""
+"""What each stage of the recipe trains and at which rate, and the recipe's known mistakes."""
 
 from __future__ import annotations
 
-from anyres_vlm.config import RunConfig, StageName
+from collections.abc import Callable, Collection
+
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from anyres_vlm.config import RunConfig, StageConfig, StageName
+from anyres_vlm.model.lora import is_adapter
 from anyres_vlm.model.vlm import VisionLanguageModel
 
 ADAPTER_PARTS = ("multi_modal_projector", "image_newline")
-TRAINED_PARTS: dict[StageName, tuple[str, ...]] = {
-    "stage1": ADAPTER_PARTS,
-    "stage2": (*ADAPTER_PARTS, "language_model"),
+LORA_PART = "lora"  # the adapters in the language model
+
+_BOTH: tuple[StageName, ...] = ("stage1", "stage2")
+_LAST: tuple[StageName, ...] = ("stage2",)
+# part of the model -> the stages that train it, and its rate there; without a rate it stays frozen
+TRAINED_PARTS: dict[str, tuple[tuple[StageName, ...], Callable[[StageConfig], float | None]]] = {
+    "multi_modal_projector": (_BOTH, lambda stage: stage.learning_rate),
+    "image_newline": (_BOTH, lambda stage: stage.learning_rate),
+    "vision_tower": (_BOTH, lambda stage: stage.vision_lr),
+    "language_model": (_LAST, lambda stage: None if stage.lora else stage.learning_rate),
+    LORA_PART: (_LAST, lambda stage: (stage.lora.learning_rate or stage.learning_rate) if stage.lora else None),
 }
 
 
-def trained_parts(config: RunConfig, stage: StageName) -> tuple[str, ...]:
-    """The parts of the model that a stage trains; `vision_lr` adds the encoder."""
-    vision = ("vision_tower",) if config.stage(stage).vision_lr is not None else ()
-    return (*TRAINED_PARTS[stage], *vision)
+def trained_rates(config: RunConfig, stage: StageName) -> dict[str, float]:
+    """The parts of the model that a stage trains, with their learning rates."""
+    rates = {part: rate(config.stage(stage)) for part, (stages, rate) in TRAINED_PARTS.items() if stage in stages}
+    return {part: rate for part, rate in rates.items() if rate is not None}
 
 
-def freeze(model: VisionLanguageModel, parts: tuple[str, ...]) -> None:
-    """Let gradients reach just these parts."""
+def part_of(name: str) -> str:
+    """The part of the model that a parameter belongs to."""
+    return LORA_PART if is_adapter(name) else name.partition(".")[0]
+
+
+def freeze(model: VisionLanguageModel, parts: Collection[str]) -> None:
+    """Let gradients reach just these parts. All others run as in evaluation, without dropout or drop path.
+
+    The encoder's layers behind the deepest chosen one stay frozen with it or without.
+    """
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(name.split(".")[0] in parts)
+        parameter.requires_grad_(part_of(name) in parts)
+    for parameter in model.vision_tower.unused_parameters():
+        parameter.requires_grad_(False)
+    for name, part in model.named_children():
+        part.train(name in parts)
+    for name, module in model.named_modules():
+        if name.endswith(".lora_dropout"):
+            module.train(LORA_PART in parts)
+        # transformers recomputes activations only in layers whose own flag says training; their dropout keeps its own
+        if isinstance(module, GradientCheckpointingLayer) and module.gradient_checkpointing:
+            module.training = True
 
 
 def recipe_warnings(config: RunConfig, stage: StageName) -> list[str]:

@@ -85,14 +85,15 @@ def packing_cost(model: VisionLanguageModel) -> CostModel:
     if isinstance(tower, ClipEncoder):
         vision = tower.vision_model.config
     else:  # a plain vision transformer, so CLIP's configuration has the words for it
+        width = tower.width // len(tower.layers)
         vision = CLIPVisionConfig(
-            hidden_size=tower.width,
-            intermediate_size=4 * tower.width,
+            hidden_size=width,
+            intermediate_size=4 * width,
             image_size=tower.tile,
             patch_size=tower.patch,
         )
     try:
-        return derive_cost(model.language_model.config, vision, tower.layers_used)
+        return derive_cost(model.language_model.config, vision, tower.layers)
     except UsageError as error:
         logger.info("packs are balanced by the costs of a 7B model: %s", error)
         return CostModel()

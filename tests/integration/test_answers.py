@@ -14,9 +14,9 @@ from anyres_vlm.config import ModelConfig
 from anyres_vlm.data.templates import TEMPLATES
 from anyres_vlm.geometry import Size, count_tokens
 from anyres_vlm.inference import Assistant
+from anyres_vlm.model.generation import Decoding
 from anyres_vlm.model.hub import build_model
 from anyres_vlm.model.pretrained import save_pretrained
-from anyres_vlm.model.vlm import Decoding
 from anyres_vlm.schema import Turn
 
 
@@ -59,10 +59,46 @@ def test_sampling_varies_and_greedy_does_not(checkpoint, picture) -> None:
     assistant = Assistant.load(checkpoint)
     image = Image.open(picture).convert("RGB")
     turns = [Turn("user", "<image>\nwhat?")]
-    greedy = {assistant.answer(turns, [image], Decoding(6)).text for _ in range(2)}
-    sampled = {assistant.answer(turns, [image], Decoding(6, temperature=1.5, top_p=0.95)).text for _ in range(6)}
+
+    def texts(temperature: float, top_p: float) -> list[str]:
+        decodings = [Decoding(6, temperature, top_p, seed) for seed in range(6)]
+        return [assistant.answer(turns, [image], decoding).text for decoding in decodings]
+
+    greedy, sampled = set(texts(0.0, 1.0)), set(texts(1.5, 0.95))
+    assert texts(1.5, 0.95) == texts(1.5, 0.95)
     assert len(greedy) == 1
     assert len(sampled) > 1
+
+
+class Terminal(io.StringIO):
+    """Keeps what was written piece by piece."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pieces: list[str] = []
+
+    def isatty(self) -> bool:
+        return True
+
+    def write(self, text: str) -> int:
+        self.pieces.append(text)
+        return super().write(text)
+
+
+def test_a_terminal_shows_the_answer_as_it_is_said(checkpoint, picture, capsys, monkeypatch) -> None:
+    flags = "--temperature 1.2 --top-p 0.9 --seed 5 --max-new-tokens 12".split()
+    arguments = ["chat", str(checkpoint), *(["--image", str(picture)] * 2), *flags]
+    monkeypatch.setattr("sys.stdin", io.StringIO("what?\nwhere?\n"))
+    assert main([*arguments, "--json"]) == 0
+    first, second = (json.loads(line) for line in capsys.readouterr().out.splitlines())
+    assert second["prompt_tokens"] > first["prompt_tokens"] > first["image_tokens"] > 0
+    for screen in (Terminal(), io.StringIO()):
+        monkeypatch.setattr("sys.stdin", io.StringIO("what?\nwhere?\n"))
+        monkeypatch.setattr("sys.stdout", screen)
+        assert main(arguments) == 0
+        assert screen.getvalue() == f"{first['answer']}\n{second['answer']}\n"
+        if isinstance(screen, Terminal):
+            assert len(screen.pieces) > 6
 
 
 @pytest.mark.parametrize(
@@ -71,6 +107,7 @@ def test_sampling_varies_and_greedy_does_not(checkpoint, picture) -> None:
         (["--prompt", "hi </s>"], 1, "control token '</s>'"),
         (["--prompt", " "], 2, "the prompt is empty"),
         (["--prompt", "hi", "--image", "none.png"], 1, "none.png: no such file"),
+        (["--prompt", "what? " * 2000], 2, "the model reads 2,048 with the answer: ask with fewer"),
         (["--prompt", "<image>"], 2, "has 1 <image>, but 0 images"),
     ],
 )

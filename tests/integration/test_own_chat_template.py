@@ -10,9 +10,10 @@ from transformers import AutoProcessor, AutoTokenizer, PreTrainedTokenizerFast
 
 from anyres_vlm.config import load_config, shipped_config
 from anyres_vlm.inference import Assistant
-from anyres_vlm.model.vlm import Decoding
+from anyres_vlm.model.generation import Decoding
 from anyres_vlm.schema import Turn
-from anyres_vlm.train.run import RunOptions, model_folder, train
+from anyres_vlm.train.options import RunOptions, model_folder
+from anyres_vlm.train.run import train
 
 JINJA = (
     "{% for message in messages %}{{ '[' + message.role + ']\\n' + message.content + eos_token }}{% endfor %}"

@@ -20,7 +20,8 @@ from anyres_vlm.config import load_config, shipped_config
 from anyres_vlm.data.index.table import read_index
 from anyres_vlm.errors import DataError, UsageError
 from anyres_vlm.train.metrics import read_metrics
-from anyres_vlm.train.run import RunOptions, train
+from anyres_vlm.train.options import RunOptions
+from anyres_vlm.train.run import train
 
 # Two ranks add the same fp32 numbers in another order. Worst seen over 6 steps of these runs: 2e-6.
 RANKS_ATOL = 2e-5

@@ -12,9 +12,10 @@ from transformers import LlavaNextForConditionalGeneration, LlavaNextProcessor, 
 
 from anyres_vlm.config import EncoderConfig, ModelConfig
 from anyres_vlm.geometry import Size, plan_tiles
+from anyres_vlm.model.generation import Decoding
 from anyres_vlm.model.hub import build_model
 from anyres_vlm.model.pretrained import load_pretrained, save_pretrained
-from anyres_vlm.model.vlm import Decoding, VisionLanguageModel
+from anyres_vlm.model.vlm import VisionLanguageModel
 
 LOGITS_ATOL = 2e-5  # worst seen over these shapes in fp32 on CPU: 3e-6
 SIZES = [
@@ -114,7 +115,7 @@ def test_several_images_and_text_alone(saved, ours, stock) -> None:
     ],
 )
 def test_what_stock_cannot_express_is_ours_and_loads_back(tiny_bases, tmp_path, change, reason) -> None:
-    from anyres_vlm.model.pretrained import stock_obstacle
+    from anyres_vlm.model.stock import stock_obstacle
 
     base = {
         "llm": str(tiny_bases / "llm"),

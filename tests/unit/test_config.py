@@ -47,7 +47,16 @@ def test_overrides_and_flags() -> None:
         ("model.grid=13x1", "from 1 to 12"),
         ("stage1.capacity=10", "capacity=10 is below max_length"),
         ("stage1.data.path=x.json", "give either `path`"),
+        ("stage1.lora.rank=8", "stage 1 leaves the language model as it is; put lora under stage2"),
+        ("stage2.lora.rnk=8", "unknown key stage2.lora.rnk; did you mean rank?"),
+        ("stage2.lora.rank=0", "stage2.lora.rank"),
+        ("stage2.lora.target_modules=[]", "stage2.lora.target_modules"),
+        ("model.encoder.layer=[]", "model.encoder.layer"),
+        ("model.encoder.layer=last", "model.encoder.layer"),
+        ("model.encoder.tile=224", "tile=224 goes with kind: timm"),
         ("seed", "expected key=value"),
+        ("cache_features.foldr=x", "unknown key cache_features.foldr; did you mean folder?"),
+        ("cache_features={folder: x, max_gb: 0}", "cache_features.max_gb"),
         ("seed.deep=1", "is a value, not a section"),
         ("seed=[", "not YAML"),
     ],
@@ -57,6 +66,23 @@ def test_mistakes_are_named(override: str, message: str) -> None:
         load_config(TINY, [override])
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_cached_features_are_a_folder_or_a_section() -> None:
+    assert load_config(TINY).cache_features is None
+    short, long = (load_config(TINY, [f"cache_features{key}=~/f"]).cache_features for key in ("", ".folder"))
+    assert short == long
+    assert short is not None
+    assert (short.folder, short.max_gb) == (Path.home() / "f", 50)
+    for stage in ("stage1", "stage2"):
+        with pytest.raises(UsageError, match=f"{stage}.vision_lr=2e-06 trains the encoder"):
+            load_config(TINY, ["cache_features=f", f"{stage}.vision_lr=2e-6"])
+
+
+def test_a_section_written_out_as_null_can_be_set(tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text(TINY.read_text() + "cache_features: null\n")
+    assert load_config(path, ["cache_features.folder=f", "stage1.data.augment.color=0.1"]).cache_features is not None
 
 
 @pytest.mark.parametrize("content", ["- a\n- b\n", "a: [", "\tx: 1", ""])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,17 +40,19 @@ class CostModel:
         return round(self.tile * 1024)
 
 
-def derive_cost(language: Any, vision: Any, vision_layer: int = -2) -> CostModel:
+def derive_cost(language: Any, vision: Any, layers: int | Sequence[int] = -2) -> CostModel:
     """By forward FLOPs, from transformers' configurations of a Llama-like language model and a CLIP vision encoder.
 
     A token costs 2 FLOPs a parameter; a pair of tokens in a causal layer 4 * heads * head_dim / 2, as half the pairs
-    are masked; a tile the encoder's layers up to `vision_layer` and the projector. Raises `UsageError` for other kinds.
+    are masked; a tile the encoder's layers up to the deepest of `layers` and the projector over them all. Raises
+    `UsageError` for other kinds.
     """
     try:
         token = 2 * _language_parameters(language)
         head = getattr(language, "head_dim", None) or language.hidden_size // language.num_attention_heads
         pair = 2 * language.num_hidden_layers * language.num_attention_heads * head
-        tile = _tile_flops(vision, vision_layer) + _projector_flops(vision, language.hidden_size)
+        features = (layers,) if isinstance(layers, int) else layers
+        tile = _tile_flops(vision, features) + _projector_flops(vision, len(features), language.hidden_size)
     except AttributeError as error:
         raise UsageError(f"cannot derive costs from this model: {error}; give --cost-sq and --cost-tile") from None
     return CostModel(square=pair / token, tile=tile / token)
@@ -63,7 +65,7 @@ def read_cost(path: Path) -> CostModel:
     """
     from transformers import AutoConfig  # start-up time
 
-    from anyres_vlm.config import load_config
+    from anyres_vlm.config import CheckpointConfig, load_config
 
     def read(name: str | Path) -> Any:
         try:
@@ -77,6 +79,8 @@ def read_cost(path: Path) -> CostModel:
 
     if path.suffix in (".yaml", ".yml"):
         model = load_config(path).model
+        if isinstance(model, CheckpointConfig):
+            return read_cost(Path(model.checkpoint))
         vision = read(model.encoder.name)
         return derive_cost(read(model.llm), getattr(vision, "vision_config", vision), model.encoder.layer)
     if not path.exists():
@@ -96,15 +100,16 @@ def _language_parameters(model: Any) -> int:
     return int(embeddings + model.num_hidden_layers * layer)
 
 
-def _tile_flops(vision: Any, layer: int) -> int:
+def _tile_flops(vision: Any, features: Sequence[int]) -> int:
     width, patches = vision.hidden_size, (vision.image_size // vision.patch_size) ** 2
     positions = patches + 1  # CLS
-    layers = vision.num_hidden_layers + 1 + layer if layer < 0 else layer
+    layers = max(vision.num_hidden_layers + 1 + layer if layer < 0 else layer for layer in features)
     weights = 4 * width**2 + 2 * width * vision.intermediate_size
     return int(
         layers * (2 * weights * positions + 4 * width * positions**2) + 6 * patches * width * vision.patch_size**2
     )
 
 
-def _projector_flops(vision: Any, width: int) -> int:
-    return int(2 * math.prod((vision.image_size // vision.patch_size,) * 2) * (vision.hidden_size + width) * width)
+def _projector_flops(vision: Any, features: int, width: int) -> int:
+    patches = (vision.image_size // vision.patch_size) ** 2
+    return int(2 * patches * (features * vision.hidden_size + width) * width)

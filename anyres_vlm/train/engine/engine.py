@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -93,7 +94,12 @@ class Engine:
         settings = fill_preset(preset, bf16=self._bf16, max_grad_norm=max_grad_norm)
         if not is_initialized():  # one process without a launcher is a world of its own
             init_process_group(store=HashStore(), rank=0, world_size=1)
+            os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed asks for what a launcher would have set
         self._backend = ZeroBackend(model.to(self._accelerator.device), optimizer, settings, is_main=self.is_main)
+
+    def seed(self, seed: int, step: int) -> None:
+        """Seed what the next optimizer step draws on this rank (dropout), on every device."""
+        torch.manual_seed(random.Random(f"{seed} {step} {self.rank}").getrandbits(63))
 
     def step(self, batches: Sequence[Batch], *, stop: bool = False, save: bool = False) -> StepResult:
         """One optimizer step over this rank's packs, equal to one big batch over all ranks' samples.
@@ -112,14 +118,14 @@ class Engine:
                 int(save),
             ]
         )
-        supervised, tokens, samples, rejects, stops, saves = (int(count) for count in self._sum(counts))
+        supervised, tokens, samples, rejects, stops, saves = (int(count) for count in self.sum(counts))
         scale = self.world_size / max(supervised, 1)
         losses = [
             self._backend.micro_step(batch.to(self._accelerator.device), scale, is_last=batch is batches[-1])
             for batch in batches
         ]
         grad_norm = self._backend.update()
-        total = float(self._sum(torch.stack(losses).sum()))
+        total = float(self.sum(torch.stack(losses).sum()))
         result = StepResult(
             total / max(supervised, 1), grad_norm, supervised, tokens, samples, rejects, stops > 0, saves > 0
         )
@@ -149,7 +155,8 @@ class Engine:
         with self._accelerator.main_process_first():
             yield
 
-    def _sum(self, tensor: Tensor) -> Tensor:
+    def sum(self, tensor: Tensor) -> Tensor:
+        """A tensor added up over all ranks."""
         return cast(Tensor, self._accelerator.reduce(tensor.to(self._accelerator.device), reduction="sum"))
 
 

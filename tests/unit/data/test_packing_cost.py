@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaNextConfig, Qwen2Config
 
-from anyres_vlm.data.packing.cost import CostModel, read_cost
+from anyres_vlm.data.packing.cost import CostModel, derive_cost, read_cost
 from anyres_vlm.errors import UsageError
 
 CLIP_LARGE = {
@@ -50,3 +50,12 @@ def test_what_cannot_be_derived_is_said(tmp_path: Path) -> None:
         read_cost(tmp_path)
     with pytest.raises(UsageError, match="cost of a tile -1"):
         CostModel(2e-5, -1)
+
+
+def test_several_layers_cost_the_deepest_and_a_wider_projector() -> None:
+    vision = CLIPVisionConfig(**CLIP_LARGE)
+    one = derive_cost(VICUNA_7B, vision, -2)
+    assert derive_cost(VICUNA_7B, vision, (23,)) == one
+    wider = 2 * 576 * 1024 * 4096  # FLOPs of 1,024 more inputs of the projector at each of 576 patches
+    token = 2 * (32 * (4 * 4096**2 + 3 * 4096 * 11008) + 2 * 32_064 * 4096)
+    assert derive_cost(VICUNA_7B, vision, (-2, 5)).tile - one.tile == pytest.approx(wider / token)

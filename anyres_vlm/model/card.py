@@ -1,0 +1,93 @@
+"""The model card, `README.md` of a checkpoint folder: what the model is, where it is from and how to load it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import yaml
+
+from anyres_vlm.errors import DataError
+from anyres_vlm.geometry import Grid
+from anyres_vlm.model.files import HUB_ID, read_json
+from anyres_vlm.model.stock import stock_obstacle
+from anyres_vlm.model.vlm import VisionLanguageModel
+
+CARD_FILE = "README.md"
+EVALUATION = "## Evaluation"
+STOCK_USE = """With transformers:
+
+```python
+from transformers import AutoProcessor, LlavaNextForConditionalGeneration
+
+processor = AutoProcessor.from_pretrained(FOLDER)
+model = LlavaNextForConditionalGeneration.from_pretrained(FOLDER)
+```
+"""
+
+
+def write_card(folder: Path, model: VisionLanguageModel, sections: Sequence[str]) -> None:
+    """Write the card into a folder that is being filled; `sections` of Markdown say how the model came about."""
+    config, tiling, obstacle = model.config, model.tiling, stock_obstacle(model)
+    named = (config.llm, config.encoder.name)
+    bases = [name for name in named if HUB_ID.fullmatch(name) and not Path(name).exists()]
+    front = {"pipeline_tag": "image-text-to-text", "library_name": "transformers" if obstacle is None else "anyres_vlm"}
+    hub = {"base_model": bases} if bases else {}
+    grids = ", ".join(str(Grid(rows=c.height // tiling.tile, cols=c.width // tiling.tile)) for c in tiling.canvases)
+    facts = {
+        "language model": config.llm,
+        "vision encoder": f"{config.encoder.name}, features of layer {config.encoder.layer}",
+        "projector": config.projector,
+        "parameters": f"{sum(parameter.numel() for parameter in model.parameters()) / 1e6:,.1f} M",
+        "tiles": f"{tiling.tile} pixels, {tiling.patches} tokens",
+        "grids": f"{grids} (rows x columns) beside the thumbnail" if grids else "none, the thumbnail alone",
+        "layout, dialect": f"{tiling.layout}, {tiling.dialect}",
+        "chat template": config.template,
+    }
+    stock = STOCK_USE if obstacle is None else f"Stock transformers cannot load it: {obstacle}.\n"
+    text = [
+        f"---\n{yaml.safe_dump(front | hub, sort_keys=False)}---\n",
+        "# An AnyRes vision-language model\n",
+        table(("", ""), facts.items()),
+        *(section.rstrip() + "\n" for section in sections),
+        f"## How to load it\n\n{stock}\nIn the terminal: `anyres chat FOLDER --image IMAGE --prompt QUESTION`\n",
+    ]
+    (folder / CARD_FILE).write_text("\n".join(text), encoding="utf-8")
+
+
+def carry_card(source: Path, target: Path, model: VisionLanguageModel) -> None:
+    """Give an exported folder its source's card, or a new one, with the accuracies that were written beside the source.
+
+    `anyres eval --out FILE` writes them; every JSON file beside the model's folder that holds some is taken.
+    """
+    if (source / CARD_FILE).exists():
+        (target / CARD_FILE).write_bytes((source / CARD_FILE).read_bytes())
+    else:
+        write_card(target, model, [])
+    path = target / CARD_FILE
+    if found := _accuracies(source.resolve().parent):
+        text = path.read_text(encoding="utf-8").split(f"\n{EVALUATION}\n")[0].rstrip()
+        path.write_text(f"{text}\n\n{EVALUATION}\n\n{found}", encoding="utf-8")
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    """A Markdown table, with the line end behind it."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "".join(f"| {' | '.join(map(str, line))} |\n" for line in lines)
+
+
+def _accuracies(folder: Path) -> str:
+    results: dict[str, dict[str, float]] = {}
+    for path in sorted(folder.glob("*.json")):
+        try:
+            accuracy = read_json(path).get("accuracy")
+        except DataError:  # any JSON may lie there
+            continue
+        if isinstance(accuracy, dict):
+            results[path.stem] = accuracy
+    tasks = sorted({task for accuracy in results.values() for task in accuracy}, key=lambda task: (task == "all", task))
+    rows = [
+        [task, *(f"{accuracy[task]:.1%}" if task in accuracy else "" for accuracy in results.values())]
+        for task in tasks
+    ]
+    return table(["task", *results], rows) if rows else ""

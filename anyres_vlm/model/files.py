@@ -1,0 +1,79 @@
+"""The files of a checkpoint folder: where the folder is, its JSON, and its tensors one by one. Pickle is never read."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Container, Iterator
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from anyres_vlm.errors import DataError
+
+HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")  # not ./folder
+HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+WHOLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+
+
+def checkpoint_folder(name: str | Path) -> Path:
+    """A local folder as it is; a hub id's snapshot, downloaded where it is not at hand. Raises `DataError`."""
+    folder = Path(name).expanduser()
+    if folder.is_dir() or not HUB_ID.fullmatch(str(name)):
+        return folder
+    try:
+        return Path(snapshot_download(str(name), allow_patterns=HUB_FILES))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise DataError(f"checkpoint {name}: no such folder, and no download from the hub: {reason}") from None
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object. Raises `DataError` for anything else."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise DataError(f"{path}: no such file; expected a checkpoint folder") from None
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise DataError(f"{path}: not readable JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise DataError(f"{path}: expected a JSON object, got {type(content).__name__}")
+    return content
+
+
+def read_tensors(folder: Path, names: Container[str] | None = None) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor of a folder, or those of some names, of the shards that its index names if it has one.
+
+    Raises `DataError` for a shard that is missing or broken, and where there is pickle alone.
+    """
+    for path in _shards(folder):
+        try:
+            with safe_open(path, framework="pt") as file:
+                for name in file.keys():  # noqa: SIM118
+                    if names is None or name in names:
+                        yield name, file.get_tensor(name)
+        except (OSError, SafetensorError) as error:
+            raise DataError(f"{path}: its weights cannot be read ({error}); use a complete checkpoint folder") from None
+
+
+def _shards(folder: Path) -> list[Path]:
+    if (folder / INDEX_FILE).exists():
+        places = read_json(folder / INDEX_FILE).get("weight_map")
+        if not isinstance(places, dict):
+            raise DataError(f"{folder / INDEX_FILE}: no weight_map in it; use a complete checkpoint folder")
+        return [folder / name for name in sorted(set(places.values()))]
+    if (folder / WHOLE_FILE).exists():  # an adapter may lie beside it
+        return [folder / WHOLE_FILE]
+    if shards := sorted(folder.glob("*.safetensors")):
+        return shards
+    if pickled := sorted([*folder.glob("*.bin"), *folder.glob("*.pt"), *folder.glob("*.pth")]):
+        raise DataError(
+            f"{pickled[0]}: pickle can run any code, only safetensors are read: load it where you trust it and save it "
+            "with safetensors.torch.save_file"
+        )
+    raise DataError(f"{folder}: no *.safetensors in it; use a complete checkpoint folder")

@@ -1,0 +1,101 @@
+"""Low-rank adapters (LoRA) in the language model's linear layers, by peft and in place.
+
+peft's injection leaves the module tree as it is, without a wrapper around the model, so that attention, loss and
+generation go on unchanged; only an adapted layer's own weight moves to `base_layer` beside `lora_A` and `lora_B`.
+
+What is saved is merged, under the plain names: every folder is a whole checkpoint that needs no further step. The
+adapter lies beside it in peft's own format. Training resumes from that, on the untouched base: merging rounds, and a
+run resumed from rounded weights would be another run.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, inject_adapter_in_model
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from anyres_vlm.config import LoraSettings
+from anyres_vlm.errors import DataError, UsageError
+from anyres_vlm.model.vlm import VisionLanguageModel
+
+ADAPTER_FOLDER = "adapter"
+WEIGHTS_FILE = "adapter_model.safetensors"
+_NAME = "default"  # peft's, of a model's first adapter
+
+
+def is_adapter(name: str) -> bool:
+    """Whether a parameter of the model belongs to the adapter."""
+    return ".lora_" in name
+
+
+def add_lora(model: VisionLanguageModel, settings: LoraSettings, seed: int) -> None:
+    """Put adapters into the language model: A uniform as a fresh linear layer, from `seed`; B zero, so nothing changes.
+
+    Raises `UsageError` for `target_modules` that are no linear layers of the decoder.
+    """
+    head = model.language_model.get_output_embeddings()
+    named = model.language_model.named_modules()
+    linear = {name.rpartition(".")[2] for name, module in named if isinstance(module, nn.Linear) and module is not head}
+    targets = set(settings.target_modules or linear)
+    if not targets or not targets <= linear:
+        raise UsageError(
+            f"lora.target_modules: expected linear layers of {model.config.llm}'s decoder, which are "
+            f"{', '.join(sorted(linear)) or 'none'}; got {', '.join(sorted(targets - linear)) or 'none'}"
+        )
+    config = LoraConfig(
+        r=settings.rank,
+        lora_alpha=settings.alpha,
+        lora_dropout=settings.dropout,
+        target_modules=sorted(targets),
+        task_type="CAUSAL_LM",
+        base_model_name_or_path=model.config.llm,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        inject_adapter_in_model(config, model.language_model, adapter_name=_NAME)
+
+
+def merged_weights(weights: dict[str, Tensor], settings: LoraSettings) -> dict[str, Tensor]:
+    """The state of a model with adapters as that of one without: W + alpha / rank * B A under W's plain name.
+
+    Neither the model nor `weights` changes. Merged tensors are on the CPU, where a whole second copy has room.
+    """
+    merged = {}
+    for name, tensor in weights.items():
+        layer, is_adapted, kind = name.rpartition(".base_layer.")
+        if is_adapted and kind == "weight":
+            low, high = (weights[f"{layer}.lora_{half}.{_NAME}.weight"] for half in "AB")
+            merged[f"{layer}.weight"] = (tensor + (high @ low) * (settings.alpha / settings.rank)).cpu()
+        elif not is_adapter(name):
+            merged[f"{layer}.{kind}" if is_adapted else name] = tensor
+    return merged
+
+
+def save_adapter(model: VisionLanguageModel, weights: dict[str, Tensor], folder: Path) -> None:
+    """Write `adapter/` into a checkpoint folder, for `PeftModel.from_pretrained` on the base language model."""
+    config: LoraConfig = model.language_model.peft_config[_NAME]
+    config.save_pretrained(str(folder / ADAPTER_FOLDER))
+    tensors = {_peft_name(name): tensor.contiguous() for name, tensor in weights.items() if is_adapter(name)}
+    save_file(tensors, folder / ADAPTER_FOLDER / WEIGHTS_FILE, metadata={"format": "pt"})
+
+
+def load_adapter(model: VisionLanguageModel, folder: Path) -> None:
+    """Copy a checkpoint folder's adapter into a model with adapters. Raises `DataError` if it is not whole."""
+    path = folder / ADAPTER_FOLDER / WEIGHTS_FILE
+    try:
+        found = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise DataError(f"{path}: cannot be read ({error}); delete {folder} to resume from the one before") from None
+    wanted = {_peft_name(name): name for name in model.state_dict() if is_adapter(name)}
+    if found.keys() != wanted.keys():
+        odd = sorted(found.keys() ^ wanted.keys())[0]
+        raise DataError(f"{path}: {odd} is {'unexpected' if odd in found else 'missing'}; use the same base models")
+    model.load_state_dict({wanted[name]: tensor for name, tensor in found.items()}, strict=False)
+
+
+def _peft_name(name: str) -> str:
+    return f"base_model.model.{name.removeprefix('language_model.').replace(f'.{_NAME}.', '.')}"

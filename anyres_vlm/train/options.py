@@ -1,0 +1,43 @@
+"""What a run was asked for, where its parts lie, and what of it decides a stage's result."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from anyres_vlm.config import CheckpointConfig, RunConfig, StageName
+
+CONFIG_FILE = "config.yaml"
+# An index's place is no content, and DeepSpeed splits the same steps.
+NOT_DECISIVE: Any = {"data": {"index": True}, "deepspeed": True}
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """What the command line decides beside the configuration."""
+
+    output: Path
+    stages: tuple[StageName, ...]
+    resume: bool = True
+    max_steps: int | None = None
+    skip_stage1: bool = False
+
+
+def model_folder(output: Path, stage: StageName) -> Path:
+    """Where a finished stage's checkpoint lies."""
+    return output / stage / "model"
+
+
+def stage_settings(config: RunConfig, stage: StageName) -> dict[str, Any]:
+    """What decides a stage's result; the rest of the configuration may change while it runs."""
+    run = config.model_dump(mode="json", include={"model", "seed", "precision"})
+    run["cache_features"] = config.cache_features is not None  # it rounds; where and how much is no matter
+    return {**run, **config.stage(stage).model_dump(mode="json", exclude=NOT_DECISIVE)}
+
+
+def needs_stage_1(config: RunConfig, options: RunOptions) -> bool:
+    """Whether stage 2 takes its projector from stage 1: a checkpoint has one, unless stage 1 trained it further."""
+    if isinstance(config.model, CheckpointConfig) and not model_folder(options.output, "stage1").is_dir():
+        return False
+    return not options.skip_stage1

@@ -1,0 +1,41 @@
+"""Packed attention beside a softmax written out with its mask, and what it must survive."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import PreTrainedTokenizerFast
+
+from anyres_vlm.config import ModelConfig
+from anyres_vlm.model.attention import ATTENTION_NAME, Documents, packed_attention
+from anyres_vlm.model.hub import build_model
+from anyres_vlm.model.pretrained import save_pretrained
+
+
+@pytest.mark.parametrize("groups", [1, 2, 4])
+@pytest.mark.parametrize("lengths", [[9], [1, 1, 1], [5, 1, 30, 2]])
+def test_attention_stays_inside_documents(groups: int, lengths: list[int]) -> None:
+    generator = torch.Generator().manual_seed(groups)
+    query = torch.randn(1, 4, sum(lengths), 8, generator=generator)
+    key, value = torch.randn(2, 1, 4 // groups, sum(lengths), 8, generator=generator)
+    ends = torch.tensor([0, *lengths]).cumsum(0).int()
+    documents = Documents.between(ends)
+    out, _ = packed_attention(torch.nn.Module(), query, key, value, None, 0.0, 0.3, documents)
+
+    document = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
+    visible = (document[:, None] == document) & torch.ones(len(document), len(document)).tril().bool()
+    scores = 0.3 * query @ key.repeat_interleave(groups, dim=1).mT
+    expected = scores.masked_fill(~visible, -torch.inf).softmax(-1) @ value.repeat_interleave(groups, dim=1)
+    torch.testing.assert_close(out, expected.transpose(1, 2))
+
+
+def test_a_saved_model_goes_on_with_its_own_attention(
+    tiny_bases: Path, tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    """Once, saving reset it to a default that knows no documents."""
+    config = {"llm": str(tiny_bases / "llm"), "encoder": {"name": str(tiny_bases / "vit")}, "template": "vicuna_v1"}
+    model, _ = build_model(ModelConfig.model_validate(config), seed=0)
+    save_pretrained(model, model.state_dict(), tiny_tokenizer, "", tmp_path)
+    assert model.language_model.config._attn_implementation == ATTENTION_NAME

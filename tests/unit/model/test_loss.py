@@ -1,0 +1,122 @@
+"""The loss in chunks is the dense one: value, every gradient, with a bias, a frozen or tied head, under autocast."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from anyres_vlm.errors import UsageError
+from anyres_vlm.model import loss as loss_module
+from anyres_vlm.model.loss import next_token_targets, summed_loss
+from anyres_vlm.schema import IGNORE_INDEX
+
+ENDS = torch.tensor([0, 1, 15, 40], dtype=torch.int32)
+DOCUMENTS = ((0, 1), (1, 15), (15, 40))
+
+
+def problem(seed: int = 0) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.randint(0, 30, (1, 40), generator=generator)
+    labels[torch.rand(1, 40, generator=generator) < 0.4] = IGNORE_INDEX
+    return torch.randn(1, 40, 8, generator=generator, requires_grad=True), labels
+
+
+def dense_loss(hidden: Tensor, labels: Tensor, head: nn.Module) -> Tensor:
+    """Document by document, all its positions, by torch's own cross-entropy."""
+    losses = [  # the first document has one token, which nothing predicts
+        F.cross_entropy(head(hidden[0, a : b - 1]).float(), labels[0, a + 1 : b], reduction="sum")
+        for a, b in DOCUMENTS[1:]
+    ]
+    return torch.stack(losses).sum()
+
+
+@pytest.mark.parametrize("chunk", [512, 5, 1])
+@pytest.mark.parametrize("bias", [False, True])
+def test_loss_and_gradients_are_the_dense_ones(monkeypatch: pytest.MonkeyPatch, chunk: int, bias: bool) -> None:
+    monkeypatch.setattr(loss_module, "CHUNK", chunk)
+    hidden, labels = problem()
+    head = nn.Linear(8, 30, bias=bias)
+    of = [hidden, *head.parameters()]
+    expected = dense_loss(hidden, labels, head)
+    total = summed_loss(hidden, labels, ENDS, head)
+    torch.testing.assert_close(total, expected)
+    # divided, as a training step does
+    gradients = torch.autograd.grad(total / 7, of)
+    torch.testing.assert_close(gradients, torch.autograd.grad(expected / 7, of))
+
+
+def test_logits_far_apart_lose_nothing() -> None:
+    hidden, labels = problem()
+    head = nn.Linear(8, 30, bias=False)
+    nn.init.normal_(head.weight, std=300.0)
+    total, expected = summed_loss(hidden, labels, ENDS, head), dense_loss(hidden, labels, head)
+    assert total > 10_000
+    torch.testing.assert_close(total, expected)
+    torch.testing.assert_close(torch.autograd.grad(total, hidden), torch.autograd.grad(expected, hidden))
+
+
+def test_a_frozen_head_costs_no_gradient_and_evaluation_costs_none() -> None:
+    hidden, labels = problem()
+    head = nn.Linear(8, 30, bias=False).requires_grad_(False)
+    summed_loss(hidden, labels, ENDS, head).backward()
+    assert hidden.grad is not None
+    assert head.weight.grad is None
+    with torch.no_grad():
+        assert summed_loss(hidden, labels, ENDS, head).grad_fn is None
+
+
+def test_the_gradient_reaches_a_tied_weight_once() -> None:
+    """Where gradients are exchanged as they arrive, a second arrival would be lost."""
+    _, labels = problem()
+    embedding, head = nn.Embedding(30, 8), nn.Linear(8, 30, bias=False)
+    head.weight = embedding.weight
+    arrivals: list[Tensor] = []
+    embedding.weight.register_post_accumulate_grad_hook(lambda weight: arrivals.append(weight.grad.clone()))
+    ids = torch.arange(40)[None] % 30
+    summed_loss(embedding(ids), labels, ENDS, head).backward()
+    (mine,) = arrivals
+    (expected,) = torch.autograd.grad(dense_loss(embedding(ids), labels, head), embedding.weight)
+    torch.testing.assert_close(mine, expected)
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_bf16_weights_and_autocast_are_close(whole: bool) -> None:
+    hidden, labels = problem()
+    head = nn.Linear(8, 30)
+    expected = dense_loss(hidden, labels, head)
+    gradients = torch.autograd.grad(expected, [hidden, head.weight])
+    if whole:
+        head, hidden = head.bfloat16(), hidden.detach().bfloat16().requires_grad_()
+        total = summed_loss(hidden, labels, ENDS, head)
+    else:
+        with torch.autocast("cpu", torch.bfloat16):
+            total = summed_loss(hidden, labels, ENDS, head)
+    assert total.dtype == torch.float32
+    torch.testing.assert_close(total, expected, rtol=2e-3, atol=0)  # measured: 2e-4
+    for mine, theirs in zip(torch.autograd.grad(total, [hidden, head.weight]), gradients, strict=True):
+        torch.testing.assert_close(mine.float(), theirs, rtol=0, atol=0.02 * float(theirs.abs().max()))
+
+
+def test_no_label_is_no_loss() -> None:
+    hidden, labels = problem()
+    head = nn.Linear(8, 30)
+    total = summed_loss(hidden, torch.full_like(labels, IGNORE_INDEX), ENDS, head)
+    total.backward()
+    assert total == 0
+    assert hidden.grad is not None
+    assert not hidden.grad.any()
+    assert not head.weight.grad.any()  # present, so that ranks exchange the same gradients
+
+
+def test_nothing_is_predicted_across_documents() -> None:
+    labels = torch.arange(6)[None]
+    targets = next_token_targets(labels, torch.tensor([0, 1, 4, 6]))
+    assert targets.tolist() == [IGNORE_INDEX, 2, 3, IGNORE_INDEX, 5, IGNORE_INDEX]
+
+
+def test_a_head_of_several_parts_is_refused() -> None:
+    hidden, labels = problem()
+    with pytest.raises(UsageError, match="plain linear language-model head, got Sequential"):
+        summed_loss(hidden, labels, ENDS, nn.Sequential(nn.Linear(8, 30)))

@@ -1,0 +1,52 @@
+"""The step benchmark compares equals: it runs in small, and notices a way that computes something else."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+
+import bench_step_loss
+import bench_step_pass
+import bench_step_samples
+import pytest
+import torch
+from bench_step_ways import OURS, STOCK, Ways
+
+
+@pytest.fixture(autouse=True)
+def _threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def ways(monkeypatch: pytest.MonkeyPatch) -> Ways:
+    monkeypatch.setitem(bench_step_samples.SHAPES, "wide_vocab", bench_step_samples.Shape(256, 2, 500))
+    return Ways("wide_vocab", 8, 0, [OURS, *STOCK])
+
+
+def test_all_ways_are_equal_and_a_different_one_is_noticed(ways: Ways) -> None:
+    found = bench_step_pass.differences(ways, [OURS, *STOCK])
+    assert found[OURS]["gradients_differ"] == 0
+    assert all(0 < found[name]["gradients_differ"] < bench_step_pass.GRADIENT_RTOL for name in STOCK)
+    with torch.no_grad():
+        next(ways.stock.parameters()).add_(0.1)
+    with pytest.raises(AssertionError, match="stock, packed: loss"):
+        bench_step_pass.differences(ways, ["stock, packed"])
+
+
+def test_the_samples_are_what_the_tool_says() -> None:
+    samples = [sample for sample, _ in bench_step_samples.make_samples(600, 4096, 1)]
+    tokens = sum(sample.length for sample in samples)
+    visual = sum(plan.total_tokens for sample in samples for plan in sample.plans) / tokens
+    assert 0.60 < visual < 0.65
+    assert 0.10 < sum(sample.num_supervised for sample in samples) / tokens < 0.2
+
+
+def test_loss_is_measured_in_small(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = argparse.Namespace(tokens=2000, words=3000, hidden=16, supervised=0.15, runs=1, threads=1)
+    result = bench_step_loss.run(arguments)
+    bench_step_loss.show(result)
+    assert "times as fast with" in capsys.readouterr().out
+    assert result["memory_share"] < 0.5
