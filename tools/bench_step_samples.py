@@ -57,7 +57,7 @@ def _sample(rng: np.random.Generator, name: str, words: int) -> Loaded:
     count = 0 if kind == 0 else 1 + int(rng.random() < 0.1)
     plans = tuple(plan_tiles(_size(rng, kind), tiling()) for _ in range(count))
     # text only, natural images, documents, charts, multi-turn: log-normal with these medians
-    tokens = max(8, int(rng.lognormal(np.log((110, 38, 65, 38, 135)[kind]), (0.9, 0.7, 0.8, 0.6, 0.7)[kind])))
+    tokens = max(8, int(rng.lognormal(np.log((135, 44, 76, 44, 150)[kind]), (0.9, 0.7, 0.8, 0.6, 0.7)[kind])))
     ids = rng.integers(FIRST_WORD, words, min(tokens, 600)).astype(np.int32)
     labels = np.full_like(ids, IGNORE_INDEX)
     answers = max(1, round(SUPERVISED * len(ids)))

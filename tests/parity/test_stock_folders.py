@@ -26,6 +26,7 @@ from anyres_vlm.model.pretrained import load_pretrained
 from anyres_vlm.model.stock import count_changes
 
 LOGITS_ATOL = 2e-5  # worst seen over these folders in fp32 on CPU: 1.1e-5
+BF16_RTOL = 0.05  # of the norm of all logits, in bf16; seen on one thread and on two: 0.011
 TEXT = "USER: <image> is it a star? ASSISTANT:"
 
 
@@ -51,7 +52,11 @@ def assert_equal_logits(folder: Path, dtype: torch.dtype = torch.float32) -> Non
         logits = model.language_model(inputs_embeds=embedded).logits
         expected = stock.eval()(**inputs | {"pixel_values": inputs["pixel_values"].to(dtype)}).logits
     assert logits.dtype == dtype
-    torch.testing.assert_close(logits, expected, atol=LOGITS_ATOL if dtype == torch.float32 else 0.1, rtol=0)
+    if dtype == torch.float32:
+        torch.testing.assert_close(logits, expected, atol=LOGITS_ATOL, rtol=0)
+    else:
+        difference = float((logits - expected).float().norm() / expected.float().norm())
+        assert difference < BF16_RTOL
 
 
 @pytest.mark.parametrize(
