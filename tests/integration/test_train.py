@@ -161,9 +161,9 @@ def test_another_run_s_output_is_refused(whole: Path, tiny_bases: Path, tmp_path
         run(tiny_bases, tmp_path, "stage1.learning_rate=1e-2", stages=("stage1",), max_steps=3)
     with pytest.raises(UsageError, match="choose another --output"):
         run(tiny_bases, tmp_path, stages=("stage1",), resume=False)
-    broken = tmp_path / "stage1" / "checkpoints" / "step-0000002" / "trainer" / "state.pt"
+    broken = tmp_path / "stage1" / "checkpoints" / "step-0000002" / "trainer" / "moments.safetensors"
     broken.write_bytes(broken.read_bytes()[:100])
-    with pytest.raises(DataError, match=r"step-0000002: cannot resume from it"):
+    with pytest.raises(DataError, match=r"step-0000002: not a whole checkpoint.*delete"):
         run(tiny_bases, tmp_path, stages=("stage1",), max_steps=3)
 
 

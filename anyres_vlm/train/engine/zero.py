@@ -67,6 +67,11 @@ class ZeroBackend:
         for name, buffer in model.named_buffers():
             buffer.data = buffers[name].to(buffer.device)
         self._is_stage_3 = self._engine.zero_optimization_stage() == 3
+        if self._is_stage_3 and model.cached_features is not None:
+            raise UsageError(
+                "cache_features does not go with ZeRO-3, where an encoder runs on all ranks or on none: "
+                "use zero2, or leave the cache out"
+            )
 
     def micro_step(self, batch: Batch, scale: float, *, is_last: bool) -> Tensor:
         """Add a pack's scaled gradient; ranks exchange as the ZeRO stage does. Returns its summed loss, ()."""
