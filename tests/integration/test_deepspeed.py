@@ -25,8 +25,8 @@ SETTINGS = {
     "stage2.packs_per_step": "4",
     "save_every": "2",
 }
-# Ranks and ZeRO stages add the same fp32 numbers in other orders. Worst seen over these runs: WORST.
-ATOL = 2e-5
+# Ranks and ZeRO stages add the same fp32 numbers in other orders. Worst seen over these runs: 3.4e-7.
+ATOL = 2e-6
 
 
 def train(bases: Path, output: Path, ranks: int, *more: str) -> None:
@@ -51,7 +51,9 @@ def weights(output: Path, stage: str) -> dict[str, torch.Tensor]:
 
 def assert_same_run(found: Path, expected: Path) -> None:
     for stage in ("stage1", "stage2"):
-        losses = [[row["train/loss"] for row in read_metrics(run / stage / "metrics.jsonl")] for run in (found, expected)]
+        losses = [
+            [row["train/loss"] for row in read_metrics(run / stage / "metrics.jsonl")] for run in (found, expected)
+        ]
         assert losses[0] == pytest.approx(losses[1], abs=1e-4)
         ours, theirs = weights(found, stage), weights(expected, stage)
         assert ours.keys() == theirs.keys()

@@ -45,7 +45,7 @@ class PlainBackend:
             return Snapshot({}, {}, 0)
         moments: dict[str, Tensor] = {}
         updates = 0
-        for name, parameter in trained_parameters(self._module) if with_moments else ():
+        for name, parameter in trained_parameters(self._module) if with_moments and self._adamw.state else ():
             entry = self._adamw.state[parameter]
             moments |= {f"{name}.{moment}": entry[moment].to("cpu", copy=True) for moment in MOMENTS}
             updates = int(entry["step"])
@@ -58,6 +58,8 @@ class PlainBackend:
 
     def restore(self, updates: int, read: ReadTensor) -> None:
         """Put a saved optimizer state in place; the weights are in the model already."""
+        if not updates:
+            return
         for name, parameter in trained_parameters(self._module):
             entry = blank_entry(parameter, updates)
             for moment in MOMENTS:

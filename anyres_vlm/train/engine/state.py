@@ -18,7 +18,7 @@ class Snapshot:
     """A copy of what training has made so far, on rank 0; the other ranks hold no tensors.
 
     `weights` is the whole model under the names of a checkpoint; `moments` has `NAME.exp_avg` and `NAME.exp_avg_sq` of
-    each trained parameter in fp32; `updates` is AdamW's own count of steps.
+    each trained parameter in fp32, or nothing before the first of AdamW's `updates`.
     """
 
     weights: dict[str, Tensor]

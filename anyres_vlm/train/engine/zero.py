@@ -93,11 +93,12 @@ class ZeroBackend:
         weights = {name: whole[id(known[name])] if name in known else tensor.cpu() for name, tensor in state.items()}
         moments: dict[str, Tensor] = {}
         updates = 0
-        for name, parameter in trained_parameters(self._module) if with_moments else ():
-            for moment in MOMENTS:
-                moments[f"{name}.{moment}"] = self._keep(safe_get_full_optimizer_state(parameter, moment))
-        if with_moments:
-            updates = int(next(iter(self._zero.optimizer.state.values()))["step"])
+        counts = [int(entry["step"]) for entry in self._zero.optimizer.state.values() if "step" in entry]
+        if with_moments and counts:
+            updates = counts[0]
+            for name, parameter in trained_parameters(self._module):
+                for moment in MOMENTS:
+                    moments[f"{name}.{moment}"] = self._keep(safe_get_full_optimizer_state(parameter, moment))
         return Snapshot(weights, moments, updates) if self._is_main else Snapshot({}, {}, 0)
 
     def restore(self, updates: int, read: ReadTensor) -> None:
@@ -107,13 +108,13 @@ class ZeroBackend:
             flats = self._zero.fp32_partitioned_groups_flat
         else:
             flats = [flat for group in adamw.param_groups for flat in group["params"]]
-        for flat in flats:
+        for flat in flats if updates else ():
             adamw.state[flat] = blank_entry(flat, updates)
-        if not self._is_stage_3:
+        if updates and not self._is_stage_3:
             self._zero._lazy_init_hp_params_optimizer_state()  # as its own step() and load_checkpoint() do
         for name, parameter in trained_parameters(self._module):
             self._set(parameter, read(name), None)
-            for moment in MOMENTS:
+            for moment in MOMENTS if updates else ():
                 self._set(parameter, read(f"{name}.{moment}"), moment)
 
     def _set(self, parameter: Any, value: Tensor, moment: str | None) -> None:
