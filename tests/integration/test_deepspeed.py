@@ -34,9 +34,9 @@ def train(bases: Path, output: Path, ranks: int, *more: str) -> None:
     sets = {"model.llm": f"{bases}/llm", "model.encoder.name": f"{bases}/vit", **SETTINGS}
     words = [word for key, value in sets.items() for word in ("--set", f"{key}={value}")]
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else []
+    command = ["-m", "anyres_vlm", "train", "--output", str(output), "--max-steps", str(STEPS), *words, *more]
     done = subprocess.run(
-        [sys.executable, *launcher, "-m", "anyres_vlm", "train", "--output", str(output), *words, *more]
-        + ["--max-steps", str(STEPS)],
+        [sys.executable, *launcher, *command],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
@@ -91,7 +91,7 @@ def test_presets_are_checked(tiny_bases, tmp_path) -> None:
     settings = fill_preset(find_preset("zero2_offload"), bf16=True, max_grad_norm=0.5)
     assert (settings["bf16"]["enabled"], settings["gradient_clipping"]) == (True, 0.5)
     (tmp_path / "own.json").write_text('{"gradient_clipping": 2.0, "zero_optimization": {"stage": 2}}')
-    with pytest.raises(UsageError, match='gradient_clipping is 2.0, the run needs 0.5: write "auto"'):
+    with pytest.raises(UsageError, match=r'gradient_clipping is 2\.0, the run needs 0\.5: write "auto"'):
         fill_preset(tmp_path / "own.json", bf16=True, max_grad_norm=0.5)
     with pytest.raises(UsageError, match="expected a JSON file or one of zero1, zero2"):
         find_preset("zero4")
