@@ -9,32 +9,9 @@
 
 from __future__ import annotations
 
-import argparse
-import json
-import sys
-
 import bench_step_loss
 import bench_step_pass
-
-BENCHMARKS = {"pass": bench_step_pass, "loss": bench_step_loss}
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(dest="benchmark", required=True)
-    for name, module in BENCHMARKS.items():
-        command = commands.add_parser(name, help=module.__doc__.splitlines()[0])
-        command.add_argument("--json", action="store_true", help="print the figures as one JSON object")
-        module.add_arguments(command)
-    arguments = parser.parse_args()
-    benchmark = BENCHMARKS[arguments.benchmark]
-    figures = benchmark.run(arguments)
-    if arguments.json:
-        json.dump(figures, sys.stdout, indent=2)
-        print()
-    else:
-        benchmark.show(figures)
-
+import benchmarks
 
 if __name__ == "__main__":
-    main()
+    benchmarks.main(__doc__, {"pass": bench_step_pass, "loss": bench_step_loss})
