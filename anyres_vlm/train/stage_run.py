@@ -53,6 +53,7 @@ class StageRun:
         self.rates = trained_rates(config, stage)
         self.folder = options.output / stage
         self.num_skipped = 0
+        self.preset = None if self.settings.deepspeed is None else find_preset(self.settings.deepspeed)
         self.model, self.tokenizer = self._build_model()
         self.model.cached_features = self.cache = self._open_cache()
         with engine.main_first():
@@ -124,10 +125,9 @@ class StageRun:
 
     def _prepare(self) -> int:
         """Hand the model to the engine, as it was at the newest checkpoint. Returns the finished steps."""
-        preset = None if self.settings.deepspeed is None else find_preset(self.settings.deepspeed)
         resumed = checkpoint.latest(self.folder / "checkpoints")
         if resumed is None:
-            self.engine.prepare(self.model, self.optimizer, self.settings.max_grad_norm, preset)
+            self.engine.prepare(self.model, self.optimizer, self.settings.max_grad_norm, self.preset)
             return 0
         folder, state = resumed
         checkpoint.require_same_settings(folder, state.settings, self._fixed_settings())
@@ -135,7 +135,7 @@ class StageRun:
             for name, parameter in self.model.named_parameters():
                 if parameter.requires_grad:
                     parameter.data.copy_(read(name))
-            self.engine.prepare(self.model, self.optimizer, self.settings.max_grad_norm, preset)
+            self.engine.prepare(self.model, self.optimizer, self.settings.max_grad_norm, self.preset)
             self.engine.restore(state.updates, read)
         return state.step
 

@@ -103,18 +103,21 @@ class ZeroBackend:
 
     def restore(self, updates: int, read: ReadTensor) -> None:
         """Put a saved optimizer state in place, and the fp32 masters that this rank's weights were rounded from."""
+        for name, parameter in trained_parameters(self._module):
+            self._set(parameter, read(name), None)
+        if not updates:
+            return
         adamw = self._zero.optimizer
         if self._is_stage_3:
             flats = self._zero.fp32_partitioned_groups_flat
         else:
             flats = [flat for group in adamw.param_groups for flat in group["params"]]
-        for flat in flats if updates else ():
+        for flat in flats:
             adamw.state[flat] = blank_entry(flat, updates)
-        if updates and not self._is_stage_3:
+        if not self._is_stage_3:
             self._zero._lazy_init_hp_params_optimizer_state()  # as its own step() and load_checkpoint() do
         for name, parameter in trained_parameters(self._module):
-            self._set(parameter, read(name), None)
-            for moment in MOMENTS if updates else ():
+            for moment in MOMENTS:
                 self._set(parameter, read(f"{name}.{moment}"), moment)
 
     def _set(self, parameter: Any, value: Tensor, moment: str | None) -> None:
