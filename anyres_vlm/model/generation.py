@@ -6,7 +6,6 @@ the model's generation config it takes the end tokens; how a token is chosen is 
 
 from __future__ import annotations
 
-import functools
 import inspect
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -158,14 +157,9 @@ def _read_tokens(
 
 def _forward(language_model: PreTrainedModel, cache: ConversationCache, **inputs: Any) -> Tensor:
     base: Any = language_model.base_model
-    hidden: Tensor = base(**inputs, **{_cache_argument(type(base)): cache}, use_cache=True).last_hidden_state
+    name = "cache" if "cache" in inspect.signature(base.forward).parameters else "past_key_values"  # before 5.24
+    hidden: Tensor = base(**inputs, **{name: cache}, use_cache=True).last_hidden_state
     return hidden
-
-
-@functools.cache  # not for every token
-def _cache_argument(kind: Any) -> str:
-    """What a model calls its cache; before transformers 5.24 it was `past_key_values`."""
-    return "cache" if "cache" in inspect.signature(kind.forward).parameters else "past_key_values"
 
 
 def _end_tokens(language_model: PreTrainedModel) -> set[int]:
