@@ -60,3 +60,10 @@ def test_several_layers_cost_the_deepest_and_a_wider_projector() -> None:
     wider = 2 * 576 * 1024 * 4096  # FLOPs of 1,024 more inputs of the projector at each of 576 patches
     token = 2 * (32 * (4 * 4096**2 + 3 * 4096 * 11008) + 32_064 * 4096)
     assert derive_cost(forward_flops(VICUNA_7B, vision, (-2, 5))).tile - one.tile == pytest.approx(wider / token)
+
+
+def test_a_toy_model_has_the_largest_costs() -> None:
+    toy = LlamaConfig(hidden_size=4, intermediate_size=4, num_hidden_layers=1, num_attention_heads=4, head_dim=64)
+    assert derive_cost(forward_flops(toy, CLIPVisionConfig(**CLIP_LARGE))).square < 1e-3, "its head is what costs"
+    toy.vocab_size = 8
+    assert derive_cost(forward_flops(toy, CLIPVisionConfig(**CLIP_LARGE))).square == 1e-3
