@@ -53,7 +53,7 @@ class Judge:
             os.truncate(self.cache, self.cache.stat().st_size - len(lines[-1]))
         for line in lines[:-1]:
             entry = json.loads(line)
-            self._grades[entry.pop("key")] = Grade(**entry)
+            self._grades[entry["key"]] = Grade(entry["score"], entry["content"], entry["model"])
 
     def grade(self, question: str, truth: str, answer: str) -> Grade:
         """Ask, unless the same was asked before. Raises `DataError` where the endpoint fails for good."""
