@@ -87,6 +87,8 @@ def evaluate(
         )
     folder = out or _default_out(model)
     grader = make_judge(judge, judge_url, judge_prompt, folder / "mmvet.grades.jsonl") if "mmvet" in names else None
+    if grader is not None:
+        grader.connect()  # a key that is missing shows now, not behind hours of answers
     part, load = _shard(shard), _Loader(model)
     results: dict[str, Any] = {}
     for name in names:

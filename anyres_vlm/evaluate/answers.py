@@ -119,10 +119,11 @@ def _text(value: Any, where: str) -> str:
 
 def _parse(text: str, path: Path) -> Any:
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        twice = [key for key, count in Counter(key for key, _ in pairs).items() if count > 1]
-        if twice:
-            raise DataError(f"{path}: key {twice[0]!r} stands twice in one object: keep one")
-        return dict(pairs)
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            twice = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
+            raise DataError(f"{path}: key {twice!r} stands twice in one object: keep one")
+        return found
 
     try:
         return json.loads(text, object_pairs_hook=unique)

@@ -59,7 +59,7 @@ class Judge:
         """Ask, unless the same was asked before. Raises `DataError` where the endpoint fails for good."""
         shown = truth.replace("<AND>", " <AND> ").replace("<OR>", " <OR> ")
         request = self.instructions + "\n" + " | ".join([question, shown, answer, ""])
-        key = hashlib.sha256(json.dumps([self.model, self.url, request]).encode()).hexdigest()
+        key = hashlib.sha256(json.dumps([self.model, request]).encode()).hexdigest()
         if key not in self._grades:
             self._grades[key] = self._ask(request)
             self._keep(key, self._grades[key])
@@ -78,7 +78,7 @@ class Judge:
         from openai import OpenAIError  # an optional extra
 
         try:
-            reply = self._connected().chat.completions.create(
+            reply = self.connect().chat.completions.create(
                 model=self.model,
                 max_tokens=GRADE_TOKENS,
                 temperature=temperature,
@@ -87,12 +87,13 @@ class Judge:
         except OpenAIError as error:
             reason = " ".join(str(error).split())[:200]
             raise DataError(
-                f"the judge {self.model} at {self._connected().base_url} failed ({type(error).__name__}: {reason}): "
+                f"the judge {self.model} at {self.connect().base_url} failed ({type(error).__name__}: {reason}): "
                 f"the {len(self._grades)} grades so far are in {self.cache}; run it again to go on"
             ) from None
         return (reply.choices[0].message.content or "") if reply.choices else "", reply.model
 
-    def _connected(self) -> OpenAI:
+    def connect(self) -> OpenAI:
+        """The client, made once. Raises `UsageError` without the package or the key."""
         if self._client is None:
             try:
                 from openai import OpenAI  # an optional extra

@@ -7,6 +7,7 @@ TextVQA and for VQAv2 submissions. What looks wrong here is wrong there, and sco
 from __future__ import annotations
 
 import re
+from functools import lru_cache
 
 PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
 NUMBERS = {
@@ -58,6 +59,7 @@ def normalise_words(text: str) -> str:
     return " ".join(CONTRACTIONS.get(word, word) for word in words if word not in ARTICLES)
 
 
+@lru_cache(maxsize=1 << 16)  # people's answers repeat
 def vqa_answer(text: str) -> str:
     """An answer of one line as VQA's evaluation compares it."""
     return normalise_words(strip_punctuation(text))

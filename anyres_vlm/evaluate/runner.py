@@ -22,6 +22,7 @@ from anyres_vlm.model.generation import Decoding
 from anyres_vlm.schema import IMAGE_TOKEN, ImageRef, Turn
 
 WINDOW = 1024  # questions whose prompts are in memory and sorted by length together: 25 MB at 3,000 tokens each
+MODEL_FILES = {".safetensors", ".json", ".jinja", ".model"}  # what decides an answer; a model card does not
 SHOWN = 3  # broken images named in a message
 
 Progress = Callable[[int, int], None]
@@ -150,7 +151,7 @@ def _key(run: Run, benchmark: Benchmark, questions: Sequence[Question]) -> str:
     folder = checkpoint_folder(run.model)
     if not folder.is_dir():
         raise UsageError(f"{run.model}: no such folder; name a checkpoint folder or a hub id with --model")
-    files = sorted(path for path in folder.iterdir() if path.is_file())
+    files = sorted(path for path in folder.iterdir() if path.suffix in MODEL_FILES)
     weights = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
     asked = [(question.id, question.image.name, question.prompt) for question in questions]
     return hashlib.sha256(json.dumps([weights, benchmark.max_new_tokens, asked]).encode()).hexdigest()
