@@ -126,6 +126,10 @@ class Assistant:
                 answers[prompt.number] = Answer(text, len(prompt.ids), image_tokens, len(new))
             yield answers
 
+    def check(self, conversation: Conversation) -> None:
+        """Raises what `answer_many` would before its first batch: an image or a word that does not fit, a length."""
+        self._prompt(conversation)
+
     def _prompt(self, conversation: Conversation, number: int = 0) -> _Prompt:
         wanted = sum(turn.text.count(IMAGE_TOKEN) for turn in conversation.turns)
         if wanted != len(conversation.images):

@@ -25,9 +25,9 @@ class AnswerLog:
         """The log that the process of a shard, such as `1-of-4`, writes."""
         return self.folder / f"{self.name}.log.{shard}.jsonl"
 
-    def read(self) -> dict[int, str]:
-        """Answers by the question's place, of every shard of every earlier run."""
-        answers: dict[int, str] = {}
+    def read(self) -> dict[int, str | None]:
+        """Answers by the question's place, of every shard of every earlier run; None could not be asked."""
+        answers: dict[int, str | None] = {}
         for path in sorted(self.folder.glob(f"{self.name}.log.*.jsonl")):
             for batch in _batches(path, self.key):
                 answers |= batch
@@ -44,7 +44,7 @@ class AnswerLog:
         self.folder.mkdir(parents=True, exist_ok=True)
         write_durably(path, header)
 
-    def append(self, shard: str, answers: Mapping[int, str]) -> None:
+    def append(self, shard: str, answers: Mapping[int, str | None]) -> None:
         """Add one batch, which is on the disk when this returns."""
         with self.path(shard).open("ab") as file:
             file.write(_line({"answers": list(answers.items())}))
@@ -62,7 +62,7 @@ def write_durably(path: Path, content: bytes) -> None:
     unfinished.replace(path)
 
 
-def _batches(path: Path, key: str) -> Iterator[dict[int, str]]:
+def _batches(path: Path, key: str) -> Iterator[dict[int, str | None]]:
     with path.open("rb") as file:
         if next(file, b"") != _line({"key": key}):
             return

@@ -77,6 +77,8 @@ def find_files(data: Path, patterns: Sequence[str], wanted: str) -> list[Path]:
     """
     if data.is_file():
         return [data]
+    if not data.exists():
+        raise DataError(f"{data}: no such file or folder; expected {wanted}")
     for pattern in patterns:
         for depth in ("", "*/"):
             if found := sorted(path for path in data.glob(depth + pattern) if path.is_file()):
@@ -97,8 +99,8 @@ class ImageFolders:
     """Where a benchmark's pictures may lie: the folder that was named, or near its file in a folder of a usual name."""
 
     def __init__(self, file: Path, images: Path | None, names: Sequence[str]) -> None:
-        near = (file.parent, file.parent.parent)
-        self.folders = [images] if images else [root / name for root in near for name in (*names, "images", ".")]
+        roots = (images,) if images else (file.parent, file.parent.parent)
+        self.folders = [root / name for root in roots for name in (*names, "images", ".")]
 
     def find(self, name: str, where: str) -> ImageRef:
         """A picture by its file's name; one that is in no folder is expected in the first."""

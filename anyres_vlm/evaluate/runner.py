@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,9 +22,12 @@ from anyres_vlm.model.files import checkpoint_folder
 from anyres_vlm.model.generation import Decoding
 from anyres_vlm.schema import IMAGE_TOKEN, ImageRef, Turn
 
+logger = logging.getLogger(__name__)
+
 WINDOW = 1024  # questions whose prompts are in memory and sorted by length together: 25 MB at 3,000 tokens each
 MODEL_FILES = {".safetensors", ".json", ".jinja", ".model"}  # what decides an answer; a model card does not
-SHOWN = 3  # broken images named in a message
+MAX_UNASKED = 0.01  # of the questions may be too long for the model or hold its control tokens: they count as ""
+SHOWN = 3  # questions named in a message
 
 Progress = Callable[[int, int], None]
 """Called with the answered and all questions."""
@@ -61,7 +65,14 @@ def evaluate(run: Run, benchmark: Benchmark, progress: Progress = lambda done, t
         answers = log.read()
     if len(answers) < len(questions):
         return None
-    return _finish(run, benchmark, questions, [answers[place] for place in range(len(questions))])
+    unasked = [question.id for place, question in enumerate(questions) if answers[place] is None]
+    if len(unasked) > MAX_UNASKED * len(questions):
+        shown = ", ".join(str(name) for name in unasked[:SHOWN])
+        raise DataError(
+            f"{benchmark.name}: {len(unasked)} questions cannot be asked ({shown}; see the warnings), "
+            f"at most {MAX_UNASKED:.0%} may: lower the checkpoint's grid, or leave OCR tokens out"
+        )
+    return _finish(run, benchmark, questions, [answers[place] or "" for place in range(len(questions))], unasked)
 
 
 def _answer(
@@ -80,18 +91,36 @@ def _answer(
     done = stop - start - len(still_open)
     for first in range(start, stop, WINDOW):  # fixed, so that a run that goes on has the batches of one that was whole
         window = [place for place in still_open if first <= place < first + WINDOW]
-        asked = [
-            Conversation([Turn("user", f"{IMAGE_TOKEN}\n{questions[place].prompt}")], [questions[place].image])
-            for place in window
-        ]
+        asked = _conversations(assistant, questions, window)
+        if unasked := {place: None for place in window if place not in asked}:
+            log.append(shard, unasked)
+        places = list(asked)
+        decoding = Decoding(benchmark.max_new_tokens)
         try:
-            for batch in assistant.answer_batches(asked, Decoding(benchmark.max_new_tokens), run.batch_tokens):
-                log.append(shard, {window[number]: answer.text for number, answer in batch.items()})
+            for batch in assistant.answer_batches(list(asked.values()), decoding, run.batch_tokens):
+                log.append(shard, {places[number]: answer.text for number, answer in batch.items()})
                 done += len(batch)
                 progress(done, stop - start)
         except DataError:
             _check(benchmark, [questions[place] for place in window], open_image)
             raise
+
+
+def _conversations(
+    assistant: Assistant, questions: Sequence[Question], window: Sequence[int]
+) -> dict[int, Conversation]:
+    """What is asked, by place; a question that the model cannot be asked is left out with a warning."""
+    asked = {}
+    for place in window:
+        question = questions[place]
+        conversation = Conversation([Turn("user", f"{IMAGE_TOKEN}\n{question.prompt}")], [question.image])
+        try:
+            assistant.check(conversation)
+        except (UsageError, DataError) as error:
+            logger.warning("question %s is answered with an empty text: %s", question.id, error)
+        else:
+            asked[place] = conversation
+    return asked
 
 
 def _check(benchmark: Benchmark, questions: Sequence[Question], read: Callable[[ImageRef], object]) -> None:
@@ -110,7 +139,9 @@ def _check(benchmark: Benchmark, questions: Sequence[Question], read: Callable[[
         )
 
 
-def _finish(run: Run, benchmark: Benchmark, questions: Sequence[Question], texts: Sequence[str]) -> dict[str, Any]:
+def _finish(
+    run: Run, benchmark: Benchmark, questions: Sequence[Question], texts: Sequence[str], unasked: Sequence[int | str]
+) -> dict[str, Any]:
     """Write answers, submission and result; the score is that of the answer file, as `anyres score` would read it."""
     answer_file = run.out / f"{benchmark.name}.answers.jsonl"
     lines = [
@@ -125,6 +156,7 @@ def _finish(run: Run, benchmark: Benchmark, questions: Sequence[Question], texts
         "model": run.model,
         "questions": len(questions),
         "limit": run.limit,
+        "unasked": list(unasked),
         "max_new_tokens": benchmark.max_new_tokens,
         "protocol": dict(benchmark.protocol),
     }

@@ -202,6 +202,32 @@ def test_images_that_are_missing_or_broken(
     assert main(ask(checkpoint, tmp_path, tmp_path / "out")) == 0
 
 
+def test_questions_that_cannot_be_asked(checkpoint, tmp_path, capsys, caplog, monkeypatch) -> None:
+    benchmark_files.gqa(tmp_path)
+    path = tmp_path / "testdev_balanced_questions.json"
+    entries = json.loads(path.read_text())
+    entries["203"]["question"] = "why? " * 3000
+    path.write_text(json.dumps(entries))
+    arguments = [
+        "eval",
+        "gqa",
+        "--model",
+        str(checkpoint),
+        "--data",
+        str(path),
+        "--out",
+        str(tmp_path / "out"),
+        "--json",
+    ]
+    assert main(arguments) == 1
+    assert "gqa: 1 questions cannot be asked (203; see the warnings), at most 1% may" in capsys.readouterr().err
+    assert "question 203 is answered with an empty text: the prompt has" in caplog.text
+    monkeypatch.setattr("anyres_vlm.evaluate.runner.MAX_UNASKED", 0.2)
+    assert main(arguments) == 0
+    assert json.loads(capsys.readouterr().out)["gqa"]["unasked"] == ["203"]
+    assert lines(tmp_path / "out" / "gqa.answers.jsonl")[3]["text"] == ""
+
+
 @pytest.mark.parametrize(
     ("arguments", "status", "words"),
     [
@@ -209,7 +235,7 @@ def test_images_that_are_missing_or_broken(
         (["heldout", "gqa"], 2, "heldout is scored alone"),
         (["gqa", "--swap-images"], 2, "--swap-images is heldout's"),
         (["gqa", "--shard", "3/2"], 2, "shard '3/2'"),
-        (["vqav2", "--data", "nowhere"], 1, "nowhere: no VQAv2 questions in it"),
+        (["vqav2", "--data", "nowhere"], 1, "nowhere: no such file or folder; expected VQAv2 questions"),
         (["gqa", "--model", "nowhere"], 2, "nowhere: results go beside a checkpoint folder"),
         (["mmvet", "--judge-url", "http://x"], 2, "need --judge"),
     ],

@@ -12,7 +12,7 @@ def test_only_whole_batches_of_the_key_are_read(tmp_path: Path) -> None:
     assert log.read() == {}
     log.open("1-of-2")
     log.append("1-of-2", {3: "c\u2028\ud83d", 1: "a"})
-    log.append("1-of-2", {2: ""})
+    log.append("1-of-2", {2: None})
     content = log.path("1-of-2").read_bytes()
     for length in range(len(content)):
         log.path("1-of-2").write_bytes(content[:length])
@@ -24,5 +24,5 @@ def test_only_whole_batches_of_the_key_are_read(tmp_path: Path) -> None:
     log.path("1-of-2").write_bytes(content)
     log.open("2-of-2")
     log.append("2-of-2", {0: "other"})
-    assert log.read() == {0: "other", 1: "a", 2: "", 3: "c\u2028\ud83d"}
+    assert log.read() == {0: "other", 1: "a", 2: None, 3: "c\u2028\ud83d"}
     assert AnswerLog(log.folder, "pope", "k2").read() == AnswerLog(log.folder, "gqa", "k1").read() == {}
