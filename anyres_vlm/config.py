@@ -189,6 +189,7 @@ class RunConfig(Frozen):
     seed: int = 0
     precision: Literal["fp32", "bf16"] = "bf16"
     workers: Annotated[int, Field(ge=0)] = 0  # loader processes
+    trackers: tuple[Literal["wandb", "trackio"], ...] = ()  # beside TensorBoard, which always writes
     cache_features: CacheConfig | None = None  # a folder or a section; None encodes every tile anew
     save_every: Positive = 500  # optimizer steps between checkpoints
     save_minutes: Annotated[float, Field(gt=0)] | None = None  # and minutes at most

@@ -134,3 +134,9 @@ class Batch:
         labels = self.labels[0].clone()
         labels[self.cu_seqlens[:-1].long()] = IGNORE_INDEX
         return int((labels != IGNORE_INDEX).sum())
+
+    @property
+    def num_pairs(self) -> int:
+        """Pairs of a token and one that it sees: itself and those before it in its document."""
+        lengths = self.cu_seqlens.diff().long()
+        return int((lengths * (lengths + 1)).sum()) // 2

@@ -3,15 +3,20 @@
 
     tools/bench_step.py pass              forward and backward of stage 2, against stock LlavaNext padded and packed
     tools/bench_step.py loss              head and loss alone, against logits for every position
+    tools/bench_step.py --loop            the loop's own share of a step, and the wait for data, at the embedded default
 
 `--json` prints the figures as one object; each has its own options, see `tools/bench_step.py pass --help`.
 """
 
 from __future__ import annotations
 
+import sys
+
+import bench_step_loop
 import bench_step_loss
 import bench_step_pass
 import benchmarks
 
 if __name__ == "__main__":
-    benchmarks.main(__doc__, {"pass": bench_step_pass, "loss": bench_step_loss})
+    sys.argv[1:] = ["loop" if word == "--loop" else word for word in sys.argv[1:]]
+    benchmarks.main(__doc__, {"pass": bench_step_pass, "loss": bench_step_loss, "loop": bench_step_loop})

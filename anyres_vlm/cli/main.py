@@ -17,6 +17,7 @@ from anyres_vlm.cli.export import export
 from anyres_vlm.cli.import_checkpoint import import_checkpoint
 from anyres_vlm.cli.index import index
 from anyres_vlm.cli.plan import plan
+from anyres_vlm.cli.probe import probe
 from anyres_vlm.cli.render import render
 from anyres_vlm.cli.score import score
 from anyres_vlm.cli.tokens import tokens
@@ -38,6 +39,7 @@ app.command()(render)
 app.command()(train)
 app.command("eval")(evaluate)
 app.command()(score)
+app.command()(probe)
 app.command()(chat)
 app.command("import")(import_checkpoint)
 app.command()(export)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from anyres_vlm.errors import DataError, UsageError
-from anyres_vlm.evaluate.answers import Answered
+from anyres_vlm.evaluate.answers import Answered, read_json
 from anyres_vlm.schema import ImageRef
 
 SHORT_ANSWER = "\nAnswer the question using a single word or phrase."
@@ -109,6 +109,14 @@ class ImageFolders:
         paths = [folder / name for folder in self.folders]
         path = next((path for path in paths if path.exists()), paths[0])
         return ImageRef(str(path), path)
+
+
+def questions_by_id(path: Path) -> dict[str, Any]:
+    """The entries of a file that is one object. Raises `DataError` for another."""
+    content = read_json(path)
+    if not isinstance(content, dict):
+        raise DataError(f"{path}: expected an object of questions by id, got {type(content).__name__}")
+    return content
 
 
 def take(entry: Any, key: str, kind: type, where: str) -> Any:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from anyres_vlm.errors import DataError
-from anyres_vlm.evaluate.answers import Answered, match, read_json
+from anyres_vlm.evaluate.answers import Answered, match
 from anyres_vlm.evaluate.benchmark import (
     LLAVA,
     SHORT_ANSWER,
@@ -19,6 +19,7 @@ from anyres_vlm.evaluate.benchmark import (
     Scored,
     find_file,
     percent,
+    questions_by_id,
     take,
 )
 
@@ -41,7 +42,7 @@ class GQA:
         path = _file(data)
         folders = ImageFolders(path, images, ())
         questions = []
-        for name, entry in list(_read(path).items())[:limit]:
+        for name, entry in list(questions_by_id(path).items())[:limit]:
             where = f"{path}: question {name}"
             image = folders.find(f"{take(entry, 'imageId', str, where)}.jpg", where)
             questions.append(Question(name, image, take(entry, "question", str, where) + SHORT_ANSWER))
@@ -49,14 +50,14 @@ class GQA:
 
     def annotations(self, data: Path) -> list[Path]:
         path = _file(data)
-        return [path] if any("answer" in entry for entry in _read(path).values()) else []
+        return [path] if any("answer" in entry for entry in questions_by_id(path).values()) else []
 
     def submission(self, answers: Sequence[tuple[Question, str]]) -> tuple[str, Any]:
         return ".json", [{"questionId": question.id, "prediction": prediction(text)} for question, text in answers]
 
     def score(self, annotations: Sequence[Path], given: Sequence[Answered], partial: bool) -> Scored:
         (path,) = annotations
-        wanted = _read(path)
+        wanted = questions_by_id(path)
         answered = {answer.id for answer in given}
         # As in eval.py, questions that are not balanced count nowhere and may stay unanswered.
         expected = [
@@ -95,10 +96,3 @@ def prediction(text: str) -> str:
 
 def _file(data: Path) -> Path:
     return find_file(data, FILES, "GQA questions")
-
-
-def _read(path: Path) -> dict[str, Any]:
-    content = read_json(path)
-    if not isinstance(content, dict):
-        raise DataError(f"{path}: expected an object of questions by id, got {type(content).__name__}")
-    return content

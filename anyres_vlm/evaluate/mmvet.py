@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 
 from anyres_vlm.errors import DataError, UsageError
-from anyres_vlm.evaluate.answers import Answered, match, read_json
-from anyres_vlm.evaluate.benchmark import LLAVA, ImageFolders, Question, Scored, find_file, take
+from anyres_vlm.evaluate.answers import Answered, match
+from anyres_vlm.evaluate.benchmark import LLAVA, ImageFolders, Question, Scored, find_file, questions_by_id, take
 from anyres_vlm.evaluate.judge import Judge
 
 FILES = ["mm-vet.json", "*mm-vet*.json"]
@@ -61,7 +61,7 @@ class MMVet:
         path = _file(data)
         folders = ImageFolders(path, images, ())
         questions = []
-        for name, entry in list(_read(path).items())[:limit]:
+        for name, entry in list(questions_by_id(path).items())[:limit]:
             where = f"{path}: question {name}"
             image = folders.find(take(entry, "imagename", str, where), where)
             questions.append(Question(name, image, take(entry, "question", str, where)))
@@ -75,7 +75,7 @@ class MMVet:
 
     def score(self, annotations: Sequence[Path], given: Sequence[Answered], partial: bool) -> Scored:
         (path,) = annotations
-        entries = _read(path)
+        entries = questions_by_id(path)
         ids = [_official(answer.id or "") for answer in given]
         found = match(given, set(ids) & set(entries) if partial else entries, ids)
         if not found:
@@ -141,10 +141,3 @@ def _file(data: Path) -> Path:
 def _official(name: str) -> str:
     """LLaVA's answers name `v1_12` by its number alone."""
     return f"v1_{name}" if name.isdecimal() else name
-
-
-def _read(path: Path) -> dict[str, Any]:
-    content = read_json(path)
-    if not isinstance(content, dict):
-        raise DataError(f"{path}: expected an object of questions by id, got {type(content).__name__}")
-    return content

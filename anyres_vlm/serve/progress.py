@@ -19,7 +19,7 @@ LINES = 20  # plain lines a stage, where the output is no terminal
 
 
 class StepProgress:
-    """Shows each stage's finished steps, loss and rate of tokens."""
+    """Shows each stage's finished steps, loss throughput and share of time spent waiting for data."""
 
     def __init__(self) -> None:
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
@@ -29,7 +29,11 @@ class StepProgress:
     def update(self, stage: str, step: int, total: int, numbers: dict[str, float]) -> None:
         """Show one finished optimizer step."""
         loss = f"{numbers['train/loss']:.3f}" if "train/loss" in numbers else "not finite"
-        text = f"loss {loss}  {numbers['time/tokens_per_s']:,.0f} tokens/s"
+        wait, work = numbers["time/wait_s"], numbers["time/step_s"]
+        text = f"loss {loss}  {numbers['time/tokens_per_s']:,.0f} tokens/s  {numbers['time/tiles_per_s']:,.1f} tiles/s"
+        text += f"  wait {wait / max(wait + work, 1e-9):.0%}"
+        if "time/mfu" in numbers:
+            text += f"  MFU {numbers['time/mfu']:.1%}"
         if not self._bar.console.is_terminal:
             if step == total or step % max(total // LINES, 1) == 0:
                 print(f"{stage} step {step}/{total}  {text}", file=sys.stderr, flush=True)

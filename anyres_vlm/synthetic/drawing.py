@@ -74,6 +74,16 @@ class Sheet:
                 self.glyphs.append(GlyphMark(char, (left, baseline + top, left + advance, baseline + bottom)))
             left += advance
 
+    def is_free(self, left: int, top: int, side: int) -> bool:
+        """Whether a square is at least three pixels away from every object."""
+        return all(
+            left > mark.box[2] + 3
+            or left + side + 3 < mark.box[0]
+            or top > mark.box[3] + 3
+            or top + side + 3 < mark.box[1]
+            for mark in self.objects
+        )
+
     def object(self, colour: str, shape: str, left: int, top: int, side: int) -> None:
         """Draw an object into a square."""
         self.image.paste(RGB[colour], (left, top), _shape_mask(shape, side))

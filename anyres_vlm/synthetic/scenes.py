@@ -49,14 +49,7 @@ def _place(sheet: Sheet, colour: str, shape: str, rng: random.Random) -> None:
         left, top = rng.randint(2, sheet.width - side - 2), rng.randint(2, sheet.height - side - 2)
         shares = (top + side / 2) / sheet.height, (left + side / 2) / sheet.width
         doubtful = any(abs(share - border) < MARGIN for share in shares for border in (1 / 3, 2 / 3))
-        free = all(
-            left > mark.box[2] + 3
-            or left + side + 3 < mark.box[0]
-            or top > mark.box[3] + 3
-            or top + side + 3 < mark.box[1]
-            for mark in sheet.objects
-        )
-        if free and not doubtful:
+        if sheet.is_free(left, top, side) and not doubtful:
             sheet.object(colour, shape, left, top, side)
             return
 

@@ -1,4 +1,4 @@
-"""The loss curves of a run as one picture."""
+"""The curves of a run, loss and learning rate, as one picture."""
 
 from __future__ import annotations
 
@@ -11,7 +11,10 @@ SMOOTHING = 0.9  # of the exponential mean drawn over the raw loss
 
 
 def draw_curves(run: Path) -> Path | None:
-    """Draw both stages' loss into `run/loss.png`; None where matplotlib is not installed or nothing is recorded."""
+    """Draw both stages' loss and learning rate into `run/loss.png`.
+
+    Returns None where matplotlib is not installed or nothing is recorded.
+    """
     if find_spec("matplotlib") is None:
         return None
     import matplotlib  # an optional extra
@@ -30,6 +33,9 @@ def draw_curves(run: Path) -> Path | None:
         axis.plot(steps, _smooth(losses), color="tab:blue")
         axis.set(title=stage, xlabel="optimizer step", ylabel="loss (nats a supervised token)", ylim=(0, None))
         axis.grid(alpha=0.3)
+        rate = axis.twinx()
+        rate.plot(steps, [row["train/learning_rate"] for row in rows], color="tab:orange", linestyle=":")
+        rate.set(ylabel="learning rate (dotted)", ylim=(0, None))
     figure.tight_layout()
     figure.savefig(run / "loss.png", dpi=110)
     pyplot.close(figure)

@@ -10,6 +10,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from anyres_vlm.schema import Batch
 from anyres_vlm.train.engine import Engine, StepResult
+from anyres_vlm.train.throughput import Throughput
 
 
 def run_steps(
@@ -18,6 +19,7 @@ def run_steps(
     schedule: LambdaLR,
     seed: int,
     first_step: int,
+    throughput: Throughput,
     asks: Callable[[], tuple[bool, bool]],
 ) -> Iterator[tuple[int, StepResult, dict[str, float]]]:
     """Train over the optimizer steps that are left; yields each one's number, result and metrics.
@@ -33,11 +35,16 @@ def run_steps(
         stop, save = asks()
         result = engine.step(batches, stop=stop, save=save)
         schedule.step()
-        yield step, result, _numbers(result, rate, wait_s=started - fetching, step_s=time.monotonic() - started)
+        finished = time.monotonic()
+        numbers = _numbers(result, rate) | {
+            "time/wait_s": round(started - fetching, 4),
+            "time/step_s": round(finished - started, 4),
+        }
+        yield step, result, numbers | throughput.rates(result, finished - fetching)
         fetching = time.monotonic()
 
 
-def _numbers(result: StepResult, rate: float, wait_s: float, step_s: float) -> dict[str, float]:
+def _numbers(result: StepResult, rate: float) -> dict[str, float]:
     numbers = {
         "train/loss": result.loss,
         "train/grad_norm": result.grad_norm,
@@ -45,10 +52,8 @@ def _numbers(result: StepResult, rate: float, wait_s: float, step_s: float) -> d
         "train/learning_rate": rate,
         "data/tokens": result.tokens,
         "data/supervised_tokens": result.supervised_tokens,
+        "data/tiles": result.tiles,
         "data/samples": result.samples,
         "data/rejects": result.rejects,
-        "time/wait_s": round(wait_s, 4),
-        "time/step_s": round(step_s, 4),
-        "time/tokens_per_s": round(result.tokens / max(wait_s + step_s, 1e-9), 1),
     }
     return {name: number for name, number in numbers.items() if math.isfinite(number)}  # JSON has no other

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TextIO
 
 from torch.utils.tensorboard import SummaryWriter
+
+from anyres_vlm.train.engine.trackers import Tracker
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -15,10 +18,11 @@ METRICS_FILE = "metrics.jsonl"
 class MetricsWriter:
     """Appends `group/name` numbers by optimizer step; what a killed run wrote beyond the resumed step is taken back.
 
-    Without a folder (ranks other than 0) nothing is written.
+    Without a folder (ranks other than 0) nothing is written. `trackers` get the same numbers.
     """
 
-    def __init__(self, folder: Path | None, first_step: int) -> None:
+    def __init__(self, folder: Path | None, first_step: int, trackers: Sequence[Tracker] = ()) -> None:
+        self._trackers = trackers
         self._outputs: tuple[TextIO, SummaryWriter] | None = None
         if folder is None:
             return
@@ -40,6 +44,8 @@ class MetricsWriter:
         rows.write(json.dumps({"step": step, **numbers}) + "\n")
         for name, number in numbers.items():
             events.add_scalar(name, number, step)
+        for tracker in self._trackers:
+            tracker.log(numbers, step=step)
 
     def __enter__(self) -> MetricsWriter:
         return self
@@ -49,6 +55,8 @@ class MetricsWriter:
     ) -> None:
         for output in self._outputs or ():
             output.close()
+        for tracker in self._trackers:
+            tracker.finish()
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:

@@ -8,6 +8,7 @@ from anyres_vlm.config import RunConfig, StageName, load_config
 from anyres_vlm.errors import UsageError
 from anyres_vlm.train import checkpoint
 from anyres_vlm.train.engine import Engine
+from anyres_vlm.train.engine.trackers import require_trackers
 from anyres_vlm.train.interruption import unmark
 from anyres_vlm.train.options import CONFIG_FILE, RunOptions, model_folder, needs_stage_1, stage_settings
 from anyres_vlm.train.stage_run import Progress, StageRun
@@ -20,9 +21,10 @@ def train(config: RunConfig, options: RunOptions, progress: Progress) -> bool:
 
     Returns whether this process is the one that reports, rank 0; only there is `progress` called.
 
-    Raises `UsageError` for stage 2 without a stage-1 projector, and for an output folder of another run; `Interrupted`
-    after a signal.
+    Raises `UsageError` for stage 2 without a stage-1 projector, an output folder of another run, and a tracker that is
+    not installed; `Interrupted` after a signal.
     """
+    require_trackers(config.trackers)
     engine = Engine(config.precision)
     unmark(options.output)
     try:

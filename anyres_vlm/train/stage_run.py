@@ -16,6 +16,7 @@ from anyres_vlm.data.chat_template import chat_jinja
 from anyres_vlm.data.conversation import ConversationTokenizer
 from anyres_vlm.data.index.table import Index, read_index
 from anyres_vlm.data.loader import iter_steps
+from anyres_vlm.data.packing.cost import CostModel, derive_cost
 from anyres_vlm.errors import DataError, Interrupted
 from anyres_vlm.model.card import write_card
 from anyres_vlm.model.feature_cache import FeatureCache
@@ -26,6 +27,7 @@ from anyres_vlm.model.vlm import VisionLanguageModel
 from anyres_vlm.train import checkpoint
 from anyres_vlm.train.card import stage_sections
 from anyres_vlm.train.engine import Engine, StepResult
+from anyres_vlm.train.engine.trackers import start_trackers
 from anyres_vlm.train.interruption import catch_signals, mark
 from anyres_vlm.train.loop import run_steps
 from anyres_vlm.train.metrics import METRICS_FILE, MetricsWriter
@@ -34,7 +36,8 @@ from anyres_vlm.train.options import CONFIG_FILE, RunOptions, model_folder, need
 from anyres_vlm.train.samples import INDEX_FILE, index_samples
 from anyres_vlm.train.saving import Saver
 from anyres_vlm.train.stage import ADAPTER_PARTS, freeze, recipe_warnings, trained_rates
-from anyres_vlm.train.steps import StageSteps, packing_cost
+from anyres_vlm.train.steps import StageSteps, model_flops
+from anyres_vlm.train.throughput import Throughput, device_peak
 
 logger = logging.getLogger(__name__)
 
@@ -58,7 +61,8 @@ class StageRun:
         self.model.cached_features = self.cache = self._open_cache()
         with engine.main_first():
             self.samples = index_samples(config, stage, options.output, self.model, self.tokenizer)
-        cost = packing_cost(self.model)
+        self.flops = model_flops(self.model)
+        cost = CostModel() if self.flops is None else derive_cost(self.flops)
         self.steps = StageSteps.plan(self.samples.index, config, stage, cost, options.max_steps)
         self.optimizer = build_optimizer(self.model, self.rates, self.settings.weight_decay)
         self.saver = Saver(self.folder / "checkpoints", self._write_model, config.keep_checkpoints, config.save_minutes)
@@ -79,13 +83,15 @@ class StageRun:
             workers=self.config.workers,
             pin_memory=self.engine.is_cuda,
         )
-        log = MetricsWriter(self.folder if self.engine.is_main else None, finished)
+        log = self._open_log(finished)
+        throughput = Throughput(self.flops, self.rates, device_peak(), self.engine.world_size)
+        seed = self.config.seed
         with log, catch_signals() as signalled:
 
             def asks() -> tuple[bool, bool]:
                 return signalled.is_set(), self.engine.is_main and self.saver.is_due
 
-            for step, result, numbers in run_steps(self.engine, batches, schedule, self.config.seed, finished, asks):
+            for step, result, numbers in run_steps(self.engine, batches, schedule, seed, finished, throughput, asks):
                 log.write(step, numbers | self._cache_counts())
                 if self.engine.is_main:
                     self.progress(self.stage, step, len(self.steps), numbers)
@@ -95,6 +101,12 @@ class StageRun:
                     if result.stop:
                         self._leave(step)
         self._save_model()
+
+    def _open_log(self, finished: int) -> MetricsWriter:
+        if not self.engine.is_main:
+            return MetricsWriter(None, finished)
+        trackers = start_trackers(self.config.trackers, self.folder, self.config.model_dump(mode="json"))
+        return MetricsWriter(self.folder, finished, trackers)
 
     def _build_model(self) -> tuple[VisionLanguageModel, PreTrainedTokenizerFast]:
         model, tokenizer = build_model(self.config.model, self.config.seed)

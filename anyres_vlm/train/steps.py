@@ -12,10 +12,11 @@ from transformers import CLIPVisionConfig
 from anyres_vlm.config import RunConfig, StageName
 from anyres_vlm.data.index.table import Index
 from anyres_vlm.data.loader import Pack
-from anyres_vlm.data.packing.cost import CostModel, derive_cost
+from anyres_vlm.data.packing.cost import CostModel
 from anyres_vlm.data.packing.plan import Plan, plan_epoch
 from anyres_vlm.data.packing.report import measure
 from anyres_vlm.errors import UsageError
+from anyres_vlm.flops import Flops, forward_flops
 from anyres_vlm.model.encoder import ClipEncoder
 from anyres_vlm.model.vlm import VisionLanguageModel
 
@@ -79,8 +80,8 @@ class StageSteps:
         ]
 
 
-def packing_cost(model: VisionLanguageModel) -> CostModel:
-    """What the planner takes a token, a squared token and a tile of this model to cost."""
+def model_flops(model: VisionLanguageModel) -> Flops | None:
+    """FLOPs of this model's parts; None for a language model that is not like Llama."""
     tower = model.vision_tower
     if isinstance(tower, ClipEncoder):
         vision = tower.vision_model.config
@@ -93,7 +94,7 @@ def packing_cost(model: VisionLanguageModel) -> CostModel:
             patch_size=tower.patch,
         )
     try:
-        return derive_cost(model.language_model.config, vision, tower.layers)
+        return forward_flops(model.language_model.config, vision, tower.layers)
     except UsageError as error:
         logger.info("packs are balanced by the costs of a 7B model: %s", error)
-        return CostModel()
+        return None

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from anyres_vlm.errors import UsageError
+from anyres_vlm.flops import Flops, forward_flops
 
 LARGEST_SQUARE, LARGEST_TILE = 1e-3, 1e6  # far beyond any model; keeps the fixed-point arithmetic within 64 bits
 
@@ -40,22 +40,10 @@ class CostModel:
         return round(self.tile * 1024)
 
 
-def derive_cost(language: Any, vision: Any, layers: int | Sequence[int] = -2) -> CostModel:
-    """By forward FLOPs, from transformers' configurations of a Llama-like language model and a CLIP vision encoder.
-
-    A token costs 2 FLOPs a parameter; a pair of tokens in a causal layer 4 * heads * head_dim / 2, as half the pairs
-    are masked; a tile the encoder's layers up to the deepest of `layers` and the projector over them all. Raises
-    `UsageError` for other kinds.
-    """
-    try:
-        token = 2 * _language_parameters(language)
-        head = getattr(language, "head_dim", None) or language.hidden_size // language.num_attention_heads
-        pair = 2 * language.num_hidden_layers * language.num_attention_heads * head
-        features = (layers,) if isinstance(layers, int) else layers
-        tile = _tile_flops(vision, features) + _projector_flops(vision, len(features), language.hidden_size)
-    except AttributeError as error:
-        raise UsageError(f"cannot derive costs from this model: {error}; give --cost-sq and --cost-tile") from None
-    return CostModel(square=pair / token, tile=tile / token)
+def derive_cost(flops: Flops) -> CostModel:
+    """By FLOPs, every position with its logits; in a causal layer half the pairs of a sequence are seen."""
+    token = flops.token + flops.head
+    return CostModel(square=flops.pair / 2 / token, tile=(flops.encoder + flops.projector) / token)
 
 
 def read_cost(path: Path) -> CostModel:
@@ -82,34 +70,12 @@ def read_cost(path: Path) -> CostModel:
         if isinstance(model, CheckpointConfig):
             return read_cost(Path(model.checkpoint))
         vision = read(model.encoder.name)
-        return derive_cost(read(model.llm), getattr(vision, "vision_config", vision), model.encoder.layer)
+        flops = forward_flops(read(model.llm), getattr(vision, "vision_config", vision), model.encoder.layer)
+        return derive_cost(flops)
     if not path.exists():
         raise UsageError(f"{path}: no such file; expected a folder with a config.json, or a YAML configuration")
     whole = read(path.parent if path.name == "config.json" else path)
     if not hasattr(whole, "text_config") or not hasattr(whole, "vision_config"):
         raise UsageError(f"{path}: a {whole.model_type} has no text_config and vision_config: expected a LLaVA model")
-    return derive_cost(whole.text_config, whole.vision_config, getattr(whole, "vision_feature_layer", -2))
-
-
-def _language_parameters(model: Any) -> int:
-    head = getattr(model, "head_dim", None) or model.hidden_size // model.num_attention_heads
-    queries = model.num_attention_heads * head
-    keys = getattr(model, "num_key_value_heads", model.num_attention_heads) * head
-    layer = 2 * model.hidden_size * (queries + keys) + 3 * model.hidden_size * model.intermediate_size
-    embeddings = model.vocab_size * model.hidden_size * (1 if model.tie_word_embeddings else 2)
-    return int(embeddings + model.num_hidden_layers * layer)
-
-
-def _tile_flops(vision: Any, features: Sequence[int]) -> int:
-    width, patches = vision.hidden_size, (vision.image_size // vision.patch_size) ** 2
-    positions = patches + 1  # CLS
-    layers = max(vision.num_hidden_layers + 1 + layer if layer < 0 else layer for layer in features)
-    weights = 4 * width**2 + 2 * width * vision.intermediate_size
-    return int(
-        layers * (2 * weights * positions + 4 * width * positions**2) + 6 * patches * width * vision.patch_size**2
-    )
-
-
-def _projector_flops(vision: Any, features: int, width: int) -> int:
-    patches = (vision.image_size // vision.patch_size) ** 2
-    return int(2 * patches * (features * vision.hidden_size + width) * width)
+    layers = getattr(whole, "vision_feature_layer", -2)
+    return derive_cost(forward_flops(whole.text_config, whole.vision_config, layers))

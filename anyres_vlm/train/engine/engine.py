@@ -46,6 +46,8 @@ class StepResult:
     grad_norm: float
     supervised_tokens: int
     tokens: int
+    pairs: int  # of a token and one that it sees: itself and those before it in its document
+    tiles: int
     samples: int
     rejects: int
     stop: bool  # whether any rank asked to stop, and to save, behind this step
@@ -112,13 +114,15 @@ class Engine:
             [
                 sum(batch.num_supervised for batch in batches),
                 sum(batch.input_ids.numel() for batch in batches),
+                sum(batch.num_pairs for batch in batches),
+                sum(len(batch.tiles) for batch in batches),
                 sum(len(batch.sample_ids) for batch in batches),
                 sum(len(batch.rejects) for batch in batches),
                 int(stop),
                 int(save),
             ]
         )
-        supervised, tokens, samples, rejects, stops, saves = (int(count) for count in self.sum(counts))
+        supervised, tokens, pairs, tiles, samples, rejects, stops, saves = (int(count) for count in self.sum(counts))
         scale = self.world_size / max(supervised, 1)
         losses = [
             self._backend.micro_step(batch.to(self._accelerator.device), scale, is_last=batch is batches[-1])
@@ -127,7 +131,16 @@ class Engine:
         grad_norm = self._backend.update()
         total = float(self.sum(torch.stack(losses).sum()))
         result = StepResult(
-            total / max(supervised, 1), grad_norm, supervised, tokens, samples, rejects, stops > 0, saves > 0
+            loss=total / max(supervised, 1),
+            grad_norm=grad_norm,
+            supervised_tokens=supervised,
+            tokens=tokens,
+            pairs=pairs,
+            tiles=tiles,
+            samples=samples,
+            rejects=rejects,
+            stop=stops > 0,
+            save=saves > 0,
         )
         if result.is_skipped:
             _report(batches, losses)

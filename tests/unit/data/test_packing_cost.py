@@ -9,6 +9,7 @@ from transformers import CLIPVisionConfig, LlamaConfig, LlavaNextConfig, Qwen2Co
 
 from anyres_vlm.data.packing.cost import CostModel, derive_cost, read_cost
 from anyres_vlm.errors import UsageError
+from anyres_vlm.flops import forward_flops
 
 CLIP_LARGE = {
     "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16,
@@ -54,8 +55,8 @@ def test_what_cannot_be_derived_is_said(tmp_path: Path) -> None:
 
 def test_several_layers_cost_the_deepest_and_a_wider_projector() -> None:
     vision = CLIPVisionConfig(**CLIP_LARGE)
-    one = derive_cost(VICUNA_7B, vision, -2)
-    assert derive_cost(VICUNA_7B, vision, (23,)) == one
+    one = derive_cost(forward_flops(VICUNA_7B, vision, -2))
+    assert derive_cost(forward_flops(VICUNA_7B, vision, (23,))) == one
     wider = 2 * 576 * 1024 * 4096  # FLOPs of 1,024 more inputs of the projector at each of 576 patches
-    token = 2 * (32 * (4 * 4096**2 + 3 * 4096 * 11008) + 2 * 32_064 * 4096)
-    assert derive_cost(VICUNA_7B, vision, (-2, 5)).tile - one.tile == pytest.approx(wider / token)
+    token = 2 * (32 * (4 * 4096**2 + 3 * 4096 * 11008) + 32_064 * 4096)
+    assert derive_cost(forward_flops(VICUNA_7B, vision, (-2, 5))).tile - one.tile == pytest.approx(wider / token)

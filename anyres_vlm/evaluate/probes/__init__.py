@@ -1,0 +1,1 @@
+"""Probes of failure modes on pictures drawn for the purpose, with exact ground truth."""

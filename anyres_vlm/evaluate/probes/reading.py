@@ -1,0 +1,104 @@
+"""Reading one word: by its height, rotation, typeface and how much of it is covered."""
+
+from __future__ import annotations
+
+import random
+import re
+from collections.abc import Iterator, Sequence
+from statistics import mean
+from typing import Any
+
+from PIL import Image, ImageDraw
+
+from anyres_vlm.evaluate.probes.case import GROUND, Case, Reply, draws
+from anyres_vlm.synthetic.drawing import FACES, font
+from anyres_vlm.synthetic.vocabulary import HELDOUT_WORDS, RGB
+
+HEIGHTS = (5, 6, 8, 10, 12, 16, 20, 24)  # pixels of a capital in the picture, which AnyRes shows at its own size
+ROTATIONS = (5, 15, 30, 45, 90)  # degrees, either way
+COVERED = (0.15, 0.3, 0.45)  # share of the word's width behind thin bars of the board's colour
+USUAL = 14  # height where something else varies
+FACTORS = ("height", "rotation", "face", "covered")
+BOARDS = ("red", "green", "blue", "purple", "brown", "gray")
+BAR = 3  # pixels of width
+
+
+def cases(side: int, count: int, seed: int) -> Iterator[Case]:
+    """`count` words a value of each factor, the others at rest; words are those that no training picture shows."""
+    rest = {"height": USUAL, "rotation": 0, "face": FACES[0], "covered": 0.0}
+    sweeps = {"height": HEIGHTS, "rotation": ROTATIONS, "face": FACES, "covered": COVERED}
+    for factor in FACTORS:
+        for value in sweeps[factor]:
+            for number in range(count):
+                rng = draws(f"reading {factor} {value}", seed, number)
+                facts = {"factor": factor, **rest, factor: value}
+                if factor != "face":
+                    facts["face"] = rng.choice(FACES)
+                word = rng.choice(_words(side, facts))
+                yield Case(draw_sign(rng, side, word, facts), "What does the sign say?", word, facts)
+
+
+def _words(side: int, facts: dict[str, Any]) -> list[str]:
+    shape = font(facts["face"], _font_size(facts["face"], facts["height"]))
+    fitting = [word for word in sorted(HELDOUT_WORDS) if shape.getlength(word) < side - 16]
+    return fitting or [min(HELDOUT_WORDS, key=lambda word: (len(word), word))]
+
+
+def _font_size(face: str, height: int) -> int:
+    """The font size whose capitals are so high, in pixels."""
+    top, bottom = font(face, 100).getbbox("H", anchor="ls")[1::2]
+    return round(height * 100 / (bottom - top))
+
+
+def draw_sign(rng: random.Random, side: int, word: str, facts: dict[str, Any]) -> Image.Image:
+    """A board that fills the picture, the word anywhere on it."""
+    board = RGB[rng.choice(BOARDS)]
+    image = Image.new("RGB", (side, side), GROUND)
+    image.paste(board, (4, 4, side - 4, side - 4))
+    shape = font(facts["face"], _font_size(facts["face"], facts["height"]))
+    left, top, right, bottom = map(int, shape.getbbox(word))
+    mask = Image.new("L", (right - left + 2, bottom - top + 2), 0)
+    pen = ImageDraw.Draw(mask)
+    pen.text((1 - left, 1 - top), word, font=shape, fill=255)
+    bars = round(facts["covered"] * mask.width / BAR)
+    for bar in range(bars):
+        start = round((bar + 0.5) * mask.width / bars - BAR / 2)
+        pen.rectangle((start, 0, start + BAR - 1, mask.height), fill=0)
+    angle = facts["rotation"] * rng.choice((1, -1))
+    if angle:
+        mask = mask.rotate(angle, Image.Resampling.BICUBIC, expand=True)
+    x, y = (rng.randint(6, max(6, side - 6 - length)) for length in mask.size)
+    image.paste((255, 255, 255), (x, y), mask)
+    return image
+
+
+def score(replies: Sequence[Reply]) -> dict[str, Any]:
+    """By factor and value: share of words read, and mean share of their characters."""
+    table: dict[str, Any] = {}
+    for factor in FACTORS:
+        rows = [reply for reply in replies if reply.facts["factor"] == factor]
+        values = dict.fromkeys(reply.facts[factor] for reply in rows)
+        table[factor] = {
+            str(value): {
+                "words": mean(read(r.said, r.answer) == 1 for r in rows if r.facts[factor] == value),
+                "characters": mean(read(r.said, r.answer) for r in rows if r.facts[factor] == value),
+            }
+            for value in values
+        }
+    return table
+
+
+def read(said: str, word: str) -> float:
+    """How much of a word some word of the answer has: 1 less their edit distance as a share of the word, at least 0."""
+    found = [_distance(other, word) for other in re.findall(r"\w+", said.upper())]
+    return max(0.0, 1 - min(found, default=len(word)) / len(word))
+
+
+def _distance(a: str, b: str) -> int:
+    """Levenshtein's: insertions, deletions and substitutions."""
+    row = list(range(len(b) + 1))
+    for i, left in enumerate(a, start=1):
+        above, row = row, [i]
+        for j, right in enumerate(b, start=1):
+            row.append(min(above[j] + 1, row[-1] + 1, above[j - 1] + (left != right)))
+    return row[-1]
