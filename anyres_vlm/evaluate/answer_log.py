@@ -12,6 +12,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from anyres_vlm.errors import DataError
+
 
 @dataclass(frozen=True)
 class AnswerLog:
@@ -68,7 +70,10 @@ def _batches(path: Path, key: str) -> Iterator[dict[int, str | None]]:
             return
         for line in file:
             if line.endswith(b"\n"):
-                yield dict(json.loads(line)["answers"])
+                try:
+                    yield dict(json.loads(line)["answers"])
+                except (ValueError, KeyError, TypeError):
+                    raise DataError(f"{path}: a line of it is broken: delete the file to answer anew") from None
 
 
 def _line(entry: object) -> bytes:

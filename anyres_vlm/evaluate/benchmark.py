@@ -58,7 +58,7 @@ class Benchmark(Protocol):
         """The files that hold the right answers; none where they are not published or nobody is to judge."""
         ...
 
-    def submission(self, answers: Sequence[tuple[Question, str]]) -> tuple[str, Any]:
+    def submission(self, data: Path, answers: Sequence[tuple[Question, str]]) -> tuple[str, Any]:
         """The official format: the file's suffix, and the object of a .json or the objects of a .jsonl file."""
         ...
 

@@ -52,7 +52,7 @@ class GQA:
         path = _file(data)
         return [path] if any("answer" in entry for entry in questions_by_id(path).values()) else []
 
-    def submission(self, answers: Sequence[tuple[Question, str]]) -> tuple[str, Any]:
+    def submission(self, data: Path, answers: Sequence[tuple[Question, str]]) -> tuple[str, Any]:
         return ".json", [{"questionId": question.id, "prediction": prediction(text)} for question, text in answers]
 
     def score(self, annotations: Sequence[Path], given: Sequence[Answered], partial: bool) -> Scored:

@@ -52,8 +52,11 @@ class Judge:
         if lines[-1]:  # a kill cut it short
             os.truncate(self.cache, self.cache.stat().st_size - len(lines[-1]))
         for line in lines[:-1]:
-            entry = json.loads(line)
-            self._grades[entry["key"]] = Grade(entry["score"], entry["content"], entry["model"])
+            try:
+                entry = json.loads(line)
+                self._grades[entry["key"]] = Grade(entry["score"], entry["content"], entry["model"])
+            except (ValueError, KeyError, TypeError):
+                raise DataError(f"{self.cache}: a line of it is broken: delete the file to grade anew") from None
 
     def grade(self, question: str, truth: str, answer: str) -> Grade:
         """Ask, unless the same was asked before. Raises `DataError` where the endpoint fails for good."""

@@ -70,7 +70,7 @@ class MMVet:
     def annotations(self, data: Path) -> list[Path]:
         return [_file(data)] if self.judge else []
 
-    def submission(self, answers: Sequence[tuple[Question, str]]) -> tuple[str, Any]:
+    def submission(self, data: Path, answers: Sequence[tuple[Question, str]]) -> tuple[str, Any]:
         return ".json", {question.id: text for question, text in answers}
 
     def score(self, annotations: Sequence[Path], given: Sequence[Answered], partial: bool) -> Scored:

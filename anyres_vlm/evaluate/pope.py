@@ -52,7 +52,7 @@ class POPE:
     def annotations(self, data: Path) -> list[Path]:
         return find_files(data, FILES, "POPE questions")
 
-    def submission(self, answers: Sequence[tuple[Question, str]]) -> tuple[str, Any]:
+    def submission(self, data: Path, answers: Sequence[tuple[Question, str]]) -> tuple[str, Any]:
         return ".jsonl", [
             {"question_id": question.id, "question": question.prompt.split("\n")[0], "answer": yes_or_no(text)}
             for question, text in answers

@@ -149,7 +149,7 @@ def _finish(
         for question, text in zip(questions, texts, strict=True)
     ]
     _write(answer_file, lines)
-    suffix, submission = benchmark.submission(list(zip(questions, texts, strict=True)))
+    suffix, submission = benchmark.submission(run.data, list(zip(questions, texts, strict=True)))
     _write(run.out / f"{benchmark.name}.submission{suffix}", submission)
     result: dict[str, Any] = {
         "benchmark": benchmark.name,

@@ -77,7 +77,7 @@ class TextVQA:
         path = _file(data)
         return [path] if any("answers" in entry for entry in _read(path).values()) else []
 
-    def submission(self, answers: Sequence[tuple[Question, str]]) -> tuple[str, Any]:
+    def submission(self, data: Path, answers: Sequence[tuple[Question, str]]) -> tuple[str, Any]:
         return ".json", [{"question_id": question.id, "answer": text} for question, text in answers]
 
     def score(self, annotations: Sequence[Path], given: Sequence[Answered], partial: bool) -> Scored:

@@ -22,6 +22,8 @@ from anyres_vlm.evaluate.benchmark import (
 )
 from anyres_vlm.evaluate.normalisation import evalai_answer, one_line, vqa_answer
 
+WHOLE_TEST = "v2_OpenEnded_mscoco_test2015_questions.json"
+
 
 class VQAv2:
     """Open-ended questions about COCO's pictures."""
@@ -53,8 +55,14 @@ class VQAv2:
         name = questions.name.replace("OpenEnded_", "").replace("questions", "annotations")
         return [path for path in (questions.with_name(name),) if path.exists() and path != questions]
 
-    def submission(self, answers: Sequence[tuple[Question, str]]) -> tuple[str, Any]:
-        return ".json", [{"question_id": question.id, "answer": evalai_answer(text)} for question, text in answers]
+    def submission(self, data: Path, answers: Sequence[tuple[Question, str]]) -> tuple[str, Any]:
+        said = {question.id: evalai_answer(text) for question, text in answers}
+        whole = _questions_file(data).with_name(WHOLE_TEST)
+        if whole.exists():  # the server wants every question of test2015, as LLaVA sends it
+            entries = take(read_json(whole), "questions", list, str(whole))
+            names = [take(e, "question_id", int, f"{whole}: question {n}") for n, e in enumerate(entries, 1)]
+            said = dict.fromkeys(names, "") | said if set(said) <= set(names) else said
+        return ".json", [{"question_id": name, "answer": text} for name, text in said.items()]
 
     def score(self, annotations: Sequence[Path], given: Sequence[Answered], partial: bool) -> Scored:
         (path,) = annotations

@@ -260,4 +260,11 @@ def test_without_answers_or_judge_there_is_a_submission(checkpoint, data, tmp_pa
     assert main([*arguments, "--out", str(tmp_path), "--limit", "1"]) == 0
     assert capsys.readouterr().out.count("no score") == 2
     assert len(json.loads((tmp_path / "vqav2.submission.json").read_text())) == 1
+    whole = file.with_name("v2_OpenEnded_mscoco_test2015_questions.json")
+    benchmark_files.write(whole, questions | {"data_subtype": "test2015"})
+    arguments = ["eval", "vqav2", "--model", str(checkpoint), "--data", str(file), "--out", str(tmp_path)]
+    assert main([*arguments, "--limit", "1"]) == 0
+    sent = json.loads((tmp_path / "vqav2.submission.json").read_text())
+    assert [entry["question_id"] for entry in sent] == list(range(4000, 4006))
+    assert [entry["answer"] for entry in sent[1:]] == [""] * 5, "the server wants the whole test set"
     assert json.loads((tmp_path / "mmvet.json").read_text())["score"] is None

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
+from anyres_vlm.errors import DataError
 from anyres_vlm.evaluate.answer_log import AnswerLog
 
 
@@ -26,3 +29,6 @@ def test_only_whole_batches_of_the_key_are_read(tmp_path: Path) -> None:
     log.append("2-of-2", {0: "other"})
     assert log.read() == {0: "other", 1: "a", 2: None, 3: "c\u2028\ud83d"}
     assert AnswerLog(log.folder, "pope", "k2").read() == AnswerLog(log.folder, "gqa", "k1").read() == {}
+    log.path("2-of-2").write_bytes(log.path("2-of-2").read_bytes().replace(b"other", b'"'))
+    with pytest.raises(DataError, match="a line of it is broken"):
+        log.read()
