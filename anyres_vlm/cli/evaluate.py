@@ -6,6 +6,7 @@ import json
 import os
 import sys
 from enum import StrEnum
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -72,52 +73,34 @@ def evaluate(
         return
     if swap_images:
         raise UsageError("--swap-images is heldout's: benchmarks have no blind baseline")
+    folder = out or _default_out(model)
+    judging = "mmvet" in benchmarks
+    grader = make_judge(judge, judge_url, judge_prompt, folder / "mmvet.grades.jsonl") if judging else None
+    if grader is not None:
+        grader.connect()  # a key that is missing shows now, not behind hours of answers
     # Start-up time: torch and transformers take seconds to import.
     from anyres_vlm.evaluate.benchmarks import make_benchmark
     from anyres_vlm.evaluate.runner import Run
     from anyres_vlm.evaluate.runner import evaluate as run_benchmark
-    from anyres_vlm.inference import BATCH_TOKENS
+    from anyres_vlm.inference import BATCH_TOKENS, Assistant
     from anyres_vlm.serve.progress import RowProgress
 
-    names = [str(name) for name in dict.fromkeys(benchmarks)]
-    if "textvqa" in names and ocr_tokens is None:
-        raise UsageError(
-            "textvqa: the same model scores points more with OCR tokens in the prompt: "
-            "choose --ocr-tokens or --no-ocr-tokens"
-        )
-    folder = out or _default_out(model)
-    grader = make_judge(judge, judge_url, judge_prompt, folder / "mmvet.grades.jsonl") if "mmvet" in names else None
-    if grader is not None:
-        grader.connect()  # a key that is missing shows now, not behind hours of answers
-    part, load = _shard(shard), _Loader(model)
+    load = cache(partial(Assistant.load, model))  # when the first benchmark has an open question
+    chosen = {str(name): make_benchmark(name, ocr_tokens, grader) for name in benchmarks}
+    places = {name: data / name if (data / name).is_dir() else data for name in chosen}
+    for name, benchmark in chosen.items():
+        benchmark.questions(places[name], images, limit)  # what is wrong with the last shows before the first is asked
     results: dict[str, Any] = {}
-    for name in names:
-        place = data / name if (data / name).is_dir() else data
-        run = Run(model, load, place, images, folder, limit, part, batch_tokens or BATCH_TOKENS)
+    for name, benchmark in chosen.items():
+        run = Run(model, load, places[name], images, folder, limit, _shard(shard), batch_tokens or BATCH_TOKENS)
         with RowProgress(name) as progress:
-            results[name] = run_benchmark(run, make_benchmark(name, ocr_tokens, grader), progress.update)
+            results[name] = run_benchmark(run, benchmark, progress.update)
+        if not as_json:
+            _print(name, results[name], folder)
+        elif results[name]:
+            del results[name]["points"]
     if as_json:
-        shown = {
-            name: result and {k: v for k, v in result.items() if k != "points"} for name, result in results.items()
-        }
-        print(json.dumps(shown, indent=2))
-    for name, result in results.items() if not as_json else ():
-        _print(name, result, folder)
-
-
-class _Loader:
-    """The checkpoint, read when the first benchmark has an open question and kept for the next."""
-
-    def __init__(self, model: str) -> None:
-        self.model = model
-        self.loaded: Any = None
-
-    def __call__(self) -> Any:
-        from anyres_vlm.inference import Assistant  # start-up time
-
-        if self.loaded is None:
-            self.loaded = Assistant.load(self.model)
-        return self.loaded
+        print(json.dumps(results, indent=2))
 
 
 def _print(name: str, result: dict[str, Any] | None, folder: Path) -> None:
@@ -126,7 +109,7 @@ def _print(name: str, result: dict[str, Any] | None, folder: Path) -> None:
         return
     print_scores(name, result)
     if not result["scores"]:
-        print(f"  no score: no published answers beside the questions, or no --judge; {folder / name}.submission.json")
+        print(f"  no published answers beside the questions, or no --judge: {folder / name}.submission.json")
 
 
 def _default_out(model: str) -> Path:

@@ -74,8 +74,9 @@ def make_judge(model: str | None, url: str | None, prompt: Path | None, cache: P
 
 
 def print_scores(name: str, result: Mapping[str, Any]) -> None:
-    """The official numbers as lines, groups indented."""
-    print(f"{name}: {result['questions']:,} questions")
+    """The official numbers and the pinned protocol as lines, groups indented."""
+    headline = "no score" if result["score"] is None else f"{result['score']}"
+    print(f"{name}: {headline} ({result['questions']:,} questions)")
     for key, value in result["scores"].items():
         if isinstance(value, Mapping):
             print(f"  {key}")
@@ -83,6 +84,8 @@ def print_scores(name: str, result: Mapping[str, Any]) -> None:
                 print(f"    {inner:<28} {_shown(number)}")
         else:
             print(f"  {key:<30} {_shown(value)}")
+    for key, words in result["protocol"].items():
+        print(f"  {key:<30} {words.encode('unicode_escape').decode()}")
 
 
 def _shown(value: Any) -> str:
