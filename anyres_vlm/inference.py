@@ -103,19 +103,32 @@ class Assistant:
         A batch has at most `batch_tokens` positions, answers and padding included, or one conversation. Its images are
         decoded when its turn comes; `progress` gets the number of answers so far.
         """
-        prompts = [self._prompt(conversation, number) for number, conversation in enumerate(conversations)]
         answers: dict[int, Answer] = {}
+        for batch in self.answer_batches(conversations, decoding, batch_tokens):
+            answers |= batch
+            if progress is not None:
+                progress(len(answers))
+        return [answers[number] for number in range(len(conversations))]
+
+    def answer_batches(
+        self, conversations: Sequence[Conversation], decoding: Decoding, batch_tokens: int = BATCH_TOKENS
+    ) -> Iterator[dict[int, Answer]]:
+        """The batches of `answer_many` as they are done, answers by the number of their conversation."""
+        prompts = [self._prompt(conversation, number) for number, conversation in enumerate(conversations)]
         for batch in _batches(prompts, decoding.max_new_tokens, batch_tokens):
             tokens: list[list[int]] = [[] for _ in batch]
             for place, token in self._tokens(batch, decoding):
                 tokens[place].append(token)
+            answers: dict[int, Answer] = {}
             for prompt, new in zip(batch, tokens, strict=True):
                 text = _decode(self.tokenizer, new).strip()
                 image_tokens = sum(plan.total_tokens for plan in prompt.plans)
                 answers[prompt.number] = Answer(text, len(prompt.ids), image_tokens, len(new))
-            if progress is not None:
-                progress(len(answers))
-        return [answers[number] for number in range(len(prompts))]
+            yield answers
+
+    def check(self, conversation: Conversation) -> None:
+        """Raises what `answer_many` would before its first batch: an image or a word that does not fit, a length."""
+        self._prompt(conversation)
 
     def _prompt(self, conversation: Conversation, number: int = 0) -> _Prompt:
         wanted = sum(turn.text.count(IMAGE_TOKEN) for turn in conversation.turns)

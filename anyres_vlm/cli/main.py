@@ -19,6 +19,7 @@ from anyres_vlm.cli.index import index
 from anyres_vlm.cli.plan import plan
 from anyres_vlm.cli.probe import probe
 from anyres_vlm.cli.render import render
+from anyres_vlm.cli.score import score
 from anyres_vlm.cli.tokens import tokens
 from anyres_vlm.cli.train import train
 from anyres_vlm.errors import DataError, Interrupted, UsageError
@@ -37,6 +38,7 @@ app.command()(plan)
 app.command()(render)
 app.command()(train)
 app.command("eval")(evaluate)
+app.command()(score)
 app.command()(probe)
 app.command()(chat)
 app.command("import")(import_checkpoint)

@@ -1,0 +1,98 @@
+"""GQA: exact match on the balanced questions, by structural and semantic type."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from anyres_vlm.errors import DataError
+from anyres_vlm.evaluate.answers import Answered, match
+from anyres_vlm.evaluate.benchmark import (
+    LLAVA,
+    SHORT_ANSWER,
+    SHORT_ANSWER_TOKENS,
+    SHORT_PROMPT,
+    ImageFolders,
+    Question,
+    Scored,
+    find_file,
+    percent,
+    questions_by_id,
+    take,
+)
+
+FILES = ["testdev_balanced_questions.json", "*_questions.json", "*questions*.json"]
+TYPES = {"accuracyPerStructuralType": "structural", "accuracyPerSemanticType": "semantic"}
+
+
+class GQA:
+    """Compositional questions about scenes."""
+
+    name = "gqa"
+    max_new_tokens = SHORT_ANSWER_TOKENS
+    protocol: Mapping[str, str] = {
+        "prompt": SHORT_PROMPT,
+        "post_processing": f"lower case, no periods at the end: {LLAVA}, convert_gqa_for_eval.py at a689fd8)",
+        "scorer": "GQA, eval.py 1.2",
+    }
+
+    def questions(self, data: Path, images: Path | None, limit: int | None) -> list[Question]:
+        path = _file(data)
+        folders = ImageFolders(path, images, ())
+        questions = []
+        for name, entry in list(questions_by_id(path).items())[:limit]:
+            where = f"{path}: question {name}"
+            image = folders.find(f"{take(entry, 'imageId', str, where)}.jpg", where)
+            questions.append(Question(name, image, take(entry, "question", str, where) + SHORT_ANSWER))
+        return questions
+
+    def annotations(self, data: Path) -> list[Path]:
+        path = _file(data)
+        return [path] if any("answer" in entry for entry in questions_by_id(path).values()) else []
+
+    def submission(self, data: Path, answers: Sequence[tuple[Question, str]]) -> tuple[str, Any]:
+        return ".json", [{"questionId": question.id, "prediction": prediction(text)} for question, text in answers]
+
+    def score(self, annotations: Sequence[Path], given: Sequence[Answered], partial: bool) -> Scored:
+        (path,) = annotations
+        wanted = questions_by_id(path)
+        answered = {answer.id for answer in given}
+        # As in eval.py, questions that are not balanced count nowhere and may stay unanswered.
+        expected = [
+            name
+            for name, entry in wanted.items()
+            if name in answered or (not partial and take(entry, "isBalanced", bool, f"{path}: question {name}"))
+        ]
+        found = match(given, expected)
+        points: dict[str, float] = {}
+        groups: dict[str, dict[str, list[float]]] = {kind: defaultdict(list) for kind in TYPES}
+        halves: dict[str, list[float]] = {"binary": [], "open": []}
+        for name in expected:
+            entry, where = wanted[name], f"{path}: question {name}"
+            if not take(entry, "isBalanced", bool, where):
+                continue
+            answer = found[name]
+            said = prediction(answer.text) if answer.raw else answer.text
+            points[name] = float(said == take(entry, "answer", str, where))
+            types = take(entry, "types", dict, where)
+            for kind, key in TYPES.items():
+                groups[kind][take(types, key, str, where)].append(points[name])
+            halves["open" if types["structural"] == "query" else "binary"].append(points[name])
+        if not points:
+            raise DataError(f"{path}: no balanced questions in it")
+        accuracy = percent(list(points.values()))
+        scores: dict[str, Any] = {"accuracy": accuracy}
+        scores |= {half: percent(hits) if hits else 0.0 for half, hits in halves.items()}
+        scores |= {kind: {name: percent(of[name]) for name in sorted(of)} for kind, of in groups.items()}
+        return Scored(accuracy, scores, points)
+
+
+def prediction(text: str) -> str:
+    """A model's words as LLaVA submits them."""
+    return text.rstrip(".").lower()
+
+
+def _file(data: Path) -> Path:
+    return find_file(data, FILES, "GQA questions")

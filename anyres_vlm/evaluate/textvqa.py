@@ -1,0 +1,158 @@
+"""TextVQA: soft accuracy of M4C's evaluator, the prompt with or without the words that an OCR system has read."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from anyres_vlm.errors import DataError, UsageError
+from anyres_vlm.evaluate.answers import Answered, as_id, match, read_json
+from anyres_vlm.evaluate.benchmark import (
+    LLAVA,
+    SHORT_ANSWER,
+    SHORT_ANSWER_TOKENS,
+    SHORT_PROMPT,
+    ImageFolders,
+    Question,
+    Scored,
+    find_file,
+    percent,
+    take,
+)
+from anyres_vlm.evaluate.normalisation import evalai_answer
+
+FILES = ["TextVQA_0.5.1_val.json", "TextVQA_0*.json", "*TextVQA_val*.json"]
+OCR_LINE = "\nReference OCR token: "
+NUM_HUMAN = 10
+
+
+@dataclass(frozen=True)
+class TextVQA:
+    """Questions about text in pictures. `ocr_tokens` is a choice to make: with them a model scores points more."""
+
+    ocr_tokens: bool | None
+    name = "textvqa"
+    max_new_tokens = SHORT_ANSWER_TOKENS
+
+    @property
+    def protocol(self) -> Mapping[str, str]:
+        """What is pinned, the choice of OCR tokens first; it is unknown where answers are scored without a model."""
+        words = {True: "in the prompt (Rosetta)", False: "not in the prompt", None: "unknown"}[self.ocr_tokens]
+        return {
+            "ocr_tokens": words,
+            "prompt": SHORT_PROMPT.replace(
+                "{question}", "{Question}" + (OCR_LINE + "{tokens}") * bool(self.ocr_tokens)
+            ),
+            "post_processing": "none before the scorer's own EvalAIAnswerProcessor",
+            "scorer": f"TextVQAAccuracyEvaluator: {LLAVA}, eval_textvqa.py at 524a75b)",
+        }
+
+    def questions(self, data: Path, images: Path | None, limit: int | None) -> list[Question]:
+        path = _file(data)
+        if self.ocr_tokens is None:
+            raise UsageError(
+                "textvqa: the same model scores points more with OCR tokens in the prompt: "
+                "choose --ocr-tokens or --no-ocr-tokens"
+            )
+        entries = _read(path)
+        read_words = _read_words(path, entries) if self.ocr_tokens else {}
+        folders = ImageFolders(path, images, ("train_images", "test_images"))
+        questions = []
+        for name, entry in list(entries.items())[:limit]:
+            where = f"{path}: question {name}"
+            image_id = take(entry, "image_id", str, where)
+            prompt = take(entry, "question", str, where).capitalize()
+            if self.ocr_tokens:
+                if image_id not in read_words:
+                    raise DataError(f"{where}: no OCR tokens of image {image_id}: use the file of the same split")
+                prompt += OCR_LINE + ", ".join(read_words[image_id])
+            image = folders.find(f"{image_id}.jpg", where)
+            questions.append(Question(take(entry, "question_id", int, where), image, prompt + SHORT_ANSWER))
+        return questions
+
+    def annotations(self, data: Path) -> list[Path]:
+        path = _file(data)
+        return [path] if any("answers" in entry for entry in _read(path).values()) else []
+
+    def submission(self, data: Path, answers: Sequence[tuple[Question, str]]) -> tuple[str, Any]:
+        return ".json", [{"question_id": question.id, "answer": text} for question, text in answers]
+
+    def score(self, annotations: Sequence[Path], given: Sequence[Answered], partial: bool) -> Scored:
+        (path,) = annotations
+        entries = _read(path)
+        ids = _ids(given, entries)
+        found = match(given, set(ids) & set(entries) if partial else entries, ids)
+        points: dict[str, float] = {}
+        for name, answer in found.items():  # in the order of the answers, as the official sum is
+            where = f"{path}: question {name}"
+            human = take(entries[name], "answers", list, where)
+            points[name] = soft_accuracy(answer.text, human, where)
+        if not points:
+            raise DataError(f"{path}: no annotations in it")
+        accuracy = percent(list(points.values()))
+        return Scored(accuracy, {"accuracy": accuracy}, points)
+
+
+def soft_accuracy(text: str, human: Sequence[Any], where: str) -> float:
+    """One question's points; ten human answers are expected, as the official evaluator does."""
+    if len(human) != NUM_HUMAN or not all(isinstance(answer, str) for answer in human):
+        raise DataError(f"{where}: expected {NUM_HUMAN} human answers as text, got {len(human)}: use the official file")
+    normal = [evalai_answer(answer) for answer in human]
+    said = evalai_answer(text)
+    matching = Counter(normal)[said]
+    subsets = [min(1, (matching - (left_out == said)) / 3) for left_out in normal]
+    return sum(subsets) / len(subsets)
+
+
+def _file(data: Path) -> Path:
+    return find_file(data, FILES, "TextVQA questions")
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """Entries by question id."""
+    entries = take(read_json(path), "data", list, str(path))
+    return {
+        as_id(take(entry, "question_id", int, f"{path}: question {number}"), ""): entry
+        for number, entry in enumerate(entries, start=1)
+    }
+
+
+def _read_words(path: Path, entries: Mapping[str, Any]) -> dict[str, list[str]]:
+    """What Rosetta has read, by image: in the questions' own file, or in the file that is published beside it."""
+    holders: Sequence[Any] = list(entries.values())
+    where = str(path)
+    if not all("ocr_tokens" in entry for entry in holders):
+        split = path.stem.rpartition("_")[2]
+        pattern = f"TextVQA_Rosetta_OCR_v0.2_{split}.json"
+        file = path.with_name(pattern)
+        if not file.exists():
+            raise DataError(f"{path}: no ocr_tokens in it and no {pattern} beside it; download it or --no-ocr-tokens")
+        holders, where = take(read_json(file), "data", list, str(file)), str(file)
+    words = {}
+    for number, entry in enumerate(holders, start=1):
+        tokens = take(entry, "ocr_tokens", list, f"{where}: entry {number}")
+        words[take(entry, "image_id", str, f"{where}: entry {number}")] = [str(token) for token in tokens]
+    return words
+
+
+def _ids(given: Sequence[Answered], entries: Mapping[str, Any]) -> list[str]:
+    """Each answer's question id; LLaVA's answers name the image instead, and the question in their prompt."""
+    by_question: defaultdict[tuple[str, str], list[str]] = defaultdict(list)
+    for name, entry in entries.items():
+        by_question[str(entry.get("image_id")), str(entry.get("question")).lower()].append(name)
+    ids = []
+    for answer in given:
+        if answer.id is None:
+            raise DataError("an answer without 'question_id': TextVQA's are matched by it")
+        named = by_question[answer.id, _question_of(answer.prompt)]
+        ids.append(answer.id if answer.id in entries or not named else named.pop(0))
+    return ids
+
+
+def _question_of(prompt: str) -> str:
+    """The question inside a prompt of LLaVA's, which may also begin with the OCR tokens."""
+    lines = prompt.split("\n")
+    return lines[1 if prompt.startswith(OCR_LINE.strip()) and len(lines) > 1 else 0].lower()
