@@ -63,7 +63,5 @@ def test_several_layers_cost_the_deepest_and_a_wider_projector() -> None:
 
 
 def test_a_toy_model_has_the_largest_costs() -> None:
-    toy = LlamaConfig(hidden_size=4, intermediate_size=4, num_hidden_layers=1, num_attention_heads=4, head_dim=64)
-    assert derive_cost(forward_flops(toy, CLIPVisionConfig(**CLIP_LARGE))).square < 1e-3, "its head is what costs"
-    toy.vocab_size = 8
+    toy = LlamaConfig(vocab_size=8, hidden_size=8, intermediate_size=8, num_attention_heads=4, head_dim=2)
     assert derive_cost(forward_flops(toy, CLIPVisionConfig(**CLIP_LARGE))).square == 1e-3
