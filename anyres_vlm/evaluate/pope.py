@@ -70,7 +70,7 @@ class POPE:
         said = {name: yes_or_no(answer.text) == "yes" for name, answer in found.items()}
         points = {name: float(said[name] == label) for name, label in labels.items() if name in said}
         by_split = {
-            split: _rates([(said[name], labels[name]) for name in names if name in said])
+            split: yes_no_rates([(said[name], labels[name]) for name in names if name in said])
             for split, names in splits.items()
             if any(name in said for name in names)
         }
@@ -87,7 +87,7 @@ def yes_or_no(text: str) -> str:
     return "no" if NEGATIONS.intersection(words) else "yes"
 
 
-def _rates(pairs: Sequence[tuple[bool, bool]]) -> dict[str, float | None]:
+def yes_no_rates(pairs: Sequence[tuple[bool, bool]]) -> dict[str, float | None]:
     """Of (said, true); None where nothing can be divided, which stops the official script."""
     hits = sum(said and label for said, label in pairs)
     yes, positive = sum(said for said, _ in pairs), sum(label for _, label in pairs)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from anyres_vlm.evaluate.pope import yes_no_rates
 from anyres_vlm.evaluate.probes.case import Case, Pair, Reply, all_pairs, draws, scatter, yes_or_no
 from anyres_vlm.synthetic.facts import an
 
@@ -35,21 +36,15 @@ def _absent(split: str, shown: Sequence[Pair]) -> list[Pair]:
 
 
 def score(replies: Sequence[Reply]) -> dict[str, Any]:
-    """POPE's rates by split; `unclear` is the share of answers that are neither, which count as wrong and as no."""
+    """POPE's rates by split; `unclear` is the share of answers that are neither, which are wrong and no yes."""
     return {split: _rates([reply for reply in replies if reply.facts["split"] == split]) for split in SPLITS}
 
 
 def _rates(replies: Sequence[Reply]) -> dict[str, float | None]:
     said = [yes_or_no(reply.said) for reply in replies]
     true = [reply.answer == "yes" for reply in replies]
-    hits = sum(bool(yes) and label for yes, label in zip(said, true, strict=True))
-    yes = sum(answer is True for answer in said)
-    precision, recall = hits / yes if yes else None, hits / sum(true)
     return {
+        **yes_no_rates([(bool(answer), label) for answer, label in zip(said, true, strict=True)]),
         "accuracy": sum(answer is label for answer, label in zip(said, true, strict=True)) / len(replies),
-        "precision": precision,
-        "recall": recall,
-        "f1": 2 * precision * recall / (precision + recall) if precision and recall else None,
-        "yes_ratio": yes / len(replies),
         "unclear": said.count(None) / len(replies),
     }
