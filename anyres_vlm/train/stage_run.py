@@ -28,7 +28,7 @@ from anyres_vlm.train import checkpoint
 from anyres_vlm.train.card import stage_sections
 from anyres_vlm.train.engine import Engine, StepResult
 from anyres_vlm.train.engine.trackers import start_trackers
-from anyres_vlm.train.interruption import catch_signals, mark
+from anyres_vlm.train.interruption import mark
 from anyres_vlm.train.loop import run_steps
 from anyres_vlm.train.metrics import METRICS_FILE, MetricsWriter
 from anyres_vlm.train.optim import build_optimizer, build_schedule
@@ -49,9 +49,16 @@ class StageRun:
     """Everything one stage holds while it trains; `run` is the order of events."""
 
     def __init__(
-        self, engine: Engine, config: RunConfig, options: RunOptions, stage: StageName, progress: Progress
+        self,
+        engine: Engine,
+        config: RunConfig,
+        options: RunOptions,
+        stage: StageName,
+        progress: Progress,
+        is_signalled: Callable[[], bool],
     ) -> None:
         self.engine, self.config, self.options, self.stage, self.progress = engine, config, options, stage, progress
+        self.is_signalled = is_signalled
         self.settings = config.stage(stage)
         self.rates = trained_rates(config, stage)
         self.folder = options.output / stage
@@ -86,10 +93,10 @@ class StageRun:
         log = self._open_log(finished)
         throughput = Throughput(self.flops, self.rates, device_peak(), self.engine.world_size)
         seed = self.config.seed
-        with log, catch_signals() as signalled:
+        with log:
 
             def asks() -> tuple[bool, bool]:
-                return signalled.is_set(), self.engine.is_main and self.saver.is_due
+                return self.is_signalled(), self.engine.is_main and self.saver.is_due
 
             for step, result, numbers in run_steps(self.engine, batches, schedule, seed, finished, throughput, asks):
                 log.write(step, numbers | self._cache_counts())
