@@ -10,7 +10,7 @@ from textwrap import dedent
 
 NETWORK = "10.77.0"  # of the private network namespace, so it may exist on the machine as well
 CONTROLLER = "controller"
-START_S = 60
+START_S, GRACE_S = 60, 120
 # SlurmdTimeout: seconds until a silent node counts as dead. cred_expire: a requeued job waits for so long.
 CONFIG = """
     ClusterName=toy
@@ -37,7 +37,7 @@ CONFIG = """
     GresTypes=gpu
     SlurmdParameters=config_overrides
     NodeName={nodes} CPUs=1 Gres=gpu:1
-    PartitionName=normal Nodes={nodes} Default=YES PriorityTier=1 GraceTime=120
+    PartitionName=normal Nodes={nodes} Default=YES PriorityTier=1 GraceTime={grace}
     PartitionName=urgent Nodes={nodes} PriorityTier=2 PreemptMode=OFF
 """
 
@@ -125,7 +125,7 @@ class SlurmCluster:
         lines = ["127.0.0.1 localhost", *(f"{NETWORK}.{place} {name}" for name, place in addresses.items())]
         (self.folder / "hosts").write_text("\n".join(lines) + "\n")
         names = ",".join(self.nodes)
-        text = CONFIG.format(controller=CONTROLLER, network=NETWORK, folder=self.folder, nodes=names)
+        text = CONFIG.format(controller=CONTROLLER, network=NETWORK, folder=self.folder, nodes=names, grace=GRACE_S)
         (self.folder / "slurm.conf").write_text(dedent(text))
         run("mknod", str(self.folder / "gpu0"), "c", "1", "3")  # stands for a GPU: Slurm then sets what it sets for one
         (self.folder / "gres.conf").write_text(f"NodeName={names} Name=gpu File={self.folder}/gpu0\n")

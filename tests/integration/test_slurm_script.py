@@ -20,7 +20,12 @@ from anyres_vlm.cli.main import app
 FOLDER = Path(__file__).resolve().parents[2] / "configs" / "cluster" / "slurm"
 SCRIPT = FOLDER / "train.sbatch"
 STANDINS = {
-    "srun": 'printf "%s\\n" "$@" >srun.words; [ -z "$INTERRUPT" ] || echo saved >"$OUTPUT/interrupted"; exit "$STATUS"',
+    "srun": """
+        [ "$1" != --overlap ] || exit 0  # the watch over the first node
+        printf "%s\\n" "$@" >srun.words
+        [ -z "$INTERRUPT" ] || echo saved >"$OUTPUT/interrupted"
+        exit "$STATUS"
+        """,
     "scontrol": 'if [ "$1" = show ]; then printf "n1\\nn2\\n"; else echo "$@" >>requeued; fi',
     "squeue": 'echo "$NODES_LEFT"',
     "scancel": "exit 1",
