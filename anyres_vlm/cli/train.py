@@ -46,9 +46,9 @@ def train(
             "2": ("stage2",),
             "all": ("stage2",) if skip_stage1 else ("stage1", "stage2"),
         }
-        options = RunOptions(folder, stages[stage], resume == "auto", max_steps, skip_stage1)
+        options = RunOptions(folder, stages[stage], resume == "auto", max_steps, skip_stage1, signalled.is_set)
         with StepProgress() as progress:
-            reports = run_stages(run_config, options, progress.update, signalled.is_set)
+            reports = run_stages(run_config, options, progress.update)
     if not reports:
         return
     curves = draw_curves(folder)

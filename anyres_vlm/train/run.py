@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
 
 from anyres_vlm.config import RunConfig, StageName, load_config
 from anyres_vlm.errors import UsageError
@@ -17,15 +16,13 @@ from anyres_vlm.train.stage_run import Progress, StageRun
 logger = logging.getLogger(__name__)
 
 
-def train(
-    config: RunConfig, options: RunOptions, progress: Progress, is_signalled: Callable[[], bool] = lambda: False
-) -> bool:
+def train(config: RunConfig, options: RunOptions, progress: Progress) -> bool:
     """Run the stages in order; what is already finished in the output folder is left as it is.
 
     Returns whether this process is the one that reports, rank 0; only there is `progress` called.
 
     Raises `UsageError` for stage 2 without a stage-1 projector, an output folder of another run, and a tracker that is
-    not installed; `Interrupted` behind the step in which `is_signalled` turned true on a rank.
+    not installed; `Interrupted` after a signal.
     """
     require_trackers(config.trackers)
     engine = Engine(config.precision)
@@ -39,7 +36,7 @@ def train(
                 logger.info("%s is finished: %s", stage, model_folder(options.output, stage))
             else:
                 _check_start(config, options, stage)
-                StageRun(engine, config, options, stage, progress, is_signalled).run()
+                StageRun(engine, config, options, stage, progress).run()
         return engine.is_main
     finally:
         engine.close()

@@ -49,16 +49,9 @@ class StageRun:
     """Everything one stage holds while it trains; `run` is the order of events."""
 
     def __init__(
-        self,
-        engine: Engine,
-        config: RunConfig,
-        options: RunOptions,
-        stage: StageName,
-        progress: Progress,
-        is_signalled: Callable[[], bool],
+        self, engine: Engine, config: RunConfig, options: RunOptions, stage: StageName, progress: Progress
     ) -> None:
         self.engine, self.config, self.options, self.stage, self.progress = engine, config, options, stage, progress
-        self.is_signalled = is_signalled
         self.settings = config.stage(stage)
         self.rates = trained_rates(config, stage)
         self.folder = options.output / stage
@@ -96,7 +89,7 @@ class StageRun:
         with log:
 
             def asks() -> tuple[bool, bool]:
-                return self.is_signalled(), self.engine.is_main and self.saver.is_due
+                return self.options.is_signalled(), self.engine.is_main and self.saver.is_due
 
             for step, result, numbers in run_steps(self.engine, batches, schedule, seed, finished, throughput, asks):
                 log.write(step, numbers | self._cache_counts())
