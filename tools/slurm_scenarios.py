@@ -147,7 +147,7 @@ def play(cluster: SlurmCluster, scenario: Scenario, folder: Path, undisturbed: P
     folder.mkdir(parents=True)
     job, log = submit(cluster, scenario, folder), folder / "job.log"
     metrics = folder / "run" / "stage1" / "metrics.jsonl"
-    wait(lambda: metrics.exists() and metrics.read_text().count("\n") >= DISTURBED_STEP, f"step {DISTURBED_STEP}")
+    wait(lambda: ended(cluster, job) or count_lines(metrics) >= DISTURBED_STEP, f"step {DISTURBED_STEP}")
     scenario.disturb(cluster, job)
     wait(lambda: ended(cluster, job), f"job {job} ends")
     found, text = cluster.job(job), log.read_text()
@@ -168,18 +168,11 @@ def play(cluster: SlurmCluster, scenario: Scenario, folder: Path, undisturbed: P
 def submit(cluster: SlurmCluster, scenario: Scenario, folder: Path) -> str:
     """Submit the project's script as a user does, with the toy's sizes in place of a real cluster's."""
     os.environ.update(OUTPUT=str(folder / "run"), VENV=sys.prefix, OMP_NUM_THREADS="1")
-    more = f"--export={','.join(('ALL', *scenario.environment))}"
-    sizes = (
-        more,
-        f"--nodes={scenario.nodes}",
-        "--gpus-per-node=1",
-        "--cpus-per-task=1",
-        "--time=60",
-        "--signal=B:USR1@120",
-    )
+    sizes = (f"--nodes={scenario.nodes}", "--gpus-per-node=1", "--cpus-per-task=1", "--time=60", "--signal=B:USR1@120")
+    more = (f"--export={','.join(('ALL', *scenario.environment))}", f"--output={folder}/job.log")
     command = ["--stage", "1", "--max-steps", str(STEPS), "--deepspeed", "zero2"]
     settings = [word for key, value in SETTINGS.items() for word in ("--set", f"{key}={value}")]
-    return cluster.submit(*sizes, f"--output={folder}/job.log", str(SCRIPT), *command, *settings)
+    return cluster.submit(*sizes, *more, str(SCRIPT), *command, *settings)
 
 
 def ended(cluster: SlurmCluster, job: str) -> bool:
@@ -189,6 +182,11 @@ def ended(cluster: SlurmCluster, job: str) -> bool:
             return False
         time.sleep(2)
     return True
+
+
+def count_lines(path: Path) -> int:
+    """Lines of a file that may not be there yet."""
+    return path.read_text().count("\n") if path.exists() else 0
 
 
 def furthest(found: Path, expected: Path) -> float:
