@@ -7,6 +7,8 @@ from typing import Literal
 
 import typer
 
+from anyres_vlm.train.interruption import catch_signals
+
 
 def train(
     config: Path | None = typer.Option(None, help="YAML file; without it the embedded default, configs/tiny.yaml."),
@@ -27,25 +29,26 @@ def train(
 
     Example: anyres train --grid 2x2 --stage 2 --set stage2.learning_rate=1e-5
     """
-    # Start-up time: torch and transformers take seconds to import.
-    from anyres_vlm.config import load_config, shipped_config, tiling_flags
-    from anyres_vlm.serve.progress import StepProgress
-    from anyres_vlm.train.curves import draw_curves
-    from anyres_vlm.train.options import RunOptions
-    from anyres_vlm.train.run import train as run_stages
+    with catch_signals() as signalled:  # now: what follows may take minutes before the first step
+        # Start-up time: torch and transformers take seconds to import.
+        from anyres_vlm.config import load_config, shipped_config, tiling_flags
+        from anyres_vlm.serve.progress import StepProgress
+        from anyres_vlm.train.curves import draw_curves
+        from anyres_vlm.train.options import RunOptions
+        from anyres_vlm.train.run import train as run_stages
 
-    path = config or shipped_config("tiny")
-    presets = {f"{name}.deepspeed": deepspeed for name in ("stage1", "stage2") if deepspeed is not None}
-    run_config = load_config(path, settings, {**tiling_flags(grid, layout, dialect), **presets})
-    folder = output or Path("runs") / path.stem
-    stages: dict[str, tuple[Literal["stage1", "stage2"], ...]] = {
-        "1": ("stage1",),
-        "2": ("stage2",),
-        "all": ("stage2",) if skip_stage1 else ("stage1", "stage2"),
-    }
-    options = RunOptions(folder, stages[stage], resume == "auto", max_steps, skip_stage1)
-    with StepProgress() as progress:
-        reports = run_stages(run_config, options, progress.update)
+        path = config or shipped_config("tiny")
+        presets = {f"{name}.deepspeed": deepspeed for name in ("stage1", "stage2") if deepspeed is not None}
+        run_config = load_config(path, settings, {**tiling_flags(grid, layout, dialect), **presets})
+        folder = output or Path("runs") / path.stem
+        stages: dict[str, tuple[Literal["stage1", "stage2"], ...]] = {
+            "1": ("stage1",),
+            "2": ("stage2",),
+            "all": ("stage2",) if skip_stage1 else ("stage1", "stage2"),
+        }
+        options = RunOptions(folder, stages[stage], resume == "auto", max_steps, skip_stage1, signalled.is_set)
+        with StepProgress() as progress:
+            reports = run_stages(run_config, options, progress.update)
     if not reports:
         return
     curves = draw_curves(folder)

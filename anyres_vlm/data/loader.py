@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import logging
+import os
+import signal
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -88,7 +91,7 @@ def iter_steps(
     dataset = PackDataset(samples, [pack for share in shares for pack in share], data, seed)
     allowed = data.max_bad_fraction * sum(len(pack.positions) for pack in dataset.packs)
     loader = DataLoader(
-        dataset, batch_size=None, num_workers=workers, worker_init_fn=_use_one_thread, pin_memory=pin_memory
+        dataset, batch_size=None, num_workers=workers, worker_init_fn=_start_worker, pin_memory=pin_memory
     )
     batches = iter(loader)
     num_rejected = 0
@@ -132,9 +135,18 @@ class PackDataset(Dataset[Batch]):
         return self.augmentation(pixels, (self.seed, epoch, position, number))
 
 
-def _use_one_thread(worker: int) -> None:
-    """The workers are the parallelism; torch sees to its own threads."""
+def _start_worker(worker: int) -> None:
+    """The workers are the parallelism, so one thread each; torch sees to its own threads."""
     cv2.setNumThreads(1)
+    # Launchers send SIGTERM to all processes of a job: the trainer saves and leaves, and until then needs its workers.
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    threading.Thread(target=_leave_with_the_trainer, daemon=True).start()
+
+
+def _leave_with_the_trainer() -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+        pass
+    os._exit(0)
 
 
 def _row(parts: Sequence[NDArray[Any]]) -> torch.Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ class RunOptions:
     resume: bool = True
     max_steps: int | None = None
     skip_stage1: bool = False
+    is_signalled: Callable[[], bool] = lambda: False  # whether to save and leave behind the step
 
 
 def model_folder(output: Path, stage: StageName) -> Path:

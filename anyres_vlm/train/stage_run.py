@@ -28,7 +28,7 @@ from anyres_vlm.train import checkpoint
 from anyres_vlm.train.card import stage_sections
 from anyres_vlm.train.engine import Engine, StepResult
 from anyres_vlm.train.engine.trackers import start_trackers
-from anyres_vlm.train.interruption import catch_signals, mark
+from anyres_vlm.train.interruption import mark
 from anyres_vlm.train.loop import run_steps
 from anyres_vlm.train.metrics import METRICS_FILE, MetricsWriter
 from anyres_vlm.train.optim import build_optimizer, build_schedule
@@ -86,10 +86,10 @@ class StageRun:
         log = self._open_log(finished)
         throughput = Throughput(self.flops, self.rates, device_peak(), self.engine.world_size)
         seed = self.config.seed
-        with log, catch_signals() as signalled:
+        with log:
 
             def asks() -> tuple[bool, bool]:
-                return signalled.is_set(), self.engine.is_main and self.saver.is_due
+                return self.options.is_signalled(), self.engine.is_main and self.saver.is_due
 
             for step, result, numbers in run_steps(self.engine, batches, schedule, seed, finished, throughput, asks):
                 log.write(step, numbers | self._cache_counts())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -48,8 +49,16 @@ def run(bases: Path, output: Path, *more: str) -> dict[str, torch.Tensor]:
     return load_file(output / "stage1" / "model" / "model.safetensors")
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
-def test_a_signal_saves_and_leaves_and_the_run_goes_on(tiny_bases, tmp_path, number: signal.Signals) -> None:
+def catches(process: int, number: signal.Signals) -> bool:
+    (caught,) = re.findall(r"^SigCgt:\s*(\w+)", Path(f"/proc/{process}/status").read_text(), re.MULTILINE)
+    return bool(int(caught, 16) >> (number - 1) & 1)
+
+
+@pytest.mark.parametrize(("number", "is_early"), [(signal.SIGTERM, True), (signal.SIGUSR1, False)])
+def test_a_signal_saves_and_leaves_and_the_run_goes_on(
+    tiny_bases, tmp_path, number: signal.Signals, is_early: bool
+) -> None:
+    """An early signal comes while torch is imported: no data is read yet, and the first step is still taken."""
     words = [word for setting in settings(tiny_bases, "save_every=100") for word in ("--set", setting)]
     command = [sys.executable, "-m", "anyres_vlm", "train", "--stage", "1", "--output", str(tmp_path / "run")]
     process = subprocess.Popen(
@@ -57,14 +66,15 @@ def test_a_signal_saves_and_leaves_and_the_run_goes_on(tiny_bases, tmp_path, num
     )
     rows = tmp_path / "run" / "stage1" / "metrics.jsonl"
     deadline = time.monotonic() + 120
-    while not (rows.exists() and rows.read_text()):
+    while not (catches(process.pid, number) if is_early else rows.exists() and rows.read_text()):
         assert process.poll() is None
         assert time.monotonic() < deadline
         time.sleep(0.005)
+    assert rows.parent.exists() != is_early
     process.send_signal(number)
     _, errors = process.communicate(timeout=120)
     assert process.returncode == os.EX_TEMPFAIL
-    assert "interrupted: stage1 is saved after step" in errors
+    assert f"interrupted: stage1 is saved after step {'1 of' if is_early else ''}" in errors
     assert (tmp_path / "run" / MARKER).exists()
     resumed = run(tiny_bases, tmp_path / "run", "save_every=100")
     assert not (tmp_path / "run" / MARKER).exists()

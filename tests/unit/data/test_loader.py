@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
+import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -123,3 +125,12 @@ def test_pictures_come_upright_and_in_rgb(tmp_path: Path) -> None:
     for name, words in (("c.png", "not an image"), ("d.png", "no such file")):
         with pytest.raises(DataError, match=rf"{name}: {words}"):
             open_image(tmp_path / name)
+
+
+def test_workers_heed_a_signal_of_their_trainer_alone(samples: IndexedSamples) -> None:
+    shares = [[Pack(0, np.array(pack, np.int64)) for pack in step] for step in STEPS * 4]
+    steps = iter_steps(samples, shares, DataConfig(path=Path("data.json")), seed=0, workers=1, pin_memory=False)
+    next(steps)
+    (worker,) = multiprocessing.active_children()
+    subprocess.run(["kill", "-TERM", str(worker.pid)], check=True)
+    assert len(list(steps)) == len(shares) - 1
