@@ -54,6 +54,9 @@ def evaluate(
     swap_images: bool = typer.Option(
         False, "--swap-images", help="heldout: blind baseline, every question about another image."
     ),
+    against: Path | None = typer.Option(
+        None, help="heldout: answers to the same questions that another --out has; prints the difference."
+    ),
     batch_tokens: int | None = typer.Option(
         None, "--batch-tokens", min=1, help="Tokens that are answered at once; fewer need less memory. Default: 8192."
     ),
@@ -69,10 +72,10 @@ def evaluate(
     if Name.HELDOUT in benchmarks:
         if len(benchmarks) > 1 or shard is not None:
             raise UsageError("heldout is scored alone, in one process: name it by itself")
-        _heldout(model, data, images, limit, swap_images, batch_tokens, out, as_json)
+        _heldout(model, data, images, limit, swap_images, against, batch_tokens, out, as_json)
         return
-    if swap_images:
-        raise UsageError("--swap-images is heldout's: benchmarks have no blind baseline")
+    if swap_images or against is not None:
+        raise UsageError("--swap-images and --against are heldout's: name it, or leave them out")
     folder = out or _default_out(model)
     judging = "mmvet" in benchmarks
     grader = make_judge(judge, judge_url, judge_prompt, folder / "mmvet.grades.jsonl") if judging else None
@@ -140,6 +143,7 @@ def _heldout(
     images: Path | None,
     limit: int | None,
     swap_images: bool,
+    against: Path | None,
     batch_tokens: int | None,
     out: Path | None,
     as_json: bool,
@@ -170,3 +174,6 @@ def _heldout(
     else:
         for task, share in sorted(accuracies.items(), key=lambda item: item[0] == "all"):
             print(f"{task:<10} {share:6.1%}")
+    if against is not None:
+        more, margin = heldout.gain(results, heldout.read_correct(against))
+        print(f"more than {against.stem}: {100 * more:+.1f} points, 95% interval +-{100 * margin:.1f}")

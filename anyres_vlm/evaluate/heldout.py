@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import string
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean, stdev
 
 from anyres_vlm.errors import DataError
 from anyres_vlm.inference import BATCH_TOKENS, Assistant, Conversation
@@ -61,6 +64,29 @@ def ask_all(
         Result(record.id, record.task, record.turns[0].text, record.turns[1].text, answer.text)
         for record, answer in zip(records, answers, strict=True)
     ]
+
+
+def read_correct(path: Path) -> dict[str, bool]:
+    """What was right in the answers of an earlier run, by question's id. Raises `DataError` for any other file."""
+    try:
+        answers = json.loads(path.read_text(encoding="utf-8"))["answers"]
+        return {answer["id"]: bool(answer["correct"]) for answer in answers}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{path}: expected the answers that anyres eval heldout --out has written ({error})") from None
+
+
+def gain(results: Sequence[Result], others: Mapping[str, bool]) -> tuple[float, float]:
+    """How much more of the same questions are right than in another run, and half the 95% interval of that.
+
+    `others` says by question's id what was right there. Raises `DataError` where the questions are not the same.
+    """
+    ids = [result.id for result in results]
+    if len(ids) < 2 or sorted(ids) != sorted(others):
+        raise DataError(
+            f"the other run answered {len(others)} questions, not the same {len(ids)}: compare the same data"
+        )
+    differences = [result.correct - others[result.id] for result in results]
+    return fmean(differences), 1.96 * stdev(differences) / len(differences) ** 0.5
 
 
 def accuracy_by_task(results: Sequence[Result]) -> dict[str, float]:
