@@ -41,9 +41,13 @@ class CostModel:
 
 
 def derive_cost(flops: Flops) -> CostModel:
-    """By FLOPs, every position with its logits; in a causal layer half the pairs of a sequence are seen."""
+    """By FLOPs, every position with its logits; in a causal layer half the pairs of a sequence are seen.
+
+    A toy model's attention, beside its few parameters, may cost more than the largest that is allowed: it gets that.
+    """
     token = flops.token + flops.head
-    return CostModel(square=flops.pair / 2 / token, tile=(flops.encoder + flops.projector) / token)
+    square, tile = flops.pair / 2 / token, (flops.encoder + flops.projector) / token
+    return CostModel(square=min(square, LARGEST_SQUARE), tile=min(tile, LARGEST_TILE))
 
 
 def read_cost(path: Path) -> CostModel:
