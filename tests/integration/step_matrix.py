@@ -147,7 +147,7 @@ def compare(engine: Engine, bases: Path, expected: Any, backend: str, micro_step
 
 def run(bases: Path, precision: Any) -> Iterator[tuple[str, dict[str, float]]]:
     """Differences by combination: ranks, backend and micro-steps."""
-    engine = Engine(precision)
+    engine = Engine(precision, rank_timeout_minutes=5)
     expected = reference(bases) if engine.is_main else None
     for backend, micro_steps in product(BACKENDS, MICRO_STEPS):
         yield f"{engine.world_size} {backend} {micro_steps}", compare(engine, bases, expected, backend, micro_steps)
