@@ -3,7 +3,8 @@
     python tools/chaos.py --kills 20                       # on 1 and on 2 ranks, the whole model on every rank
     python tools/chaos.py --kills 20 --ranks 2 --deepspeed zero2
 
-Both stages run on rendered pictures, at a few seconds a life. SIGKILL hits one rank at random; the others have to end
+Both stages run on rendered pictures with tiny random models, at a few seconds a life; every rank is a process of its
+own that runs the command. SIGKILL hits one rank at random; the others have to end
 by themselves, no launcher helps them. Every second kill waits for a checkpoint that is being written. Prints one table
 a number of ranks and exits with 1 where weights or losses differ.
 """
@@ -15,20 +16,23 @@ import os
 import random
 import re
 import shutil
-import signal
 import socket
-import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from multiprocessing import get_context
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
 from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM
 
+import anyres_vlm.train.run  # noqa: F401  # so that no life imports it again
+from anyres_vlm.cli.main import main as main_command
 from anyres_vlm.model.hub import load_tokenizer
 from anyres_vlm.train.checkpoint import PREFIX
 from anyres_vlm.train.metrics import METRICS_FILE, read_metrics
@@ -42,13 +46,13 @@ SETTINGS = [
     "stage2.capacity=1024",
     "stage1.packs_per_step=2",
     "stage2.packs_per_step=2",
-    "stage1.epochs=2",
-    "stage2.epochs=2",
+    "stage1.epochs=4",
+    "stage2.epochs=4",
     "save_every=2",
 ]
 LIFE_S = 600  # a life that neither ends nor comes to its kill for so long is stuck
 END_S = 120  # in which the ranks that live on have to end
-RESUMED = re.compile(r"(stage\d): .* trained, resumed after step (\d+)")
+FORK = get_context("fork")  # a life begins with the imports done, in a second
 
 
 @dataclass(frozen=True)
@@ -63,26 +67,39 @@ class Kill:
     resumed: str
 
 
+def live(words: Sequence[str], launch: dict[str, str], log: Path) -> None:
+    """The body of one rank's process."""
+    os.environ.update(launch)
+    torch.set_num_threads(1)
+    with log.open("wb") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    sys.exit(main_command(words))
+
+
 class Lives:
     """The lives of one training run in an output folder, all of its ranks started by hand."""
 
     def __init__(self, output: Path, ranks: int, settings: Sequence[str], more: Sequence[str]) -> None:
         self.output, self.ranks, self.settings, self.more = output, ranks, settings, more
 
-    def start(self) -> list[subprocess.Popen[bytes]]:
-        """All ranks of a new life; rank 0 speaks into `log`."""
+    def start(self) -> list[BaseProcess]:
+        """All ranks of a new life, each speaking into its log."""
         sets = [word for setting in self.settings for word in ("--set", setting)]
-        command = [sys.executable, "-m", "anyres_vlm", "train", "--output", str(self.output), *sets, *self.more]
+        words = ["train", "--output", str(self.output), *sets, *self.more]
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
+            world = {
+                "WORLD_SIZE": str(self.ranks),
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": str(free.getsockname()[1]),
+            }
+        self.old_saves = {stage: set(self.saving(stage)) for stage in STAGES}
         processes = []
         for rank in range(self.ranks):
-            world = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": self.ranks, "MASTER_PORT": port}
-            launch = {key: str(value) for key, value in world.items()} | {"MASTER_ADDR": "127.0.0.1"}
-            environment = {**os.environ, "OMP_NUM_THREADS": "1", **(launch if self.ranks > 1 else {})}
-            with self.log(rank).open("wb") as log:
-                processes.append(subprocess.Popen(command, env=environment, stdout=log, stderr=log))
+            launch = {**world, "RANK": str(rank), "LOCAL_RANK": str(rank)} if self.ranks > 1 else {}
+            processes.append(FORK.Process(target=live, args=(words, launch, self.log(rank))))
+            processes[-1].start()
         return processes
 
     def log(self, rank: int) -> Path:
@@ -92,13 +109,18 @@ class Lives:
     def finish(self) -> None:
         """One life without a disturbance. Raises `RuntimeError` where it fails."""
         for rank, process in enumerate(self.start()):
-            if process.wait(LIFE_S):
+            process.join(LIFE_S)
+            if process.exitcode != 0:
                 raise RuntimeError(f"rank {rank} failed: {self.log(rank).read_text()[-2000:]}")
 
     def resumed(self) -> str:
-        """What the newest life went on from; a finished stage is not mentioned there."""
-        found = RESUMED.search(self.log(0).read_text())
-        return f"{found[1]} step {found[2]}" if found else "its stage's start"
+        """What the newest life went on from."""
+        stage = re.search(r"(stage\d): .* parameters trained(?:, resumed after step (\d+))?", self.log(0).read_text())
+        return f"{stage[1]} step {stage[2] or 0}" if stage else "-"
+
+    def trains(self, stage: str) -> bool:
+        """Whether the newest life has come to a stage: what older ones left there is cut back then."""
+        return f"{stage}: " in self.log(0).read_text()
 
     def finished(self, stage: str) -> int:
         """The last step of a stage that is recorded."""
@@ -106,15 +128,23 @@ class Lives:
         rows = read_metrics(path) if path.exists() else []
         return int(rows[-1]["step"]) if rows else 0
 
-    def saving(self, stage: str) -> list[Path]:
-        """Checkpoints of a stage that are not whole yet."""
-        return list((self.output / stage / "checkpoints").glob(f".{PREFIX}*.partial"))
+    def saving(self, stage: str) -> list[tuple[Path, int]]:
+        """Checkpoints of a stage that are not whole, told apart by inode: a later save begins its folder anew."""
+        found = []
+        for path in (self.output / stage / "checkpoints").glob(f".{PREFIX}*.partial"):
+            with suppress(FileNotFoundError):  # it has just become whole
+                found.append((path, path.stat().st_ino))
+        return found
 
-    def wait_until(self, is_there: Callable[[], bool], process: subprocess.Popen[bytes]) -> bool:
+    def saves_now(self, stage: str) -> bool:
+        """Whether the newest life has such a checkpoint of its own."""
+        return bool(set(self.saving(stage)) - self.old_saves[stage])
+
+    def wait_until(self, is_there: Callable[[], bool], process: BaseProcess) -> bool:
         """Whether the moment came before the process ended. Raises `RuntimeError` for one that is stuck."""
         deadline = time.monotonic() + LIFE_S
         while not is_there():
-            if process.poll() is not None:
+            if not process.is_alive():
                 return False
             if time.monotonic() > deadline:
                 raise RuntimeError(f"no progress in {LIFE_S} s: {self.log(0).read_text()[-2000:]}")
@@ -131,7 +161,7 @@ def disturbed(lives: Lives, kills: int, steps: dict[str, int], rng: random.Rando
         processes = lives.start()
 
         def is_there(stage: str = stage, step: int = step, wants_save: bool = wants_save) -> bool:
-            if wants_save and not lives.saving(stage):
+            if not lives.trains(stage) or (wants_save and not lives.saves_now(stage)):
                 return False
             return lives.finished(stage) >= step
 
@@ -139,14 +169,16 @@ def disturbed(lives: Lives, kills: int, steps: dict[str, int], rng: random.Rando
             raise RuntimeError(f"the run ended before kill {number + 1}: {lives.log(0).read_text()[-2000:]}")
         time.sleep(rng.uniform(0, 0.02 if wants_save else 0.3))
         rank = rng.randrange(lives.ranks)
-        processes[rank].send_signal(signal.SIGKILL)
-        processes[rank].wait()
+        processes[rank].kill()
+        processes[rank].join()
         killed = time.monotonic()
         for process in processes:
-            process.wait(END_S)
+            process.join(END_S)
+            if process.exitcode is None:
+                raise RuntimeError(f"kill {number + 1}: a rank lives on, {END_S} s after the other's end")
         ended_s = time.monotonic() - killed
         now = STAGES[(lives.output / "stage1" / "model").exists() and (lives.output / "stage2").exists()]
-        done.append(Kill(rank, now, lives.finished(now), bool(lives.saving(now)), ended_s, lives.resumed()))
+        done.append(Kill(rank, now, lives.finished(now), lives.saves_now(now), ended_s, lives.resumed()))
         print(f"kill {number + 1}: {done[-1]}", file=sys.stderr, flush=True)
     lives.finish()
     return done
@@ -156,7 +188,7 @@ def write_bases(folder: Path) -> list[str]:
     """Small random base models, for short lives; returns the settings that name them."""
     torch.manual_seed(0)
     tokenizer = load_tokenizer("embedded:tiny-lm")
-    shape = {"hidden_size": 48, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    shape = {"hidden_size": 96, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 2}
     CLIPVisionModel(CLIPVisionConfig(**shape, image_size=28, patch_size=14)).save_pretrained(folder / "vit")
     LlamaForCausalLM(LlamaConfig(**shape, vocab_size=len(tokenizer))).save_pretrained(folder / "llm")
     tokenizer.save_pretrained(folder / "llm")
