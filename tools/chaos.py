@@ -97,6 +97,7 @@ class Lives:
         self.old_saves = {stage: set(self.saving(stage)) for stage in STAGES}
         processes = []
         for rank in range(self.ranks):
+            self.log(rank).write_bytes(b"")
             launch = {**world, "RANK": str(rank), "LOCAL_RANK": str(rank)} if self.ranks > 1 else {}
             processes.append(FORK.Process(target=live, args=(words, launch, self.log(rank))))
             processes[-1].start()

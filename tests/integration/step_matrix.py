@@ -34,6 +34,8 @@ from anyres_vlm.train.stage import freeze
 
 MICRO_STEPS = (1, 2, 4)
 BACKENDS = ("plain", "zero1", "zero2", "zero3")
+# DeepSpeed's own AdamW for the CPU is not compiled for the presets that offload: torch's steps there.
+SPLITS = [*product(BACKENDS, MICRO_STEPS), ("zero2_offload", 2), ("zero3_offload", 2)]
 # For each step what the second half of its documents is, which is rank 1's share where there are two ranks.
 STEPS = ("images", "text", "unsupervised", "nothing")
 WORDS = 300  # in the tiny vocabulary; the first five are special
@@ -149,7 +151,7 @@ def run(bases: Path, precision: Any) -> Iterator[tuple[str, dict[str, float]]]:
     """Differences by combination: ranks, backend and micro-steps."""
     engine = Engine(precision, rank_timeout_minutes=5)
     expected = reference(bases) if engine.is_main else None
-    for backend, micro_steps in product(BACKENDS, MICRO_STEPS):
+    for backend, micro_steps in SPLITS:
         yield f"{engine.world_size} {backend} {micro_steps}", compare(engine, bases, expected, backend, micro_steps)
     engine.close()
 
