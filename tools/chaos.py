@@ -168,8 +168,8 @@ def disturbed(lives: Lives, kills: int, steps: dict[str, int], rng: random.Rando
 
         if not lives.wait_until(is_there, processes[0]):
             raise RuntimeError(f"the run ended before kill {number + 1}: {lives.log(0).read_text()[-2000:]}")
-        time.sleep(rng.uniform(0, 0.02 if wants_save else 0.3))
-        rank = rng.randrange(lives.ranks)
+        time.sleep(rng.uniform(0, 0.002 if wants_save else 0.3))
+        rank = 0 if wants_save else rng.randrange(lives.ranks)  # which writes; the others do nothing meanwhile
         processes[rank].kill()
         processes[rank].join()
         killed = time.monotonic()
