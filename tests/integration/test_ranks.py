@@ -88,7 +88,7 @@ def test_a_silent_rank_ends_the_other_after_the_limit(tiny_bases, tmp_path: Path
 
 LAUNCHERS = {
     "torchrun": "torchrun --standalone --nproc-per-node 2",
-    "accelerate": "accelerate launch --multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no --dynamo_backend no",
+    "accelerate": "accelerate launch --multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no",
     "deepspeed": "deepspeed --num_gpus 2 --master_port {port} --module",
 }
 
