@@ -194,6 +194,7 @@ class RunConfig(Frozen):
     save_every: Positive = 500  # optimizer steps between checkpoints
     save_minutes: Annotated[float, Field(gt=0)] | None = None  # and minutes at most
     keep_checkpoints: Positive = 2
+    rank_timeout_minutes: Annotated[float, Field(gt=0)] = 30.0  # that others wait for one; rank 0 may index that long
     max_skipped_steps: Annotated[int, Field(ge=0)] = 10  # whose loss or gradient is not finite
 
     @model_validator(mode="after")

@@ -34,5 +34,9 @@ class DataError(ValueError):
         self.record = record
 
 
+class RankLost(ConnectionError):
+    """Another rank of the run has ended or does not answer (exit status 1)."""
+
+
 class Interrupted(Exception):
     """A signal asked a run to leave; it has saved its state and goes on when it is started again (exit status 75)."""

@@ -66,7 +66,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not sys.stderr.isatty():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     try:
-        app([word for word in given if word != "--debug"], prog_name="anyres")
+        # --local_rank=N is what the launcher `deepspeed` adds; LOCAL_RANK says the same
+        words = [word for word in given if word != "--debug" and not word.startswith("--local_rank=")]
+        app(words, prog_name="anyres")
     except SystemExit as end:  # typer has said what there is to say
         return int(end.code or 0)
     except Interrupted as interruption:

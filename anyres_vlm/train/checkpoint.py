@@ -41,7 +41,20 @@ class TrainerState:
 
 
 def write_folder(folder: Path, fill: Callable[[Path], None]) -> None:
-    """Make a folder appear complete or not at all: written beside, flushed to disk, renamed."""
+    """Make a folder appear complete or not at all: written beside, flushed to disk, renamed.
+
+    Raises `DataError` where it cannot be written; what stood there before still does.
+    """
+    try:
+        _write_folder(folder, fill)
+    except (OSError, SafetensorError) as error:
+        raise DataError(
+            f"{folder} cannot be written ({error}): what was saved before is whole; make room or mend the folder, and "
+            "the same command goes on"
+        ) from error
+
+
+def _write_folder(folder: Path, fill: Callable[[Path], None]) -> None:
     folder.parent.mkdir(parents=True, exist_ok=True)
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import logging
+from contextlib import closing
 
 from anyres_vlm.config import RunConfig, StageName, load_config
 from anyres_vlm.errors import UsageError
 from anyres_vlm.train import checkpoint
-from anyres_vlm.train.engine import Engine
+from anyres_vlm.train.engine import Engine, telling_lost_ranks
 from anyres_vlm.train.engine.trackers import require_trackers
 from anyres_vlm.train.interruption import unmark
 from anyres_vlm.train.options import CONFIG_FILE, RunOptions, model_folder, needs_stage_1, stage_settings
@@ -22,12 +23,12 @@ def train(config: RunConfig, options: RunOptions, progress: Progress) -> bool:
     Returns whether this process is the one that reports, rank 0; only there is `progress` called.
 
     Raises `UsageError` for stage 2 without a stage-1 projector, an output folder of another run, and a tracker that is
-    not installed; `Interrupted` after a signal.
+    not installed; `Interrupted` after a signal; `RankLost` where another rank is gone.
     """
     require_trackers(config.trackers)
-    engine = Engine(config.precision)
-    unmark(options.output)
-    try:
+    minutes = config.rank_timeout_minutes
+    with telling_lost_ranks(minutes), closing(Engine(config.precision, minutes)) as engine:
+        unmark(options.output)
         for stage in options.stages:
             if options.resume and model_folder(options.output, stage).is_dir():
                 before = load_config(options.output / stage / CONFIG_FILE)
@@ -38,8 +39,6 @@ def train(config: RunConfig, options: RunOptions, progress: Progress) -> bool:
                 _check_start(config, options, stage)
                 StageRun(engine, config, options, stage, progress).run()
         return engine.is_main
-    finally:
-        engine.close()
 
 
 def _check_start(config: RunConfig, options: RunOptions, stage: StageName) -> None:

@@ -25,14 +25,13 @@ from anyres_vlm.errors import UsageError
 from anyres_vlm.model.vlm import VisionLanguageModel
 from anyres_vlm.schema import Batch
 from anyres_vlm.train.engine.plain import PlainBackend
+from anyres_vlm.train.engine.ranks import adopt_slurm_ranks
 from anyres_vlm.train.engine.state import ReadTensor, Snapshot
 
 if TYPE_CHECKING:  # DeepSpeed is optional
     from anyres_vlm.train.engine.zero import ZeroBackend
 
 logger = logging.getLogger(__name__)
-
-RANK_TIMEOUT = timedelta(minutes=30)  # a rank silent for longer ends the job; rank 0 may index for minutes
 
 
 @dataclass(frozen=True)
@@ -62,7 +61,8 @@ class StepResult:
 class Engine:
     """The ranks of a run, and on them one stage's model and optimizer."""
 
-    def __init__(self, precision: Literal["fp32", "bf16"]) -> None:
+    def __init__(self, precision: Literal["fp32", "bf16"], rank_timeout_minutes: float) -> None:
+        adopt_slurm_ranks()
         has_device = torch.accelerator.is_available()
         if not has_device:
             os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed, where installed, warns that it found none
@@ -70,7 +70,7 @@ class Engine:
         self._accelerator = Accelerator(
             cpu=not has_device,
             mixed_precision="bf16" if precision == "bf16" else "no",
-            kwargs_handlers=[InitProcessGroupKwargs(timeout=RANK_TIMEOUT)],
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(minutes=rank_timeout_minutes))],
         )
         self._bf16 = precision == "bf16"
         self.rank: int = self._accelerator.process_index

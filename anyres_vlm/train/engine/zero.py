@@ -59,6 +59,8 @@ class ZeroBackend:
         self, model: VisionLanguageModel, optimizer: AdamW, settings: dict[str, Any], *, is_main: bool
     ) -> None:
         self._module, self._is_main = model, is_main
+        # On a CPU it would compile this for a minute, with a compiler that may not be there, for inference alone.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         # DeepSpeed casts floating buffers with the weights: rotary frequencies in bf16 would bend long sequences.
         buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
         self._engine, self._zero, *_ = deepspeed.initialize(
