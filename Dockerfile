@@ -37,9 +37,9 @@ ARG CPU_TORCH=
 # hadolint ignore=SC2086
 RUN --mount=type=cache,target=/root/.cache/uv \
     if [ "$TORCH" = cpu ]; then \
-        specs=${CPU_TORCH:-$(sed -n 's/^\(torch\(vision\)\?==[0-9.]*\).*/\1/p' /locks/requirements.lock)}; \
-        /opt/uv/bin/uv pip install --no-deps --default-index "$CPU_TORCH_INDEX" $specs; \
-        sed -i '/^\(torch\|torchvision\|triton\)==\|^\(cuda\|nvidia\)-/,/[^\\]$/d' /locks/requirements.lock; \
+        specs=${CPU_TORCH:-$(sed -n 's/^\(torch\(vision\)\?==[0-9.]*\).*/\1/p' /locks/requirements.lock)} \
+        && /opt/uv/bin/uv pip install --no-deps --default-index "$CPU_TORCH_INDEX" $specs \
+        && sed -i '/^\(torch\|torchvision\|triton\)==\|^\(cuda\|nvidia\)-/,/[^\\]$/d' /locks/requirements.lock; \
     fi \
     && /opt/uv/bin/uv pip install --no-deps --require-hashes --requirements /locks/requirements.lock \
         --build-constraints /locks/requirements.lock
@@ -48,7 +48,8 @@ COPY anyres_vlm /source/anyres_vlm
 COPY configs /source/configs
 RUN --mount=type=cache,target=/root/.cache/uv \
     /opt/uv/bin/uv pip install --no-deps /source \
-        --build-constraints /locks/requirements.lock --build-constraints /locks/requirements-test.lock
+        --build-constraints /locks/requirements.lock --build-constraints /locks/requirements-test.lock \
+    && /opt/uv/bin/uv pip check
 
 FROM build AS build-test
 RUN --mount=type=cache,target=/root/.cache/uv \

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import subprocess
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -154,3 +155,8 @@ def test_the_lock_holds_what_the_project_requires() -> None:
             assert all(requirement.specifier.contains(version) for version in versions), (
                 f"{requirement}: run tools/lock"
             )
+
+
+@pytest.mark.slow
+def test_the_platforms_schemas_accept_the_jobs() -> None:
+    subprocess.run([ROOT / "tools" / "check_jobs"], check=True, timeout=900)
