@@ -1,0 +1,140 @@
+"""One request to an OpenAI-compatible endpoint, made again until it is answered."""
+
+from __future__ import annotations
+
+import asyncio
+import email.utils
+import os
+import random
+import re
+import time
+from dataclasses import dataclass
+from datetime import UTC, datetime
+
+import openai
+
+from anyres_vlm.errors import DataError, UsageError
+from anyres_vlm.instruct.job import Item
+from anyres_vlm.instruct.rate import TokenBucket
+from anyres_vlm.instruct.settings import Limits
+
+FIRST_WAIT_S = 0.5
+LONGEST_BACKOFF_S = 30.0
+REFUSED_KEY = (401, 403, 404)  # no other request will fare better
+AGAIN = (408, 409, 429)
+NUMBER = re.compile(r"\d+(\.\d+)?")
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What an endpoint sent: the HTTP status and the body as it came, undecodable bytes as surrogates."""
+
+    status: int
+    body: str
+
+
+class NoAnswer(Exception):
+    """A request stayed without an answer through all its retries."""
+
+
+def make_client(base_url: str | None, key_variable: str, limits: Limits) -> openai.AsyncOpenAI:
+    """The official client. Its key is the environment variable's; an endpoint of one's own may do without.
+
+    Raises `UsageError` where the variable is needed and empty.
+    """
+    key = os.environ.get(key_variable)
+    if not key and base_url is None:
+        raise UsageError(
+            f"no key: set the environment variable {key_variable}, or give --base-url of a server without one"
+        )
+    try:
+        return openai.AsyncOpenAI(api_key=key or "none", base_url=base_url, timeout=limits.timeout_s, max_retries=0)
+    except (openai.OpenAIError, ValueError) as error:
+        raise UsageError(f"--base-url {base_url!r}: {error}") from None
+
+
+class Endpoint:
+    """Asks for chat completions within rate limits. A 429 holds back every request, not only its own."""
+
+    def __init__(self, client: openai.AsyncOpenAI, limits: Limits) -> None:
+        self.client, self.limits = client, limits
+        self._requests = TokenBucket(limits.requests_per_minute)
+        self._tokens = TokenBucket(limits.tokens_per_minute)
+        self._closed_until = 0.0
+        self._create = client.chat.completions.with_raw_response.create
+
+    async def ask(self, item: Item, attempt: int) -> Answer:
+        """The answer to one request.
+
+        Raises `NoAnswer` when all retries failed, `UsageError` where the endpoint takes no request of this key and
+        model, and `DataError` where it wants to be left alone for longer than the limits allow.
+        """
+        chance = random.Random(f"{item.key} {attempt}")
+        for retry in range(self.limits.retries + 1):
+            await self._admit(item)
+            backoff_s = min(FIRST_WAIT_S * 2**retry, LONGEST_BACKOFF_S) * chance.uniform(0.5, 1.5)
+            try:
+                return await self._send(item, attempt)
+            except openai.APIStatusError as error:
+                if error.status_code < 500 and error.status_code not in AGAIN:
+                    return self._refusal(error)
+                reason = f"HTTP {error.status_code}"
+                await self._hold(error, retry, backoff_s)
+            except openai.APITimeoutError:
+                reason = f"no answer in {self.limits.timeout_s:g} s"
+                await asyncio.sleep(backoff_s)
+            except openai.APIConnectionError as error:
+                reason = f"{error.__cause__ or error}"
+                await asyncio.sleep(backoff_s)
+        raise NoAnswer(self.without_key(reason))
+
+    def settle(self, item: Item, tokens: int) -> None:
+        """Give the rate of tokens back what an answer did not use."""
+        self._tokens.give_back(item.prompt_tokens() + item.job.longest_answer - tokens)
+
+    def without_key(self, text: str) -> str:
+        """Some endpoints say the key back."""
+        return text.replace(self.client.api_key, "[key]") if self.client.api_key else text
+
+    async def _admit(self, item: Item) -> None:
+        await self._requests.take(1)
+        await self._tokens.take(item.prompt_tokens() + item.job.longest_answer)
+        while (wait_s := self._closed_until - time.monotonic()) > 0:
+            await asyncio.sleep(wait_s)
+
+    async def _send(self, item: Item, attempt: int) -> Answer:
+        # The same name whenever the same attempt is made, so that an endpoint that knows it answers once.
+        name = {"Idempotency-Key": f"{item.key}-{attempt}"}
+        response = await self._create(**item.body(), extra_headers=name)
+        body = response.http_response.content.decode("utf-8", errors="surrogateescape")
+        return Answer(response.http_response.status_code, self.without_key(body))
+
+    def _refusal(self, error: openai.APIStatusError) -> Answer:
+        """The answer to a request that will never be taken, as for its content."""
+        if error.status_code in REFUSED_KEY or error.code == "insufficient_quota":
+            raise UsageError(f"the endpoint refuses: {self.without_key(error.message)}") from None
+        return Answer(error.status_code, self.without_key(error.response.text))
+
+    async def _hold(self, error: openai.APIStatusError, retry: int, backoff_s: float) -> None:
+        if error.code == "insufficient_quota":
+            raise UsageError(f"the endpoint refuses: {self.without_key(error.message)}") from None
+        asked_s = retry_after(error.response.headers.get("retry-after"))
+        if asked_s > self.limits.longest_wait_s:
+            raise DataError(f"the endpoint asks to wait {asked_s:,.0f} s: start again after that") from None
+        if error.status_code == 429 or asked_s:
+            self._closed_until = max(self._closed_until, time.monotonic() + max(asked_s, backoff_s))
+        if retry < self.limits.retries:
+            await asyncio.sleep(max(asked_s, backoff_s))
+
+
+def retry_after(header: str | None) -> float:
+    """Seconds that a Retry-After header asks for, as a number or as a date; 0 for none that can be read."""
+    if header is None:
+        return 0.0
+    if NUMBER.fullmatch(header.strip()):
+        return float(header)
+    try:
+        date = email.utils.parsedate_to_datetime(header)
+    except ValueError:
+        return 0.0
+    return max((date.replace(tzinfo=date.tzinfo or UTC) - datetime.now(UTC)).total_seconds(), 0.0)
