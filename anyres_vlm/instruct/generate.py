@@ -94,8 +94,8 @@ class Generation:
             self.stop(str(error), error)
             return False
         entry = response_entry(item, attempt, answer.status, answer.body)
-        await self.log.append(entry)
-        self.endpoint.settle(item, self.ledger.add(entry, item))
+        offset = await self.log.append(entry)
+        self.endpoint.settle(item, self.ledger.add(entry, item, offset))
         if answer.status == 200:
             self._unanswered = 0
         else:

@@ -68,15 +68,32 @@ def category_of(name: str) -> str | None:
 
 def find_objects(text: str) -> Iterator[Mention]:
     """Every word that names an object, in order; the longest where several begin at one place."""
-    for found in _finder().finditer(text.lower()):
-        if word := vocabulary().get(found.group()):
-            yield Mention(word, found.start(), found.end())
+    text, done = text.lower(), 0
+    for first in FIRST_WORD.finditer(text):
+        if first.start() < done:
+            continue
+        for name, word in _by_first_word().get(first.group(), ()):
+            end = first.start() + len(name)
+            if text.startswith(name, first.start()) and not text[end : end + 1].isalnum():
+                done = end
+                if word is not None:
+                    yield Mention(word, first.start(), end)
+                break
+
+
+FIRST_WORD = re.compile(r"[a-z]+")
 
 
 @cache
-def _finder() -> re.Pattern[str]:
-    names = [*vocabulary(), *NEUTRAL.replace("\n", "|").strip("|").split("|")]
-    return re.compile(r"\b(?:" + "|".join(map(re.escape, sorted(names, key=len, reverse=True))) + r")\b")
+def _by_first_word() -> dict[str, list[tuple[str, Word | None]]]:
+    """Names and neutral phrases by the word that they begin with, the longest first."""
+    neutral = dict.fromkeys(NEUTRAL.strip().replace("\n", "|").split("|"))
+    table: dict[str, list[tuple[str, Word | None]]] = {}
+    for name, word in sorted((neutral | vocabulary()).items(), key=lambda pair: -len(pair[0])):
+        first = FIRST_WORD.match(name)
+        assert first is not None, "names begin with a letter"
+        table.setdefault(first.group(), []).append((name, word))
+    return table
 
 
 def _forms(name: str) -> tuple[str, ...]:

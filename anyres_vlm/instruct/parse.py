@@ -49,7 +49,7 @@ LABEL = re.compile(
     re.IGNORECASE | re.MULTILINE | re.VERBOSE,
 )
 RULE = re.compile(r"^[ \t]*(?:={3,}|-{3,}|\*{3,})[ \t]*$", re.MULTILINE)  # lines between turns
-FORBIDDEN = re.compile(rf"[\x00-\x08\x0e-\x1f\ud800-\udfff]|{IMAGE_TOKEN}")  # controls, halves of characters
+FORBIDDEN = re.compile(rf"[\x00-\x08\x0e-\x1f\ud800-\udfff\ufffd]|{IMAGE_TOKEN}")  # controls, half characters
 PLAIN_LABEL = re.compile(r"(Question|Answer):")
 
 CANNOT = r"(?:cannot|can't|can\ not|won't|don't|do\ not|am\ (?:not\ able|unable)\ to|'m\ (?:not\ able|unable)\ to)"
@@ -94,6 +94,8 @@ def parse_response(text: str, prompt: Prompt, question: str) -> Parsed:
             raise Reject("wrong_turns", f"{len(turns) // 2} questions with answers, asked for were {prompt.rounds}")
     for turn in turns:
         _require_clean(turn)
+        if turn.role == "assistant" and len(turn.text.split()) < prompt.least_words:
+            raise Reject("malformed", f"an answer of fewer than {prompt.least_words} words: {_shorten(turn.text)}")
     return Parsed(turns, repaired or cleaned != found)
 
 

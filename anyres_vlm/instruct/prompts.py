@@ -39,6 +39,7 @@ class Prompt(Frozen):
     boxes: bool  # whether the model is given boxes beside captions
     rounds: Positive = 1
     questions: tuple[str, ...] = ()
+    least_words: Positive = 1  # of each answer
     examples: tuple[Example, ...] = ()
 
     @property

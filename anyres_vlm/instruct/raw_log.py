@@ -59,16 +59,16 @@ class RawLog:
         os.ftruncate(self._file, self._size)
         os.lseek(self._file, 0, os.SEEK_END)
         _sync_folder(path.parent)
-        self._waiting: list[tuple[bytes, asyncio.Future[None]]] = []
+        self._waiting: list[tuple[bytes, asyncio.Future[int]]] = []
         self._writer: asyncio.Task[None] | None = None
 
-    async def append(self, entry: dict[str, Any]) -> None:
-        """Returns when the entry is on the disk. Raises `OSError` where it cannot be written."""
-        done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+    async def append(self, entry: dict[str, Any]) -> int:
+        """Returns the entry's offset when it is on the disk. Raises `OSError` where it cannot be written."""
+        done: asyncio.Future[int] = asyncio.get_running_loop().create_future()
         self._waiting.append((json.dumps(entry).encode() + b"\n", done))
         if self._writer is None or self._writer.done():
             self._writer = asyncio.create_task(self._write_waiting())
-        await done
+        return await done
 
     def close(self) -> None:
         """Close the file and give up the lock."""
@@ -77,15 +77,18 @@ class RawLog:
     async def _write_waiting(self) -> None:
         while self._waiting:
             lines, self._waiting = self._waiting, []
+            offset = self._size
             try:
                 await asyncio.to_thread(self._write, b"".join(line for line, _ in lines))
             except OSError as error:
                 for _, done in lines:
-                    done.set_exception(error)
+                    if not done.done():
+                        done.set_exception(error)
                 continue
-            for _, done in lines:
-                if not done.done():
-                    done.set_result(None)
+            for line, done in lines:
+                if not done.done():  # its task was cancelled
+                    done.set_result(offset)
+                offset += len(line)
 
     def _write(self, content: bytes) -> None:
         """All of it or, on a full disk, nothing."""

@@ -88,7 +88,7 @@ async def _generate(
             stop = await Generation(ledger, log, budget, endpoint, job.checks.attempts, progress).run(items)
     finally:
         log.close()
-    return build(path, order.out, read_ledger(path)), stop
+    return build(path, order.out, ledger), stop
 
 
 async def _open_job(job: Job, ledger: Ledger, log: RawLog, order: Order) -> None:

@@ -72,6 +72,6 @@ def _usage(entry: dict[str, Any], item: Item) -> tuple[int, int]:
 
 def _decode(body: str) -> Any:
     try:
-        return json.loads(body.encode("utf-8", errors="surrogateescape"))
+        return json.loads(body)
     except (ValueError, RecursionError):
         raise Reject("broken_response", f"the body is no JSON, {len(body)} characters: {body[:60]!a}") from None
