@@ -33,6 +33,8 @@ class Budget:
     max_cost: float | None = None
     max_tokens: int | None = None
     _reserved: dict[str, tuple[float, int]] = field(default_factory=dict)
+    _reserved_cost: float = 0.0
+    _reserved_tokens: int = 0
     _freed: asyncio.Condition = field(default_factory=asyncio.Condition)
 
     def __post_init__(self) -> None:
@@ -41,29 +43,36 @@ class Budget:
                 f"--max-cost needs the price of {self.job.model}: add it to prices in the config, or use --max-tokens"
             )
 
-    async def reserve(self, item: Item, batched: bool = False) -> bool:
+    async def reserve(self, item: Item) -> bool:
         """Set aside an item's dearest answer, waiting for others to turn out cheaper; False where it will never fit."""
-        cost, tokens = dearest(item, batched)
         async with self._freed:
-            while not self._fits(cost, tokens):
+            while not self.reserve_now(item, batched=False):
                 if not self._reserved:
                     return False
                 await self._freed.wait()
-            self._reserved[item.key] = (cost, tokens)
             return True
+
+    def reserve_now(self, item: Item, batched: bool) -> bool:
+        """The same without waiting."""
+        cost, tokens = dearest(item, batched)
+        total_cost = cost + self.spent.cost + self._reserved_cost
+        total_tokens = tokens + self.spent.tokens + self._reserved_tokens
+        if self.max_cost is not None and total_cost > self.max_cost:
+            return False
+        if self.max_tokens is not None and total_tokens > self.max_tokens:
+            return False
+        self._reserved[item.key] = (cost, tokens)
+        self._reserved_cost += cost
+        self._reserved_tokens += tokens
+        return True
 
     async def release(self, item: Item) -> None:
         """The item's answer is among what was spent, or there was none."""
         async with self._freed:
-            self._reserved.pop(item.key, None)
+            cost, tokens = self._reserved.pop(item.key)
+            self._reserved_cost = self._reserved_cost - cost if self._reserved else 0.0
+            self._reserved_tokens -= tokens
             self._freed.notify_all()
-
-    def _fits(self, cost: float, tokens: int) -> bool:
-        cost += self.spent.cost + sum(reserved for reserved, _ in self._reserved.values())
-        tokens += self.spent.tokens + sum(reserved for _, reserved in self._reserved.values())
-        return (self.max_cost is None or cost <= self.max_cost) and (
-            self.max_tokens is None or tokens <= self.max_tokens
-        )
 
 
 def dearest(item: Item, batched: bool) -> tuple[float, int]:

@@ -18,6 +18,7 @@ from anyres_vlm.instruct.job import Item
 from anyres_vlm.instruct.rate import TokenBucket
 from anyres_vlm.instruct.settings import Limits
 
+NO_KEY = "no-key-was-given"  # what endpoints without keys are told
 PATH = "/chat/completions"
 FIRST_WAIT_S = 0.5
 LONGEST_BACKOFF_S = 30.0
@@ -49,7 +50,7 @@ def make_client(base_url: str | None, key_variable: str, limits: Limits) -> open
             f"no key: set the environment variable {key_variable}, or give --base-url of a server without one"
         )
     try:
-        return openai.AsyncOpenAI(api_key=key or "none", base_url=base_url, timeout=limits.timeout_s, max_retries=0)
+        return openai.AsyncOpenAI(api_key=key or NO_KEY, base_url=base_url, timeout=limits.timeout_s, max_retries=0)
     except (openai.OpenAIError, ValueError) as error:
         raise UsageError(f"--base-url {base_url!r}: {error}") from None
 
@@ -86,15 +87,11 @@ class Endpoint:
             except openai.APIConnectionError as error:
                 reason = f"{error.__cause__ or error}"
                 await asyncio.sleep(backoff_s)
-        raise NoAnswer(self.without_key(reason))
+        raise NoAnswer(without_key(reason, self.client))
 
     def settle(self, item: Item, tokens: int) -> None:
         """Give the rate of tokens back what an answer did not use."""
         self._tokens.give_back(item.prompt_tokens() + item.job.longest_answer - tokens)
-
-    def without_key(self, text: str) -> str:
-        """Some endpoints say the key back."""
-        return text.replace(self.client.api_key, "[key]") if self.client.api_key else text
 
     async def _admit(self, item: Item) -> None:
         await self._requests.take(1)
@@ -110,17 +107,17 @@ class Endpoint:
         body = await self.client.post(
             PATH, cast_to=str, body=item.body(), options={"headers": {"Idempotency-Key": name}}
         )
-        return Answer(200, self.without_key(body))
+        return Answer(200, without_key(body, self.client))
 
     def _refusal(self, error: openai.APIStatusError) -> Answer:
         """The answer to a request that will never be taken, as for its content."""
         if error.status_code in REFUSED_KEY or error.code == "insufficient_quota":
-            raise UsageError(f"the endpoint refuses: {self.without_key(error.message)}") from None
-        return Answer(error.status_code, self.without_key(error.response.text))
+            raise UsageError(f"the endpoint refuses: {without_key(error.message, self.client)}") from None
+        return Answer(error.status_code, without_key(error.response.text, self.client))
 
     async def _hold(self, error: openai.APIStatusError, retry: int, backoff_s: float) -> None:
         if error.code == "insufficient_quota":
-            raise UsageError(f"the endpoint refuses: {self.without_key(error.message)}") from None
+            raise UsageError(f"the endpoint refuses: {without_key(error.message, self.client)}") from None
         asked_s = retry_after(error.response.headers.get("retry-after"))
         if asked_s > self.limits.longest_wait_s:
             raise DataError(f"the endpoint asks to wait {asked_s:,.0f} s: start again after that") from None
@@ -128,6 +125,11 @@ class Endpoint:
             self._closed_until = max(self._closed_until, time.monotonic() + max(asked_s, backoff_s))
         if retry < self.limits.retries:
             await asyncio.sleep(max(asked_s, backoff_s))
+
+
+def without_key(text: str, client: openai.AsyncOpenAI) -> str:
+    """Some endpoints say the key back."""
+    return text.replace(client.api_key, "[key]")
 
 
 def retry_after(header: str | None) -> float:

@@ -11,7 +11,7 @@ from anyres_vlm.errors import DataError, UsageError
 from anyres_vlm.instruct.budget import Budget
 from anyres_vlm.instruct.endpoint import Endpoint, NoAnswer
 from anyres_vlm.instruct.job import Item
-from anyres_vlm.instruct.ledger import Ledger, State
+from anyres_vlm.instruct.ledger import Ledger
 from anyres_vlm.instruct.raw_log import RawLog
 from anyres_vlm.instruct.verdict import response_entry
 
@@ -55,7 +55,7 @@ class Generation:
 
     async def run(self, items: Sequence[Item]) -> Stop:
         """Settle the items in order. Raises `OSError` where the log cannot be written."""
-        open_items = [item for item in items if not self._state(item).settled(self.attempts)]
+        open_items = [item for item in items if not self.ledger.settled(item.key, self.attempts)]
         self._total, self._settled = len(items), len(items) - len(open_items)
         self.progress(self._settled, self._total, self.ledger)
         queue = iter(open_items)
@@ -67,7 +67,7 @@ class Generation:
 
     async def _work(self, queue: Iterator[Item]) -> None:
         for item in queue:
-            while self.stop.reason is None and not self._state(item).settled(self.attempts):
+            while self.stop.reason is None and not self.ledger.settled(item.key, self.attempts):
                 if not await self.budget.reserve(item):
                     self.stop("the budget is used up")
                     break
@@ -79,12 +79,12 @@ class Generation:
                     break
             if self.stop.reason is not None:
                 return
-            self._settled += self._state(item).settled(self.attempts)
+            self._settled += self.ledger.settled(item.key, self.attempts)
             self.progress(self._settled, self._total, self.ledger)
 
     async def _ask(self, item: Item) -> bool:
         """Make one attempt; False if it stays without an answer in this run."""
-        attempt = len(self._state(item).attempts) + 1
+        attempt = len(self.ledger.made(item.key)) + 1
         try:
             answer = await self.endpoint.ask(item, attempt)
         except NoAnswer as failure:
@@ -107,6 +107,3 @@ class Generation:
         if self._unanswered >= BROKEN_LINE:
             message = f"{self._unanswered} requests in a row failed, the last with: {reason}"
             self.stop(message, DataError(f"{message}; what was answered is kept, start again when it works"))
-
-    def _state(self, item: Item) -> State:
-        return self.ledger.states.get(item.key) or State(item.kind)

@@ -45,6 +45,14 @@ class Ledger:
     failed_attempts: Counter[str] = field(default_factory=Counter)  # by reason, those that a later one mended included
     batches: dict[str, dict[str, Any]] = field(default_factory=dict)  # by name: its latest entry
 
+    def settled(self, key: str, attempts: int) -> bool:
+        """Whether the model is not asked about an item again."""
+        return key in self.states and self.states[key].settled(attempts)
+
+    def made(self, key: str) -> set[int]:
+        """The attempts of an item that were answered."""
+        return self.states[key].attempts if key in self.states else set()
+
     def add(self, entry: dict[str, Any], item: Item | None = None, offset: int = -1) -> int:
         """Take in one entry. Returns the tokens of a response, else 0.
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from anyres_vlm.errors import UsageError
+from anyres_vlm.instruct.batch import BatchGeneration
 from anyres_vlm.instruct.budget import Budget, Estimate, estimate
 from anyres_vlm.instruct.build import build
 from anyres_vlm.instruct.endpoint import Endpoint, make_client
@@ -54,11 +55,7 @@ def estimate_run(items: list[Item], order: Order) -> Estimate:
     log = order.out / NAME
     if log.exists():
         ledger = read_ledger(log)
-        items = [
-            item
-            for item in items
-            if item.key not in ledger.states or not ledger.states[item.key].settled(item.job.checks.attempts)
-        ]
+        items = [item for item in items if not ledger.settled(item.key, item.job.checks.attempts)]
     return estimate(items, order.mode == "batch")
 
 
@@ -81,11 +78,17 @@ async def _generate(
         ledger = read_ledger(path)
         budget = Budget(job, ledger.spent, order.max_cost, order.max_tokens)
         await _open_job(job, ledger, log, order)
-        if order.mode == "batch":
-            raise NotImplementedError
+        limits, attempts = settings.limits, job.checks.attempts
         async with client:
-            endpoint = Endpoint(client, settings.limits)
-            stop = await Generation(ledger, log, budget, endpoint, job.checks.attempts, progress).run(items)
+            if order.mode == "batch":
+                patient = client.with_options(max_retries=limits.retries)
+                folder = order.out / "batches"
+                stop = await BatchGeneration(ledger, log, budget, patient, limits, attempts, folder, progress).run(
+                    items
+                )
+            else:
+                endpoint = Endpoint(client, limits)
+                stop = await Generation(ledger, log, budget, endpoint, attempts, progress).run(items)
     finally:
         log.close()
     return build(path, order.out, ledger), stop

@@ -137,6 +137,35 @@ def test_two_thousand_requests_with_faults_and_three_kills(tmp_path: Path, serve
     assert summary["accepted"] >= 1998
 
 
+def test_batches_with_faults_and_kills(tmp_path: Path, serve: Callable[..., str]) -> None:
+    write_scenes(tmp_path, 50)
+    url = serve("--faults", "500,expired,nonsense,refusal,length", "--rate", 0.3)
+    command = arguments(tmp_path, url, "conversation=50,reasoning=30", "--mode", "batch")
+    # killed while it says that it will submit, after it has, and while it collects
+    run_killed(command, tmp_path / "out" / "responses.jsonl", kills=3, every=3)
+    summary = require_whole(tmp_path, 80)  # no answer is paid and not collected
+    assert summary["accepted"] >= 78
+    entries = [json.loads(line) for line in (tmp_path / "alone.jsonl").read_text().splitlines()]
+    states = Counter(entry["state"] for entry in entries if "batch_name" in entry)
+    assert states["submitting"] == states["collected"] > 3
+    # half the price of the same tokens
+    full = (summary["prompt_tokens"] + 2 * summary["completion_tokens"]) / 1e6
+    assert summary["cost"] == pytest.approx(full / 2, abs=1e-6)
+
+
+def test_a_batch_whose_submission_was_cut_off_is_found_again(tmp_path: Path, serve: Callable[..., str]) -> None:
+    write_scenes(tmp_path, 10)
+    command = arguments(tmp_path, serve(), "detail=10", "--mode", "batch")
+    assert main(command) == 0
+    log = tmp_path / "out" / "responses.jsonl"
+    kept = [line for line in log.read_text().splitlines() if '"submitted"' not in line and '"key"' not in line]
+    assert [json.loads(line).get("state") for line in kept] == [None, None, "submitting", "collected"]
+    log.write_text("\n".join(kept[:-1]) + "\n")
+    assert main(command) == 0
+    require_whole(tmp_path, 10)
+    assert answered(tmp_path).total() == 10
+
+
 def test_output_trains(tmp_path: Path, tiny_bases: Path, serve: Callable[..., str]) -> None:
     write_scenes(tmp_path, 30)
     for number in range(30):
@@ -147,12 +176,15 @@ def test_output_trains(tmp_path: Path, tiny_bases: Path, serve: Callable[..., st
     index = tmp_path / "i.parquet"
     overrides = [f"model.llm={tiny_bases}/llm", f"model.encoder.name={tiny_bases}/vit", "save_every=2"]
     for stage in ("stage1", "stage2"):
-        overrides += [f"{stage}.max_length=2048", f"{stage}.capacity=2048", f"{stage}.packs_per_step=8"]
+        overrides += [f"{stage}.max_length=2048", f"{stage}.capacity=2048", f"{stage}.packs_per_step=4"]
     overrides += [f"stage2.data={{path: {data}, images: {tmp_path}, index: {index}}}"]
     flags = [word for override in overrides for word in ("--set", override)]
     assert main(["index", str(data), "--images", str(tmp_path), "--out", str(index), *flags]) == 0
     assert main(["plan", str(index), "--capacity", "2048", "--batch-size", "16", "--ranks", "1"]) == 0
-    train(load_config(shipped_config("tiny"), overrides), RunOptions(tmp_path / "run", ("stage2",)), lambda *step: None)
+    steps = []
+    options = RunOptions(tmp_path / "run", ("stage2",), skip_stage1=True)
+    train(load_config(shipped_config("tiny"), overrides), options, lambda *step: steps.append(step))
+    assert len(steps) == 2
     assert (tmp_path / "run" / "stage2" / "model" / "model.safetensors").exists()
     assert "data:image/jpeg;base64," in (tmp_path / "out" / "report.html").read_text()
 
