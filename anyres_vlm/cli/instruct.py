@@ -92,6 +92,25 @@ def replay(
     _print(summary | {"stopped": None, "report": str(page)}, out, as_json)
 
 
+@instruct.command()
+def mix(
+    config: Path = typer.Argument(..., help="YAML: where each set lies; see configs/instruct/mix.yaml."),
+    out: Path = typer.Option(..., help="Folder for the sets as LLaVA JSON and mixture.yaml over them."),
+    preset: str | None = typer.Option(None, help="Volumes of 80k, 158k or 665k; without it the config's, or all."),
+) -> None:
+    """Join generated data, academic question answering and text-only chat into one mixture for training.
+
+    Example: anyres instruct mix mix.yaml --preset 665k --out runs/mix
+    """
+    from anyres_vlm.instruct.mix import LICENCES, MIXTURE, mix  # start-up time
+
+    counts = mix(config, out, preset)
+    for name, (found, drawn) in counts.items():
+        print(f"{name:13} {drawn or found:>9,} of {found:,}")
+    print(f"total:        {sum(drawn or found for found, drawn in counts.values()):>9,} conversations")
+    print(f"mixture:      {out / MIXTURE}; licences: {out / LICENCES}")
+
+
 def _counts(count: str, kinds: str | None) -> dict[Kind, int]:
     from anyres_vlm.instruct.prompts import parse_kind  # start-up time
 

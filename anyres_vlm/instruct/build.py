@@ -33,7 +33,7 @@ def build(log: Path, out: Path, ledger: Ledger) -> dict[str, Any]:
     out.mkdir(parents=True, exist_ok=True)
     tally = Tally()
     duplicates = NearDuplicates(job.checks.max_similarity)
-    with _replacing(out / DATA) as data, _replacing(out / REJECTS) as rejects, log.open("rb") as stream:
+    with replacing(out / DATA) as data, replacing(out / REJECTS) as rejects, log.open("rb") as stream:
         data.write("[")
         for key in sorted(ledger.states):
             state = ledger.states[key]
@@ -57,7 +57,7 @@ def build(log: Path, out: Path, ledger: Ledger) -> dict[str, Any]:
             rejects.write(json.dumps({"id": record_id(item), "kind": reject.kind, "reason": reject.reason}) + "\n")
         data.write("\n]\n")
     summary = tally.summary(ledger)
-    with _replacing(out / SUMMARY) as stream_out:
+    with replacing(out / SUMMARY) as stream_out:
         stream_out.write(json.dumps(summary, indent=2) + "\n")
     return summary
 
@@ -141,7 +141,7 @@ QUANTILES = {"least": 0.0, "median": 0.5, "p95": 0.95, "most": 1.0}
 
 
 @contextmanager
-def _replacing(path: Path) -> Iterator[IO[str]]:
+def replacing(path: Path) -> Iterator[IO[str]]:
     """A file that takes the place of the old one when it is whole."""
     temporary = path.with_name(f"{path.name}.partial")
     with temporary.open("w", encoding="utf-8") as stream:

@@ -44,7 +44,7 @@ class Parsed:
 
 FENCE = re.compile(r"\A```\w*[ \t]*\n(?P<inside>.*)\n```\Z", re.DOTALL)
 LABEL = re.compile(
-    r"""^[ \t]* (?P<mark>[*_\#]{0,3}) [ \t]* (?P<role>question|answer) (?:[ \t]*\d{1,2})? [ \t]*
+    r"""^[ \t]* (?:\#{1,4}[ \t]+)? (?P<mark>[*_]{0,3}) (?P<role>question|answer) (?:[ \t]*\d{1,2})? [ \t]*
     (?: (?P=mark)[ \t]*: | :[ \t]*(?P=mark) )""",
     re.IGNORECASE | re.MULTILINE | re.VERBOSE,
 )
