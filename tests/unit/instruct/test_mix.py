@@ -173,7 +173,7 @@ def test_the_mixture_is_read_by_the_data_layer(tmp_path: Path, sets: dict[str, A
     records = list(source.records(0, len(source)))
     assert not [record for record in records if isinstance(record, DataError)]
     assert len(records) == sum(map(len, found.values()))
-    assert [record.id for record in records if record.id.startswith("detail/")][0] == "detail/0-detail"
+    assert next(record.id for record in records if record.id.startswith("detail/")) == "detail/0-detail"
     images = {record.images[0].path for record in records if record.id.startswith("gqa/")}
     assert {path.resolve() for path in images} == {tmp_path / "i" / "n1.jpg"}
 
