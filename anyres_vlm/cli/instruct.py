@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -51,6 +52,7 @@ def generate(
 
     Example: anyres instruct generate --captions captions.json --count conversation=100 --out runs/instruct
     """
+    _require_extra()
     # Start-up time: the client alone takes half a second to import.
     from anyres_vlm.config import shipped_config
     from anyres_vlm.instruct.progress import ItemProgress
@@ -83,6 +85,7 @@ def replay(
     as_json: bool = typer.Option(False, "--json", help="Print the summary as one JSON object."),
 ) -> None:
     """Build the data set again from the raw log alone, to the same bytes, without a request."""
+    _require_extra()
     from anyres_vlm.instruct.build import build  # start-up time
     from anyres_vlm.instruct.ledger import read_ledger
     from anyres_vlm.instruct.report import write_report
@@ -102,6 +105,7 @@ def mix(
 
     Example: anyres instruct mix mix.yaml --preset 665k --out runs/mix
     """
+    _require_extra()
     from anyres_vlm.instruct.mix import LICENCES, MIXTURE, mix  # start-up time
 
     counts = mix(config, out, preset)
@@ -109,6 +113,11 @@ def mix(
         print(f"{name:13} {drawn or found:>9,} of {found:,}")
     print(f"total:        {sum(drawn or found for found, drawn in counts.values()):>9,} conversations")
     print(f"mixture:      {out / MIXTURE}; licences: {out / LICENCES}")
+
+
+def _require_extra() -> None:
+    if missing := [name for name in ("datasketch", "ijson", "openai") if find_spec(name) is None]:
+        raise UsageError(f"this needs {', '.join(missing)}: pip install 'anyres-vlm[instruct]'")
 
 
 def _counts(count: str, kinds: str | None) -> dict[Kind, int]:

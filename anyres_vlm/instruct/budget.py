@@ -77,7 +77,7 @@ class Budget:
 
 def dearest(item: Item, batched: bool) -> tuple[float, int]:
     """The most that one response to an item can cost, in US dollars and in tokens."""
-    prompt = round(item.prompt_tokens() * MARGIN)
+    prompt = round(item.prompt_tokens * MARGIN)
     answer = item.job.longest_answer
     price = item.job.price
     return (0.0 if price is None else price.cost(prompt, answer, batched)), prompt + answer
@@ -103,7 +103,7 @@ def estimate(items: list[Item], batched: bool) -> Estimate:
         if item.kind not in examples:
             texts = [example.response for example in item.job.prompts[item.kind].examples]
             examples[item.kind] = sum(map(len, texts)) // (4 * len(texts)) if texts else item.job.longest_answer
-        prompt += item.prompt_tokens()
+        prompt += item.prompt_tokens
         answer += examples[item.kind]
         most += dearest(item, batched)[0] * item.job.checks.attempts
     price = items[0].job.price if items else None

@@ -63,6 +63,10 @@ class Endpoint:
         self._requests = TokenBucket(limits.requests_per_minute)
         self._tokens = TokenBucket(limits.tokens_per_minute)
         self._closed_until = 0.0
+        self.closing = False
+        self.paid: set[asyncio.Task[None] | None] = (
+            set()
+        )  # tasks whose request was sent and whose answer is not settled
 
     async def ask(self, item: Item, attempt: int) -> Answer:
         """The answer to one request.
@@ -71,7 +75,10 @@ class Endpoint:
         model, and `DataError` where it wants to be left alone for longer than the limits allow.
         """
         chance = random.Random(f"{item.key} {attempt}")
+        reason = "the run ends"
         for retry in range(self.limits.retries + 1):
+            if self.closing:
+                break
             await self._admit(item)
             backoff_s = min(FIRST_WAIT_S * 2**retry, LONGEST_BACKOFF_S) * chance.uniform(0.5, 1.5)
             try:
@@ -83,19 +90,20 @@ class Endpoint:
                 await self._hold(error, retry, backoff_s)
             except openai.APITimeoutError:
                 reason = f"no answer in {self.limits.timeout_s:g} s"
-                await asyncio.sleep(backoff_s)
+                await self._pause(retry, backoff_s)
             except openai.APIConnectionError as error:
                 reason = f"{error.__cause__ or error}"
-                await asyncio.sleep(backoff_s)
+                await self._pause(retry, backoff_s)
         raise NoAnswer(without_key(reason, self.client))
 
     def settle(self, item: Item, tokens: int) -> None:
-        """Give the rate of tokens back what an answer did not use."""
-        self._tokens.give_back(item.prompt_tokens() + item.job.longest_answer - tokens)
+        """The answer is safe: the rate of tokens gets back what it did not use."""
+        self.paid.discard(asyncio.current_task())
+        self._tokens.give_back(item.prompt_tokens + item.job.longest_answer - tokens)
 
     async def _admit(self, item: Item) -> None:
         await self._requests.take(1)
-        await self._tokens.take(item.prompt_tokens() + item.job.longest_answer)
+        await self._tokens.take(item.prompt_tokens + item.job.longest_answer)
         while (wait_s := self._closed_until - time.monotonic()) > 0:
             await asyncio.sleep(wait_s)
 
@@ -104,9 +112,15 @@ class Endpoint:
         # `chat.completions.create` would check the body against its types, a third of the client's time, and parse the
         # answer, of which the log keeps the text.
         name = f"{item.key}-{attempt}"
-        body = await self.client.post(
-            PATH, cast_to=str, body=item.body(), options={"headers": {"Idempotency-Key": name}}
-        )
+        task = asyncio.current_task()
+        self.paid.add(task)
+        try:
+            body = await self.client.post(
+                PATH, cast_to=str, body=item.body(), options={"headers": {"Idempotency-Key": name}}
+            )
+        except openai.APIError:
+            self.paid.discard(task)
+            raise
         return Answer(200, without_key(body, self.client))
 
     def _refusal(self, error: openai.APIStatusError) -> Answer:
@@ -123,8 +137,11 @@ class Endpoint:
             raise DataError(f"the endpoint asks to wait {asked_s:,.0f} s: start again after that") from None
         if error.status_code == 429 or asked_s:
             self._closed_until = max(self._closed_until, time.monotonic() + max(asked_s, backoff_s))
-        if retry < self.limits.retries:
-            await asyncio.sleep(max(asked_s, backoff_s))
+        await self._pause(retry, max(asked_s, backoff_s))
+
+    async def _pause(self, retry: int, wait_s: float) -> None:
+        if retry < self.limits.retries and not self.closing:
+            await asyncio.sleep(wait_s)
 
 
 def without_key(text: str, client: openai.AsyncOpenAI) -> str:

@@ -27,10 +27,12 @@ class Stop:
     reason: str | None = None
     error: Exception | None = None
     asked: bool = False  # by a signal
+    then: Callable[[], None] = lambda: None  # called once
 
     def __call__(self, reason: str, error: Exception | None = None, asked: bool = False) -> None:
         if self.reason is None:
             self.reason, self.error, self.asked = reason, error, asked
+            self.then()
 
     def on_signals(self) -> None:
         """SIGINT and SIGTERM end the run once what is under way has been answered and logged."""
@@ -52,6 +54,7 @@ class Generation:
     _unanswered: int = 0
     _settled: int = 0
     _total: int = 0
+    _workers: list[asyncio.Task[None]] = field(default_factory=list)
 
     async def run(self, items: Sequence[Item]) -> Stop:
         """Settle the items in order. Raises `OSError` where the log cannot be written."""
@@ -59,11 +62,18 @@ class Generation:
         self._total, self._settled = len(items), len(items) - len(open_items)
         self.progress(self._settled, self._total, self.ledger)
         queue = iter(open_items)
+        self.stop.then = self._end
         self.stop.on_signals()
         async with asyncio.TaskGroup() as group:
             for _ in range(min(self.endpoint.limits.concurrency, len(open_items))):
-                group.create_task(self._work(queue))
+                self._workers.append(group.create_task(self._work(queue)))
         return self.stop
+
+    def _end(self) -> None:
+        """Let those go that wait for a rate, a retry or the budget; what was sent is waited for, as it is paid."""
+        self.endpoint.closing = True
+        for worker in {*self._workers} - self.endpoint.paid - {asyncio.current_task()}:
+            worker.cancel()
 
     async def _work(self, queue: Iterator[Item]) -> None:
         for item in queue:

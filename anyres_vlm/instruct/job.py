@@ -83,6 +83,7 @@ class Item:
         messages = prompt.messages(self.scene.context(prompt.boxes))
         return {"model": self.job.model, "messages": messages, **self.job.parameters}
 
+    @cached_property
     def prompt_tokens(self) -> int:
         """An estimate, for prices and rates before the endpoint has counted."""
         prompt = self.job.prompts[self.kind]
