@@ -181,5 +181,7 @@ def _print(summary: dict[str, Any], out: Path, as_json: bool) -> None:
     print(f"tokens:   {summary['prompt_tokens']:,} in, {summary['completion_tokens']:,} out; cost {cost}")
     if summary["stopped"]:
         print(f"stopped:  {summary['stopped']}")
+    if summary["unfinished"] and not summary["stopped"]:
+        print("unfinished items got no answer, or have attempts left: start again to go on")
     print(f"data:     {out / 'data.json'}")
     print(f"report:   {summary['report']}")

@@ -22,7 +22,7 @@ NO_KEY = "no-key-was-given"  # what endpoints without keys are told
 PATH = "/chat/completions"
 FIRST_WAIT_S = 0.5
 LONGEST_BACKOFF_S = 30.0
-REFUSED_KEY = (401, 403, 404)  # no other request will fare better
+WRONG_FOR_ALL = (401, 404)  # the key or the model; 403 too, until a request has been answered
 AGAIN = (408, 409, 429)
 NUMBER = re.compile(r"\d+(\.\d+)?")
 
@@ -63,6 +63,7 @@ class Endpoint:
         self._requests = TokenBucket(limits.requests_per_minute)
         self._tokens = TokenBucket(limits.tokens_per_minute)
         self._closed_until = 0.0
+        self._answered = False
         self.closing = False
         self.paid: set[asyncio.Task[None] | None] = (
             set()
@@ -121,13 +122,15 @@ class Endpoint:
         except openai.APIError:
             self.paid.discard(task)
             raise
+        self._answered = True
         return Answer(200, without_key(body, self.client))
 
     def _refusal(self, error: openai.APIStatusError) -> Answer:
         """The answer to a request that will never be taken, as for its content."""
-        if error.status_code in REFUSED_KEY or error.code == "insufficient_quota":
+        status = error.status_code
+        if status in WRONG_FOR_ALL or (status == 403 and not self._answered) or error.code == "insufficient_quota":
             raise UsageError(f"the endpoint refuses: {without_key(error.message, self.client)}") from None
-        return Answer(error.status_code, without_key(error.response.text, self.client))
+        return Answer(status, without_key(error.response.text, self.client))
 
     async def _hold(self, error: openai.APIStatusError, retry: int, backoff_s: float) -> None:
         if error.code == "insufficient_quota":
