@@ -40,9 +40,8 @@ def main() -> None:
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
     seconds = used.ru_utime + used.ru_stime
     print(f"{len(times) / (times[-1] - times[0]):,.0f} requests/s over {len(times):,} requests")
-    print(
-        f"{1000 * seconds / len(times):.1f} ms of processor time a request; load of the machine {os.getloadavg()[0]:.1f}"
-    )
+    load = os.getloadavg()[0]
+    print(f"{1000 * seconds / len(times):.1f} ms of processor time a request; load of the machine {load:.1f}")
 
 
 def generate(folder: Path, port: str, scenes: int, concurrency: int) -> None:
