@@ -55,7 +55,7 @@ def generate(
     _require_extra()
     # Start-up time: the client alone takes half a second to import.
     from anyres_vlm.config import shipped_config
-    from anyres_vlm.instruct.progress import ItemProgress
+    from anyres_vlm.instruct.progress import show_progress
     from anyres_vlm.instruct.report import write_report
     from anyres_vlm.instruct.run import Order, estimate_run, generate, make_items
     from anyres_vlm.instruct.settings import load_settings
@@ -67,8 +67,8 @@ def generate(
     if dry_run:
         _print_estimate(estimate_run(items, order), as_json)
         return
-    with ItemProgress() as progress:
-        summary, stop = generate(items, settings, order, progress.update)
+    with show_progress() as progress:
+        summary, stop = generate(items, settings, order, progress)
     page = write_report(out, images)
     _print(summary | {"stopped": stop.reason, "report": str(page)}, out, as_json)
     if stop.error is not None:

@@ -35,10 +35,12 @@ def read_coco(captions: Path, instances: Path | None) -> list[Scene]:
         raise DataError(f"{captions}: no captions; expected COCO's captions file with 'images' and 'annotations'")
     sizes = {image: size for image, (_, size) in images.items()}
     objects = {} if instances is None else _read_objects(instances, sizes)
-    return [
-        Scene(str(image), images[image][0], clean_captions(texts[image]), tuple(objects.get(image, ())))
-        for image in sorted(texts)
-    ]
+    scenes = []
+    for image in sorted(texts):
+        with entry_of(captions, "image", images[image][0]):
+            told = clean_captions(texts[image])
+            scenes.append(Scene(str(image), images[image][0], told, tuple(objects.get(image, ()))))
+    return scenes
 
 
 def _read_objects(path: Path, sizes: dict[int, Size]) -> dict[int, list[Object]]:

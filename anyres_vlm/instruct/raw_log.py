@@ -70,8 +70,10 @@ class RawLog:
             self._writer = asyncio.create_task(self._write_waiting())
         return await done
 
-    def close(self) -> None:
-        """Close the file and give up the lock."""
+    async def close(self) -> None:
+        """Write what still waits, close the file and give up the lock."""
+        if self._writer is not None:
+            await self._writer
         os.close(self._file)
 
     async def _write_waiting(self) -> None:

@@ -90,7 +90,7 @@ async def _generate(
                 endpoint = Endpoint(client, limits)
                 stop = await Generation(ledger, log, budget, endpoint, attempts, progress).run(items)
     finally:
-        log.close()
+        await log.close()
     return build(path, order.out, ledger), stop
 
 

@@ -29,12 +29,18 @@ class Object:
 
 @dataclass(frozen=True, slots=True)
 class Scene:
-    """One image as a text-only model is told of it. `image` is the file's name inside the image folder."""
+    """One image as a text-only model is told of it. `image` is the file's name inside the image folder.
+
+    Raises `UnicodeEncodeError` for half a character (a lone surrogate), which JSON can hold and no request takes.
+    """
 
     id: str
     image: str
     captions: tuple[str, ...]
     objects: tuple[Object, ...]
+
+    def __post_init__(self) -> None:
+        "".join([self.id, self.image, *self.captions, *(item.name for item in self.objects)]).encode()
 
     def context(self, boxes: bool) -> str:
         """What the model is given: a caption a line, then `name: [left, top, right, bottom]` a line."""

@@ -22,7 +22,7 @@ def append(path: Path, *numbers: int) -> list[int]:
         try:
             return await asyncio.gather(*(log.append({"n": number}) for number in numbers))
         finally:
-            log.close()
+            await log.close()
 
     return asyncio.run(all_at_once())
 
@@ -55,8 +55,8 @@ def test_one_process_writes(tmp_path: Path) -> None:
     log = RawLog(tmp_path / "log.jsonl")
     with pytest.raises(UsageError, match="another process is generating into this folder"):
         RawLog(tmp_path / "log.jsonl")
-    log.close()
-    RawLog(tmp_path / "log.jsonl").close()
+    asyncio.run(log.close())
+    asyncio.run(RawLog(tmp_path / "log.jsonl").close())
 
 
 def test_a_full_disk_leaves_whole_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -111,6 +111,7 @@ def test_jsonl_and_visual_genome_sizes_from_the_file_or_the_image(tmp_path: Path
         (['{"id": 1, "captions": ["a"]}', "{broken"], "line 2 column 2: malformed JSON"),
         (['{"id": 1, "captions": ["a"]}'] * 2, "two records have the id 1"),
         (['{"id": 1, "captions": "a"}'], "captions must be a list of texts"),
+        (['{"id": 1, "captions": ["a \\ud800"]}'], "surrogates not allowed"),
         (["[1]"], "record [1] is not as expected"),
         (['{"id": 1}'], "no record has captions, boxes or regions"),
         (['{"captions": ["a"]}'], "KeyError 'image_id'"),
