@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
+from anyres_vlm.errors import DataError
 from anyres_vlm.instruct.duplicates import NearDuplicates
 from anyres_vlm.instruct.job import Item
 from anyres_vlm.instruct.ledger import Ledger
@@ -26,10 +27,11 @@ FROM = {"user": "human", "assistant": "gpt"}
 def build(log: Path, out: Path, ledger: Ledger) -> dict[str, Any]:
     """Write the data set in LLaVA's JSON, the rejects with their reasons, and the summary, which is returned.
 
-    Items come in the order of their keys, which is that of no image, kind or time.
+    Items come in the order of their keys, which is that of no image, kind or time. Raises `DataError` for an empty log.
     """
     job = ledger.job
-    assert job is not None, "a ledger that was read has a job"
+    if job is None:
+        raise DataError(f"{log}: holds no job; expected the raw log of a generation")
     out.mkdir(parents=True, exist_ok=True)
     tally = Tally()
     duplicates = NearDuplicates(job.checks.max_similarity)

@@ -83,9 +83,8 @@ async def _generate(
             if order.mode == "batch":
                 patient = client.with_options(max_retries=limits.retries)
                 folder = order.out / "batches"
-                stop = await BatchGeneration(ledger, log, budget, patient, limits, attempts, folder, progress).run(
-                    items
-                )
+                batches = BatchGeneration(ledger, log, budget, patient, limits, attempts, folder, progress)
+                stop = await batches.run(items)
             else:
                 endpoint = Endpoint(client, limits)
                 stop = await Generation(ledger, log, budget, endpoint, attempts, progress).run(items)

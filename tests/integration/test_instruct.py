@@ -328,6 +328,15 @@ def test_wrong_uses(tmp_path: Path, capfd: pytest.CaptureFixture[str], more: lis
     assert said in capfd.readouterr().err
 
 
+def test_a_log_without_a_job(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "log.jsonl").write_text("")
+    assert main(["instruct", "replay", str(tmp_path / "log.jsonl"), "--out", str(tmp_path / "out")]) == 1
+    assert "log.jsonl: holds no job; expected the raw log of a generation" in capfd.readouterr().err
+    (tmp_path / "log.jsonl").write_text('{"key": "k", "attempt": 1}\n')
+    assert main(["instruct", "replay", str(tmp_path / "log.jsonl"), "--out", str(tmp_path / "out")]) == 1
+    assert "log.jsonl at byte 0: the raw log begins with no job" in capfd.readouterr().err
+
+
 def test_a_key_is_asked_for_before_anything_else(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
