@@ -16,6 +16,7 @@ from anyres_vlm.cli.evaluate import evaluate
 from anyres_vlm.cli.export import export
 from anyres_vlm.cli.import_checkpoint import import_checkpoint
 from anyres_vlm.cli.index import index
+from anyres_vlm.cli.instruct import instruct
 from anyres_vlm.cli.plan import plan
 from anyres_vlm.cli.probe import probe
 from anyres_vlm.cli.render import render
@@ -43,6 +44,7 @@ app.command()(probe)
 app.command()(chat)
 app.command("import")(import_checkpoint)
 app.command()(export)
+app.add_typer(instruct, name="instruct")
 
 
 @app.callback(invoke_without_command=True)

@@ -30,7 +30,8 @@ ALLOWED = {
     "train": FOUNDATION | {"data", "model", "synthetic"},
     "evaluate": FOUNDATION | {"data", "model", "synthetic", "inference"},
     "serve": FOUNDATION | {"data", "model", "inference"},
-    "cli": FOUNDATION | {"data", "model", "synthetic", "inference", "train", "evaluate", "serve"},
+    "instruct": FOUNDATION | {"data"},
+    "cli": FOUNDATION | {"data", "model", "synthetic", "inference", "train", "evaluate", "serve", "instruct"},
     "__main__": {"cli"},
 }
 ENGINE_LIBRARIES = {"accelerate", "deepspeed"}  # only train/engine/ knows them

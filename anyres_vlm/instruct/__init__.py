@@ -1,0 +1,1 @@
+"""Instruction data from captions and boxes: generated through an OpenAI-compatible endpoint, checked and mixed."""

@@ -1,0 +1,64 @@
+"""JSON files too large to hold, one value in memory at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import ijson
+
+from anyres_vlm.data.blobs import open_file
+from anyres_vlm.data.sources.parsing import parse_json
+from anyres_vlm.errors import DataError
+
+FAULTS = (KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError)  # of entries unlike the others
+SHOWN = 120  # characters of such an entry in a message
+
+
+def stream_json(path: Path, prefix: str) -> Iterator[Any]:
+    """The values at a place of a JSON file, as ijson names it. Raises `DataError` for a missing or malformed file."""
+    with open_file(path, str(path)) as stream:
+        try:
+            yield from ijson.items(stream, prefix, use_float=True)
+        except (ijson.JSONError, UnicodeDecodeError) as error:
+            raise _malformed(path, error) from None
+
+
+def stream_members(path: Path) -> Iterator[tuple[str, Any]]:
+    """Key and value of one large object. Raises `DataError` for a missing or malformed file."""
+    with open_file(path, str(path)) as stream:
+        try:
+            yield from ijson.kvitems(stream, "", use_float=True)
+        except (ijson.JSONError, UnicodeDecodeError) as error:
+            raise _malformed(path, error) from None
+
+
+def stream_records(path: Path) -> Iterator[Any]:
+    """The lines of a .jsonl file, or the elements of a JSON list. Raises `DataError` for any other."""
+    if path.suffix.lower() != ".jsonl":
+        yield from stream_json(path, "item")
+        return
+    with open_file(path, str(path)) as stream:
+        for number, line in enumerate(stream, start=1):
+            if line.strip():
+                where = f"{path} line {number}"
+                yield parse_json(line, lambda position, where=where: f"{where} column {position + 1}")  # type: ignore[misc]
+
+
+@contextmanager
+def entry_of(path: Path, what: str, entry: Any) -> Iterator[None]:
+    """Turns what reading a malformed entry raises into a `DataError` that shows the entry."""
+    try:
+        yield
+    except DataError:
+        raise
+    except FAULTS as error:
+        shown = str(entry)
+        shown = shown if len(shown) <= SHOWN else f"{shown[:SHOWN]}..."
+        raise DataError(f"{path}: {what} {shown} is not as expected: {type(error).__name__} {error}") from None
+
+
+def _malformed(path: Path, error: Exception) -> DataError:
+    return DataError(f"{path}: malformed JSON: {' '.join(str(error).split())[:200]}")

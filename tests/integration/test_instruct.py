@@ -1,0 +1,349 @@
+"""`anyres instruct` against a real server process that answers well, badly, late or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+import urllib.request
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from anyres_vlm.cli.main import main
+from anyres_vlm.config import load_config, shipped_config
+from anyres_vlm.data.sources import read_records
+from anyres_vlm.train.options import RunOptions
+from anyres_vlm.train.run import train
+
+SERVER = Path(__file__).parent / "openai_server.py"
+KEY = "sk-test-0123456789-secret"
+EVERY_FAULT = "slow,429,500,drop,drop_body,cut_json,nonsense,refusal,refusal_field,length"
+CONCURRENCY = 16
+
+
+@pytest.fixture(autouse=True)
+def _key(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+
+
+@pytest.fixture
+def serve(tmp_path: Path) -> Iterator[Callable[..., str]]:
+    """Starts a server with the given arguments; gives its base URL. Its state is in tmp_path/state."""
+    processes = []
+
+    def start(*arguments: object) -> str:
+        (tmp_path / "state").mkdir(exist_ok=True)
+        command = [sys.executable, str(SERVER), str(tmp_path / "state"), *map(str, arguments)]
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        processes.append(process)
+        assert process.stdout is not None
+        return f"http://127.0.0.1:{process.stdout.readline().strip()}/v1"
+
+    yield start
+    for process in processes:
+        process.kill()
+        process.wait()
+
+
+def write_scenes(folder: Path, count: int) -> Path:
+    with (folder / "scenes.jsonl").open("w") as stream:
+        for number in range(count):
+            scene = {"id": number, "image": f"{number}.png", "width": 60, "height": 40, "captions": [f"Dog {number}."]}
+            stream.write(json.dumps({**scene, "boxes": [{"category": "dog", "box": [5, 5, 20, 20]}]}) + "\n")
+    return folder / "scenes.jsonl"
+
+
+def arguments(folder: Path, url: str, count: str, *more: object, retries: int = 12) -> list[str]:
+    config = folder / "settings.yaml"
+    limits = f"limits: {{timeout_s: 2, retries: {retries}, poll_s: 0.05, concurrency: {CONCURRENCY}}}"
+    config.write_text(f"model: m\n{limits}\nchecks: {{attempts: 6}}\nprices: {{m: {{input: 1, output: 2}}}}\n")
+    given = ["instruct", "generate", "--descriptions", folder / "scenes.jsonl", "--config", config, "--count", count]
+    return [str(word) for word in [*given, "--base-url", url, "--out", folder / "out", *more]]
+
+
+def answered(folder: Path) -> Counter[str]:
+    """How often each attempt was answered, and so paid for."""
+    lines = (folder / "state" / "answered.jsonl").read_text().splitlines()
+    return Counter(json.loads(line)["name"] for line in lines)
+
+
+def logged(folder: Path) -> list[dict[str, Any]]:
+    entries = [json.loads(line) for line in (folder / "out" / "responses.jsonl").read_text().splitlines()]
+    return [entry for entry in entries if "key" in entry]
+
+
+def require_whole(folder: Path, items: int, resent: int = 0) -> dict[str, Any]:
+    """Every item is accepted or rejected, once; every answer is logged, once; the log rebuilds the data."""
+    summary: dict[str, Any] = json.loads((folder / "out" / "summary.json").read_text())
+    assert summary["items"] == items == summary["accepted"] + summary["rejected"]
+    assert summary["unfinished"] == 0
+    accepted = [entry["id"] for entry in json.loads((folder / "out" / "data.json").read_text())]
+    rejected = [json.loads(line)["id"] for line in (folder / "out" / "rejects.jsonl").read_text().splitlines()]
+    assert len({*accepted, *rejected}) == len(accepted) + len(rejected) == items
+    log = [f"{entry['key']}-{entry['attempt']}" for entry in logged(folder)]
+    assert len(set(log)) == len(log) == summary["responses"]
+    paid = answered(folder)
+    assert set(log) <= set(paid)
+    assert paid.total() - len(log) <= resent  # what was under way when the client was killed
+    before = {name: (folder / "out" / name).read_bytes() for name in ("data.json", "rejects.jsonl", "summary.json")}
+    (folder / "out" / "responses.jsonl").rename(folder / "alone.jsonl")
+    assert main(["instruct", "replay", str(folder / "alone.jsonl"), "--out", str(folder / "replayed")]) == 0
+    assert {name: (folder / "replayed" / name).read_bytes() for name in before} == before
+    return summary
+
+
+def run_killed(command: list[str], log: Path, kills: int, every: int) -> None:
+    """Run the command; SIGKILL it each time the log has grown by so many lines, then let it end."""
+    for kill in range(kills + 1):
+        process = subprocess.Popen([sys.executable, "-m", "anyres_vlm", *command], stdout=subprocess.DEVNULL)
+        if kill == kills:
+            assert process.wait(timeout=300) == 0
+            return
+        while process.poll() is None and (not log.exists() or log.read_bytes().count(b"\n") < (kill + 1) * every):
+            time.sleep(0.01)
+        assert process.poll() is None, "ended before it could be killed"
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        with log.open("ab") as stream:
+            stream.write(b'{"key": "torn by the ki')
+
+
+@pytest.mark.parametrize(
+    ("counts", "rate", "kills", "spared"),
+    [
+        ((40, 30, 30), 0.3, 2, 98),  # six attempts, of which each spoils 0.3 * 5 / 10: 0.001 of 100 items use them up
+        pytest.param((800, 500, 700), 0.2, 3, 1998, marks=pytest.mark.slow),
+    ],
+)
+def test_faults_and_kills_lose_and_double_nothing(
+    tmp_path: Path, serve: Callable[..., str], counts: tuple[int, int, int], rate: float, kills: int, spared: int
+) -> None:
+    write_scenes(tmp_path, max(counts))
+    url = serve("--faults", EVERY_FAULT, "--rate", rate)
+    command = arguments(tmp_path, url, "conversation={},detail={},reasoning={}".format(*counts))
+    run_killed(command, tmp_path / "out" / "responses.jsonl", kills, every=sum(counts) // (kills + 1))
+    summary = require_whole(tmp_path, sum(counts), resent=kills * CONCURRENCY)
+    assert summary["accepted"] >= spared
+    assert {"broken_response", "malformed", "refusal", "cut_short"} <= set(summary["failed_attempts"])
+
+
+def test_batches_with_faults_and_kills(tmp_path: Path, serve: Callable[..., str]) -> None:
+    write_scenes(tmp_path, 50)
+    url = serve("--faults", "500,expired,nonsense,refusal,length", "--rate", 0.3)
+    command = arguments(tmp_path, url, "conversation=50,reasoning=30", "--mode", "batch")
+    run_killed(command, tmp_path / "out" / "responses.jsonl", kills=1, every=4)  # with its first batch under way
+    summary = require_whole(tmp_path, 80)  # no answer is paid and not collected
+    assert summary["accepted"] >= 78
+    entries = [json.loads(line) for line in (tmp_path / "alone.jsonl").read_text().splitlines()]
+    states = Counter(entry["state"] for entry in entries if "batch_name" in entry)
+    assert states["submitting"] == states["collected"] > 1
+    # half the price of the same tokens
+    full = (summary["prompt_tokens"] + 2 * summary["completion_tokens"]) / 1e6
+    assert summary["cost"] == pytest.approx(full / 2, abs=1e-6)
+
+
+def test_a_batch_whose_submission_was_cut_off_is_found_again(tmp_path: Path, serve: Callable[..., str]) -> None:
+    write_scenes(tmp_path, 10)
+    command = arguments(tmp_path, serve(), "detail=10", "--mode", "batch")
+    assert main(command) == 0
+    log = tmp_path / "out" / "responses.jsonl"
+    kept = [line for line in log.read_text().splitlines() if '"submitted"' not in line and '"key"' not in line]
+    assert [json.loads(line).get("state") for line in kept] == [None, None, "submitting", "collected"]
+    log.write_text("\n".join(kept[:-1]) + "\n")
+    assert main(command) == 0
+    require_whole(tmp_path, 10)
+    assert answered(tmp_path).total() == 10
+
+
+def test_output_trains(tmp_path: Path, tiny_bases: Path, serve: Callable[..., str]) -> None:
+    write_scenes(tmp_path, 30)
+    for number in range(30):
+        Image.new("RGB", (60, 40), (number, 90, 200)).save(tmp_path / f"{number}.png")
+    assert main(arguments(tmp_path, serve(), "conversation=20,detail=10,reasoning=10", "--images", tmp_path)) == 0
+    data = tmp_path / "out" / "data.json"
+    assert len(read_records(data, tmp_path, 0.0)) == 40
+    index = tmp_path / "i.parquet"
+    overrides = [f"model.llm={tiny_bases}/llm", f"model.encoder.name={tiny_bases}/vit", "save_every=2"]
+    for stage in ("stage1", "stage2"):
+        overrides += [f"{stage}.max_length=2048", f"{stage}.capacity=2048", f"{stage}.packs_per_step=4"]
+    overrides += [f"stage2.data={{path: {data}, images: {tmp_path}, index: {index}}}"]
+    flags = [word for override in overrides for word in ("--set", override)]
+    assert main(["index", str(data), "--images", str(tmp_path), "--out", str(index), *flags]) == 0
+    assert main(["plan", str(index), "--capacity", "2048", "--batch-size", "16", "--ranks", "1"]) == 0
+    steps = []
+    options = RunOptions(tmp_path / "run", ("stage2",), skip_stage1=True)
+    train(load_config(shipped_config("tiny"), overrides), options, lambda *step: steps.append(step))
+    assert len(steps) == 2
+    assert (tmp_path / "run" / "stage2" / "model" / "model.safetensors").exists()
+    assert "data:image/jpeg;base64," in (tmp_path / "out" / "report.html").read_text()
+
+
+def test_the_key_is_written_nowhere(
+    tmp_path: Path, serve: Callable[..., str], capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    write_scenes(tmp_path, 3)
+    assert main(["--debug", *arguments(tmp_path, serve("--faults", "401"), "detail=3")]) == 2
+    printed = capfd.readouterr()
+    assert "error: the endpoint refuses" in printed.err
+    assert "Incorrect API key: [key]" in printed.err
+    assert f"Bearer {KEY}" in (tmp_path / "state" / "headers.txt").read_text()  # it was sent
+    for folder, _, names in os.walk(tmp_path / "out"):
+        assert not [name for name in names if KEY in (Path(folder) / name).read_text()]
+    assert KEY not in printed.out + printed.err + caplog.text
+
+
+@pytest.mark.parametrize(
+    ("fault", "status", "said"),
+    [
+        ("wait_a_day", 1, "asks to wait 86,400 s"),
+        ("500", 1, r"25 requests in a row failed, the last with: HTTP 500"),
+        ("400", 1, r"25 requests in a row failed, the last with: HTTP 400"),
+    ],
+)
+def test_a_useless_endpoint_ends_the_run(
+    tmp_path: Path, serve: Callable[..., str], capfd: pytest.CaptureFixture[str], fault: str, status: int, said: str
+) -> None:
+    write_scenes(tmp_path, 90)
+    assert main(arguments(tmp_path, serve("--faults", fault), "detail=90", retries=0)) == status
+    assert re.search(said, capfd.readouterr().err)
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert summary["items"] == 90 == summary["rejected"] + summary["unfinished"]
+
+
+def test_a_hanging_endpoint_times_out_and_is_asked_again(tmp_path: Path, serve: Callable[..., str]) -> None:
+    write_scenes(tmp_path, 8)
+    url = serve("--faults", "hang", "--rate", 0.4)
+    config = arguments(tmp_path, url, "detail=8")
+    (tmp_path / "settings.yaml").write_text("model: m\nlimits: {timeout_s: 0.5, retries: 12}\n")
+    assert main(config) == 0
+    require_whole(tmp_path, 8)
+
+
+def test_concurrency_is_bounded(tmp_path: Path, serve: Callable[..., str]) -> None:
+    write_scenes(tmp_path, 40)
+    url = serve("--delay", 0.05)
+    assert main(arguments(tmp_path, url, "detail=40", "--concurrency", 5)) == 0
+    with urllib.request.urlopen(f"{url}/stats") as reply:
+        assert json.load(reply)["most_under_way"] == 5
+
+
+def test_a_signal_ends_the_run_after_what_is_under_way(tmp_path: Path, serve: Callable[..., str]) -> None:
+    write_scenes(tmp_path, 400)
+    command = arguments(tmp_path, serve("--delay", 0.1), "detail=400")
+    process = subprocess.Popen([sys.executable, "-m", "anyres_vlm", *command], stderr=subprocess.PIPE, text=True)
+    log = tmp_path / "out" / "responses.jsonl"
+    while not log.exists() or log.read_bytes().count(b"\n") < 30:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    _, said = process.communicate(timeout=30)
+    assert process.returncode == 75
+    assert "interrupted: SIGTERM received" in said
+    assert len(logged(tmp_path)) == answered(tmp_path).total() < 400
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert summary["accepted"] == len(logged(tmp_path)) == 400 - summary["unfinished"]
+
+
+def test_a_signal_does_not_wait_for_a_rate_or_a_retry(tmp_path: Path, serve: Callable[..., str]) -> None:
+    write_scenes(tmp_path, 40)
+    command = arguments(tmp_path, serve("--faults", "500", "--rate", 0.5), "detail=40")
+    limits = f"limits: {{requests_per_minute: 60, retries: 9, concurrency: {CONCURRENCY}}}"
+    (tmp_path / "settings.yaml").write_text(f"model: m\n{limits}\n")
+    process = subprocess.Popen([sys.executable, "-m", "anyres_vlm", *command])
+    log = tmp_path / "out" / "responses.jsonl"
+    while not log.exists() or log.read_bytes().count(b"\n") < 3:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=8) == 75  # the queue alone would take half a minute
+    assert len(logged(tmp_path)) == answered(tmp_path).total()
+
+
+def test_budgets_are_never_passed(tmp_path: Path, serve: Callable[..., str], capfd: pytest.CaptureFixture[str]) -> None:
+    write_scenes(tmp_path, 60)
+    url = serve()
+    assert main(arguments(tmp_path, url, "detail=60", "--max-tokens", 15000)) == 0
+    assert "stopped:  the budget is used up" in capfd.readouterr().out
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    tokens = summary["prompt_tokens"] + summary["completion_tokens"]
+    assert 13000 < tokens <= 15000  # short of it by less than one dearest answer
+    assert main(arguments(tmp_path, url, "detail=60", "--max-cost", 0.025, "--json")) == 0
+    summary = json.loads(capfd.readouterr().out)
+    assert 0.022 < summary["cost"] <= 0.025
+    # the server's own count, at 1 and 2 dollars a million
+    usages = [json.loads(entry["body"])["usage"] for entry in logged(tmp_path)]
+    cost = sum(usage["prompt_tokens"] + 2 * usage["completion_tokens"] for usage in usages) / 1e6
+    assert summary["cost"] == pytest.approx(cost, abs=1e-6)
+
+
+def test_dry_run_asks_nothing(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    write_scenes(tmp_path, 10)
+    command = arguments(tmp_path, "http://127.0.0.1:9/v1", "conversation=10,detail=5", "--dry-run", "--json")
+    assert main(command) == 0
+    priced = json.loads(capfd.readouterr().out)
+    assert priced["requests"] == 15
+    assert priced["cost"] == pytest.approx((priced["prompt_tokens"] + 2 * priced["completion_tokens"]) / 1e6)
+    assert 0 < priced["cost"] < priced["most"]
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_second_run_asks_only_for_what_is_new(
+    tmp_path: Path, serve: Callable[..., str], capfd: pytest.CaptureFixture[str]
+) -> None:
+    write_scenes(tmp_path, 30)
+    url = serve()
+    assert main(arguments(tmp_path, url, "detail=10")) == 0
+    first = {entry["id"] for entry in json.loads((tmp_path / "out" / "data.json").read_text())}
+    assert main(arguments(tmp_path, url, "detail=30,reasoning=5")) == 0
+    assert first < {entry["id"] for entry in json.loads((tmp_path / "out" / "data.json").read_text())}
+    assert answered(tmp_path).total() == 35 == len(answered(tmp_path))
+    capfd.readouterr()
+    assert main(arguments(tmp_path, url, "detail=30", "--model", "other")) == 2
+    assert "holds a job with other settings (model): give another --out" in capfd.readouterr().err
+    assert answered(tmp_path).total() == 35
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (["--count", "detail=99"], "only 5 images have captions for it: lower it"),
+        (["--count", "poem=1"], "kind 'poem': expected one of conversation, detail, reasoning"),
+        (["--count", "detail"], "expected KIND=NUMBER"),
+        (["--kinds", "reasoning"], "--count gives no number of reasoning"),
+        (["--max-cost", "1", "--model", "unheard-of"], "--max-cost needs the price of unheard-of"),
+        (["--captions", "c.json"], "give either --captions"),
+        (["--prompts", "/"], "expected one of conversation.yaml, detail.yaml, reasoning.yaml in it"),
+    ],
+)
+def test_wrong_uses(tmp_path: Path, capfd: pytest.CaptureFixture[str], more: list[str], said: str) -> None:
+    write_scenes(tmp_path, 5)
+    assert main([*arguments(tmp_path, "http://127.0.0.1:9/v1", "detail=1"), *more]) in (1, 2)
+    assert said in capfd.readouterr().err
+
+
+def test_a_log_without_a_job(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "log.jsonl").write_text("")
+    assert main(["instruct", "replay", str(tmp_path / "log.jsonl"), "--out", str(tmp_path / "out")]) == 1
+    assert "log.jsonl: holds no job; expected the raw log of a generation" in capfd.readouterr().err
+    (tmp_path / "log.jsonl").write_text('{"key": "k", "attempt": 1}\n')
+    assert main(["instruct", "replay", str(tmp_path / "log.jsonl"), "--out", str(tmp_path / "out")]) == 1
+    assert "log.jsonl at byte 0: the raw log begins with no job" in capfd.readouterr().err
+
+
+def test_a_key_is_asked_for_before_anything_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    write_scenes(tmp_path, 2)
+    monkeypatch.delenv("OPENAI_API_KEY")
+    command = arguments(tmp_path, "", "detail=1")
+    place = command.index("--base-url")
+    assert main(command[:place] + command[place + 2 :]) == 2
+    assert "set the environment variable OPENAI_API_KEY" in capfd.readouterr().err
+    assert not (tmp_path / "out").exists()

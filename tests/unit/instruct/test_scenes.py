@@ -1,0 +1,152 @@
+"""COCO, JSONL and Visual Genome files as scenes."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from anyres_vlm.errors import DataError
+from anyres_vlm.instruct.coco import read_coco
+from anyres_vlm.instruct.descriptions import read_descriptions
+from anyres_vlm.instruct.scene import Box, Object, Scene
+
+IMAGES = [
+    {"id": 9, "file_name": "b.jpg", "height": 100, "width": 200},
+    {"id": 4, "file_name": "a.jpg", "height": 50, "width": 50},
+    {"id": 5, "file_name": "untold.jpg", "height": 50, "width": 50},
+]
+CAPTIONS = [
+    {"id": 1, "image_id": 9, "caption": "A dog\n runs. "},
+    {"id": 2, "image_id": 9, "caption": "A dog runs."},
+    {"id": 3, "image_id": 4, "caption": "A cat."},
+]
+CATEGORIES = [{"id": 18, "name": "dog"}, {"id": 17, "name": "cat"}]
+BOXES = [
+    {"image_id": 9, "category_id": 18, "bbox": [20, 10, 100, 50], "iscrowd": 0, "segmentation": [[1.0] * 9]},
+    {"image_id": 9, "category_id": 17, "bbox": [150, 50, 100, 100], "iscrowd": 1},  # beyond the image
+    {"image_id": 9, "category_id": 17, "bbox": [5, 5, 0, 7], "iscrowd": 0},  # without area
+    {"image_id": 77, "category_id": 17, "bbox": [5, 5, 7, 7], "iscrowd": 0},  # of another split
+]
+
+
+def write(folder: Path, **changes: Any) -> tuple[Path, Path]:
+    content = {"images": IMAGES, "captions": CAPTIONS, "boxes": BOXES, "categories": CATEGORIES} | changes
+    captions, instances = folder / "captions.json", folder / "instances.json"
+    captions.write_text(json.dumps({"images": content["images"], "annotations": content["captions"]}))
+    # as in the real file, the categories come last
+    instances.write_text(json.dumps({"annotations": content["boxes"], "categories": content["categories"]}))
+    return captions, instances
+
+
+def test_coco_is_joined(tmp_path: Path) -> None:
+    objects = (Object("dog", Box(0.1, 0.1, 0.6, 0.6)), Object("cat", Box(0.75, 0.5, 1.0, 1.0), crowd=True))
+    expected = [Scene("4", "a.jpg", ("A cat.",), ()), Scene("9", "b.jpg", ("A dog runs.",), objects)]
+    assert read_coco(*write(tmp_path)) == expected
+    assert [scene.objects for scene in read_coco(tmp_path / "captions.json", None)] == [(), ()]
+    assert [Scene.from_json(json.loads(json.dumps(scene.to_json()))) for scene in expected] == expected
+
+
+def test_the_context() -> None:
+    scene = Scene("1", "1.jpg", ("One.", "Two."), (Object("dog", Box(0.1, 0.25, 0.6, 1.0)),))
+    assert scene.context(boxes=True) == "One.\nTwo.\n\ndog: [0.100, 0.250, 0.600, 1.000]"
+    assert scene.context(boxes=False) == "One.\nTwo."
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        (
+            {"captions": [{"id": 7, "image_id": 1, "caption": "x"}]},
+            "annotation 7 names image 1, which the file does not",
+        ),
+        ({"captions": [{"id": 7, "image_id": 9}]}, "KeyError 'caption'"),
+        ({"captions": []}, "no captions; expected COCO's captions file"),
+        ({"images": [{"id": 9, "file_name": "b.jpg"}]}, "image {'id': 9, 'file_name': 'b.jpg'} is not as expected"),
+        ({"images": [{**IMAGES[0], "width": 0}]}, "is not as expected"),
+        ({"categories": CATEGORIES[:1]}, "is of category 17, which the file does not name"),
+        ({"boxes": BOXES[3:]}, "none of its 1 boxes lies in an image of the captions"),
+        ({"boxes": [{**BOXES[0], "bbox": [1, 2]}]}, "not enough values to unpack"),
+    ],
+)
+def test_broken_coco(tmp_path: Path, changes: dict[str, Any], said: str) -> None:
+    with pytest.raises(DataError) as caught:
+        read_coco(*write(tmp_path, **changes))
+    assert said in str(caught.value)
+
+
+def test_a_cut_file_is_named(tmp_path: Path) -> None:
+    captions, _ = write(tmp_path)
+    captions.write_bytes(captions.read_bytes()[:-40])
+    with pytest.raises(DataError, match=r"captions\.json: malformed JSON"):
+        read_coco(captions, None)
+
+
+def test_jsonl_and_visual_genome_sizes_from_the_file_or_the_image(tmp_path: Path) -> None:
+    Image.new("RGB", (40, 20)).save(tmp_path / "2.jpg")
+    lines = [
+        {"id": 1, "image": "x.png", "width": 10, "height": 10, "boxes": [{"category": "cup", "box": [1, 2, 3, 4]}]},
+        {"id": 3, "captions": ["Only told."]},
+    ]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    cup, told = read_descriptions(tmp_path / "a.jsonl", None)
+    assert cup == Scene("1", "x.png", (), (Object("cup", Box(0.1, 0.2, 0.4, 0.6)),))
+    assert told == Scene("3", "3.jpg", ("Only told.",), ())
+    region = {"region_id": 8, "x": 10, "y": 5, "width": 20, "height": 10, "phrase": "a \n red cup", "image_id": 2}
+    (tmp_path / "regions.json").write_text(json.dumps([{"id": 2, "regions": [region]}]))
+    (scene,) = read_descriptions(tmp_path / "regions.json", tmp_path)
+    assert scene == Scene("2", "2.jpg", (), (Object("a red cup", Box(0.25, 0.25, 0.75, 0.75), crowd=True),))
+    with pytest.raises(DataError, match=r"record of 2\.jpg has boxes, but no width and height"):
+        read_descriptions(tmp_path / "regions.json", None)
+
+
+@pytest.mark.parametrize(
+    ("lines", "said"),
+    [
+        (['{"id": 1, "captions": ["a"]}', "{broken"], "line 2 column 2: malformed JSON"),
+        (['{"id": 1, "captions": ["a"]}'] * 2, "two records have the id 1"),
+        (['{"id": 1, "captions": "a"}'], "captions must be a list of texts"),
+        (['{"id": 1, "captions": ["a \\ud800"]}'], "surrogates not allowed"),
+        (["[1]"], "record [1] is not as expected"),
+        (['{"id": 1}'], "no record has captions, boxes or regions"),
+        (['{"captions": ["a"]}'], "KeyError 'image_id'"),
+    ],
+)
+def test_broken_descriptions(tmp_path: Path, lines: list[str], said: str) -> None:
+    (tmp_path / "d.jsonl").write_text("\n".join(lines))
+    with pytest.raises(DataError) as caught:
+        read_descriptions(tmp_path / "d.jsonl", None)
+    assert said in str(caught.value)
+
+
+@pytest.mark.slow
+def test_files_of_real_size_stay_under_two_gigabytes(tmp_path: Path) -> None:
+    """118,287 images, 590,000 captions and 860,000 boxes with outlines: 90 and 450 MB, as train2017."""
+    with (tmp_path / "c.json").open("w") as captions, (tmp_path / "i.json").open("w") as instances:
+        captions.write('{"images": [')
+        image = '{{"id": {0}, "file_name": "{0:012d}.jpg", "height": 480, "width": 640, "url": "{1}"}}'
+        captions.write(",".join(image.format(number, "x" * 120) for number in range(118_287)))
+        captions.write('], "annotations": [')
+        caption = '{{"id": {0}, "image_id": {1}, "caption": "A dog number {0} runs over a meadow to its ball."}}'
+        captions.write(",".join(caption.format(number, number // 5) for number in range(590_000)))
+        captions.write("]}")
+        instances.write('{"annotations": [')
+        for number in range(860_000):
+            outline = ",".join(["123.45"] * 56)
+            instances.write("," * bool(number) + f'{{"id": {number}, "image_id": {number % 118_287}, "category_id": 1,')
+            instances.write(f'"bbox": [1.5, 2.5, 30.25, 40.75], "iscrowd": 0, "segmentation": [[{outline}]]}}')
+        instances.write('], "categories": [{"id": 1, "name": "dog"}]}')
+    script = (
+        "import resource; from pathlib import Path; from anyres_vlm.instruct.coco import read_coco;"
+        f"scenes = read_coco(Path({str(tmp_path / 'c.json')!r}), Path({str(tmp_path / 'i.json')!r}));"
+        "print(len(scenes), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    scenes, peak_kb = map(int, done.stdout.split())
+    assert scenes == 118_000
+    assert peak_kb < 1_500_000
