@@ -153,6 +153,7 @@ def run(bases: Path, precision: Any) -> Iterator[tuple[str, dict[str, float]]]:
     expected = reference(bases) if engine.is_main else None
     for backend, micro_steps in SPLITS:
         yield f"{engine.world_size} {backend} {micro_steps}", compare(engine, bases, expected, backend, micro_steps)
+    engine.wait()
     engine.close()
 
 

@@ -233,7 +233,7 @@ def test_questions_that_cannot_be_asked(checkpoint, tmp_path, capsys, caplog, mo
     [
         (["textvqa"], 2, "choose --ocr-tokens or --no-ocr-tokens"),
         (["heldout", "gqa"], 2, "heldout is scored alone"),
-        (["gqa", "--swap-images"], 2, "--swap-images is heldout's"),
+        (["gqa", "--swap-images"], 2, "--swap-images and --against are heldout's"),
         (["gqa", "--shard", "3/2"], 2, "shard '3/2'"),
         (["vqav2", "--data", "nowhere"], 1, "nowhere: no such file or folder; expected VQAv2 questions"),
         (["gqa", "--model", "nowhere"], 2, "nowhere: results go beside a checkpoint folder"),

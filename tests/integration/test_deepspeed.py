@@ -25,8 +25,9 @@ SETTINGS = {
     "stage2.packs_per_step": "4",
     "save_every": "2",
 }
-# Ranks and ZeRO stages add the same fp32 numbers in other orders. Worst seen over these runs: 3.4e-7.
-ATOL = 2e-6
+# Ranks and ZeRO stages add the same fp32 numbers in other orders, and AdamW turns a gradient that is rounding alone into
+# a step of any size up to the rate, 2e-3 here. Worst seen over these runs: 9.7e-6; test_step_matrix.py has no such steps.
+ATOL = 3e-5
 
 
 def train(bases: Path, output: Path, ranks: int, *more: str) -> None:

@@ -176,9 +176,13 @@ def _publish(index: Index, target: Path) -> Index:
 
 
 def _list_and_check(index: Index, out: Path, max_bad_fraction: float) -> None:
-    """List the rejects beside the index, then raise if there are too many, and leave no new index behind."""
+    """List the rejects beside the index, then raise if there are too many, and leave no new index behind.
+
+    One that was found has its list, which is left alone: several ranks may find it at the same time.
+    """
     listed = rejects_path(out)
-    write_rejects(index, listed)
+    if index.path != out or not listed.exists():
+        write_rejects(index, listed)
     try:
         check_cap(index, max_bad_fraction, listed)
     except DataError:

@@ -23,6 +23,7 @@ from transformers import PreTrainedTokenizerFast
 from anyres_vlm.data.checks import check_sample
 from anyres_vlm.data.conversation import ConversationTokenizer
 from anyres_vlm.data.index.build import Built, Shard, build_index
+from anyres_vlm.data.index.rejects import rejects_path
 from anyres_vlm.data.index.rows import IndexSettings
 from anyres_vlm.data.index.summary import summarise
 from anyres_vlm.data.index.table import SCHEMA, read_index
@@ -191,9 +192,14 @@ def test_an_unchanged_source_is_not_read_again(tmp_path: Path, settings: IndexSe
     data, out = write(tmp_path, many(30)), tmp_path / "i.parquet"
     assert build(data, settings, out).rows_read == 30
     before, content, stat = out.read_bytes(), data.read_bytes(), data.stat()
+    listed = rejects_path(out).stat().st_ino
     data.write_bytes(b"x" * len(content))  # reading it would fail
     os.utime(data, ns=(stat.st_atime_ns, stat.st_mtime_ns))
     assert build(data, settings, out).rows_read == 0
+    assert rejects_path(out).stat().st_ino == listed, "other ranks find the index at the same time"
+    rejects_path(out).unlink()
+    assert build(data, settings, out).rows_read == 0
+    assert rejects_path(out).exists()
     data.write_bytes(content)
     os.utime(data, ns=(1, 1))
     assert build(data, settings, out).rows_read == 0, "the same content under another time"
