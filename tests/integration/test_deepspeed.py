@@ -25,8 +25,8 @@ SETTINGS = {
     "stage2.packs_per_step": "4",
     "save_every": "2",
 }
-# Ranks and ZeRO stages add the same fp32 numbers in other orders, and AdamW makes of a gradient that is rounding alone a
-# step of any size up to the rate, 2e-3 here. Worst seen over these runs: 9.7e-6. test_step_matrix.py has no such steps.
+# Ranks and ZeRO stages add the same fp32 numbers in other orders, and AdamW makes of a gradient that is rounding alone
+# a step of any size up to the rate, 2e-3 here. Worst seen over these runs: 9.7e-6; test_step_matrix.py has none such.
 ATOL = 3e-5
 
 
