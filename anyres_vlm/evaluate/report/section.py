@@ -1,0 +1,166 @@
+"""One benchmark's part of the page: scores with intervals, caveats, kinds of question, differences, failures."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from anyres_vlm.evaluate.report.bootstrap import Interval, draw, interval, shares
+from anyres_vlm.evaluate.report.caveats import beside_published, between
+from anyres_vlm.evaluate.report.comparison import Comparison, compare, most_different, worst
+from anyres_vlm.evaluate.report.measure import kind_ratios, kinds_of, score_ratios, units
+from anyres_vlm.evaluate.report.pictures import Pictures
+from anyres_vlm.evaluate.report.published import PUBLISHED, Guide, guide
+from anyres_vlm.evaluate.report.results import Answer, Result
+
+NORMAL = 1.96  # standard errors of a 95% interval
+MOST_KINDS = 24  # in the table, those with most questions
+
+
+@dataclass(frozen=True)
+class Scores:
+    """One result with its interval. `drawn` and `units` say what the bootstrap draws and how many there are.
+
+    `noise` is the smallest gap to a published score that is more than chance, in points; `reading` says it in words.
+    """
+
+    result: Result
+    interval: Interval | None
+    drawn: str
+    units: int
+    caveats: list[str]
+    noise: float | None
+    reading: str
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of question: how many, and each run's mean points in percent."""
+
+    name: str
+    questions: int
+    means: list[float | None]
+
+
+@dataclass(frozen=True)
+class Example:
+    """A question with what several runs said, and its picture as a data URL or why there is none."""
+
+    answers: list[tuple[str, Answer]]
+    picture: str
+    remark: str
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Two runs compared, and the questions on which they differ most."""
+
+    comparison: Comparison
+    examples: list[Example]
+
+
+@dataclass(frozen=True)
+class Section:
+    """Everything about one benchmark. `incomparable` names pairs of runs that have no question in common."""
+
+    name: str
+    guide: Guide
+    scores: list[Scores]
+    warnings: list[str]
+    kinds: list[Kind]
+    differences: list[Difference]
+    incomparable: list[tuple[str, str]]
+    failures: list[tuple[Result, list[Example]]]
+
+
+def make(name: str, results: Sequence[Result], pictures: Pictures, examples: int) -> Section:
+    """The part of one benchmark; every later run is compared with the first."""
+    compared = [(other, compare(results[0], other)) for other in results[1:]]
+    return Section(
+        name,
+        guide(name),
+        [_score(result) for result in results],
+        between(results),
+        _kinds(results),
+        [Difference(found, _differing(found, pictures, examples)) for _, found in compared if found],
+        [(results[0].label, other.label) for other, found in compared if not found],
+        [(result, _failing(result, pictures, examples)) for result in results],
+    )
+
+
+def _score(result: Result) -> Scores:
+    answers = list(result.answers.values())
+    drawn, called = units(result.answers)
+    if result.score is None or not answers:
+        return Scores(result, None, called, 0, beside_published(result), None, "no score: nothing to read")
+    ratios = score_ratios(result.benchmark, answers)
+    found = interval(shares(draw(ratios, drawn)).mean(axis=1))
+    noise = None if found is None else _noise(result.benchmark, found)
+    count = len(set(drawn))
+    return Scores(
+        result, found, called, count, beside_published(result), noise, _reading(result, found, count, called, noise)
+    )
+
+
+def _noise(benchmark: str, found: Interval) -> float | None:
+    """Both scores are samples: the published one of as many yes-or-no questions, which vary most."""
+    published, sizes = PUBLISHED[0].score(benchmark), guide(benchmark).sizes
+    if published is None or not sizes:
+        return None
+    share = published / 100
+    theirs = NORMAL * 100 * (share * (1 - share) / sizes[0]) ** 0.5
+    return float((found.margin**2 + theirs**2) ** 0.5)
+
+
+def _reading(result: Result, found: Interval | None, count: int, called: str, noise: float | None) -> str:
+    if found is None:
+        most = min(100.0, 300 / count)
+        return (
+            f"all answers have equal points, so a bootstrap says nothing; with {count:,} {called} up to {most:.0f}% of "
+            "others could hide (rule of three)"
+        )
+    told = f"a gap to another run on other questions under {2**0.5 * found.margin:.1f} points is noise"
+    if noise is not None:
+        told += f", to a published score under {noise:.1f}"
+    floor = guide(result.benchmark).floor
+    has_hints = result.protocol.get("ocr_tokens", "").startswith("in the prompt")
+    if floor is None or has_hints:
+        return told
+    place = "above" if found.low > floor else "below" if found.high < floor else "not told apart from"
+    return f"{told}; {place} {floor:g}, what needs no picture"
+
+
+def _kinds(results: Sequence[Result]) -> list[Kind]:
+    tables = []
+    for result in results:
+        answers = list(result.answers.values())
+        names = kinds_of(answers)
+        sums = kind_ratios(answers, answers).sum(axis=0) if names else []
+        tables.append({name: (float(hits), int(count)) for name, (hits, count) in zip(names, sums, strict=True)})
+    kinds = [
+        Kind(
+            name,
+            max(table[name][1] for table in tables if name in table),
+            [100 * table[name][0] / table[name][1] if name in table else None for table in tables],
+        )
+        for name in dict.fromkeys(name for table in tables for name in table)
+    ]
+    return sorted(kinds, key=lambda kind: -kind.questions)[:MOST_KINDS]
+
+
+def _differing(found: Comparison, pictures: Pictures, count: int) -> list[Example]:
+    labels = found.first.label, found.second.label
+    return [
+        _example([(labels[0], one), (labels[1], other)], found.second, pictures)
+        for _, one, other in most_different(found, count)
+    ]
+
+
+def _failing(result: Result, pictures: Pictures, count: int) -> list[Example]:
+    return [
+        _example([(result.label, answer)], result, pictures) for answer in worst(list(result.answers.values()), count)
+    ]
+
+
+def _example(answers: list[tuple[str, Answer]], result: Result, pictures: Pictures) -> Example:
+    return Example(answers, *pictures.show(answers[-1][1].image, result.tiling))
