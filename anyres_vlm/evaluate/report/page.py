@@ -44,6 +44,7 @@ def write_report(
     ]
     context: dict[str, Any] = {
         "published": PUBLISHED,
+        "sources": _sources(),
         "sections": sections,
         "present": [guide(name).title for name in present],
         "published_present": [name for name in present if name in BENCHMARKS],
@@ -57,6 +58,14 @@ def write_report(
     write_durably(out, _render("report.html.j2", context, autoescape=True))
     write_durably(beside, _render("report.md.j2", context, autoescape=False))
     return beside
+
+
+def _sources() -> list[str]:
+    """Each source behind the models that it has."""
+    by_source: dict[str, list[str]] = {}
+    for model in PUBLISHED:
+        by_source.setdefault(model.source, []).append(model.model)
+    return [f"{', '.join(models)}: {source}" for source, models in by_source.items()]
 
 
 def _rows(results: Sequence[Result], sections: Sequence[section.Section]) -> list[Row]:

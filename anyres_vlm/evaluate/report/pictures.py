@@ -14,8 +14,8 @@ from anyres_vlm.data.images import open_image
 from anyres_vlm.errors import DataError
 from anyres_vlm.geometry import Tiling
 
-WIDTH = 720  # pixels of a picture on the page at most
-QUALITY = 82
+WIDTH = 900  # pixels of a picture on the page at most
+QUALITY = 75
 
 DrawTiling = Callable[[Image.Image, Tiling], Image.Image]
 """Draws an image's tiles."""

@@ -72,13 +72,13 @@ def _headlines(name: str, by_probe: Mapping[str, Sequence[Reply]]) -> list[Headl
             said_yes = [float(yes_or_no(reply.said) is True) - 0.5 for reply in replies]
             return [
                 _headline("objects there or not, accuracy", right, 2, "50"),
-                _headline("bias to yes: its share less the half that is true", said_yes, 2, "0 has none; -50 or +50"),
+                _headline("share of yes less the half that is true", said_yes, 2, "0; always yes +50, always no -50"),
             ]
         case "spatial":
             both = [first * second for first, second in zip(right[::2], right[1::2], strict=True)]
             return [
                 _headline("relations, accuracy", right, 2, "50"),
-                _headline("swap test: right both ways round", both, 1, "25; 0 for who always says the same"),
+                _headline("swap test: right both ways round", both, 1, "25; always the same answer 0"),
             ]
         case "counting":
             hits = [float(number_in(reply.said) == reply.facts["count"]) for reply in replies]

@@ -116,8 +116,8 @@ def _reading(result: Result, found: Interval | None, count: int, called: str, no
     if found is None:
         most = min(100.0, 300 / count)
         return (
-            f"all answers have equal points, so a bootstrap says nothing; with {count:,} {called} up to {most:.0f}% of "
-            "others could hide (rule of three)"
+            f"all {called} have equal points, so a bootstrap says nothing: {most:.0f}% of them could be otherwise and "
+            "be missed (rule of three)"
         )
     told = f"a gap to another run on other questions under {2**0.5 * found.margin:.1f} points is noise"
     if noise is not None:
@@ -127,7 +127,7 @@ def _reading(result: Result, found: Interval | None, count: int, called: str, no
     if floor is None or has_hints:
         return told
     place = "above" if found.low > floor else "below" if found.high < floor else "not told apart from"
-    return f"{told}; {place} {floor:g}, what needs no picture"
+    return f"{told}; {place} {floor:g}, which needs no picture"
 
 
 def _kinds(results: Sequence[Result]) -> list[Kind]:

@@ -65,7 +65,7 @@ def test_a_page_of_two_runs(tmp_path: Path) -> None:
     assert not [attrs for tag, attrs in page.tags if tag in ("script", "link") or "href" in attrs], "self-contained"
     beside = (tmp_path / "report.md").read_text(encoding="utf-8")
     assert "| LLaVA-1.6-Vicuna-7B | 64.2 |" in beside
-    assert re.search(r"\| first \(models/first\) \| 50\.0 ± [\d.]+ \* \|", beside)
+    assert re.search(r"\| second \(models/second\) \| 35\.0 ± [\d.]+ \\\* \|", beside)
     assert "### second less first: -15.0 points" in beside
     again = (tmp_path / "report.html").read_bytes()
     report(tmp_path / "report.html", tmp_path / "first", tmp_path / "second")
@@ -137,7 +137,7 @@ def test_one_bare_result_and_mixed_runs(tmp_path: Path) -> None:
     blind = write_heldout(tmp_path / "blind.json", [True, False, False, False] * 5, blind=True)
     seen = write_heldout(tmp_path / "seen.json", [True, True, True, False] * 5)
     page = report(tmp_path / "r.html", bare, alike, empty, blind, seen)
-    assert "all answers have equal points" in page.text
+    assert "all pictures have equal points" in page.text
     assert "(rule of three)" in page.text
     assert "(nothing)" in page.text
     assert "no score: nothing to read" in page.text
@@ -169,8 +169,8 @@ def probe_file(folder: Path) -> Path:
 def test_probes_on_one_page(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     page = report(tmp_path / "r.html", probe_file(tmp_path / "probes"))
-    assert "bias to yes: its share less the half that is true 6 50.0 none" in page.text
-    assert "swap test: right both ways round 8 100.0 none" in page.text
+    assert "share of yes less the half that is true 6 50.0 all alike" in page.text
+    assert "swap test: right both ways round 8 100.0 all alike" in page.text
     assert "objects counted right 24 8.3" in page.text
     cases = list(reading.cases(168, 1, 0))
     tall = 100 * sum(case.facts["height"] >= 10 for case in cases) / len(cases)
