@@ -109,6 +109,10 @@ def _headline(name: str, values: Sequence[float], questions: int, guess: str) ->
     return Headline(name, value, interval(shares(drawn)[:, 0]), len(values) // questions, guess)
 
 
+def _cell(value: Any) -> float | None:
+    return None if value is None else float(value)
+
+
 def _tables(scores: Mapping[str, Any]) -> list[Table]:
     tables = []
     for probe, by_value in scores.items():
@@ -116,6 +120,6 @@ def _tables(scores: Mapping[str, Any]) -> list[Table]:
         factors = {f"{probe}, by {name}": rows for name, rows in by_value.items()} if is_nested else {probe: by_value}
         for title, rows in factors.items():
             columns = list(dict.fromkeys(column for row in rows.values() for column in row))
-            cells = [(str(value), [row.get(column) for column in columns]) for value, row in rows.items()]
+            cells = [(str(value), [_cell(row.get(column)) for column in columns]) for value, row in rows.items()]
             tables.append(Table(title, [column.replace("_", " ") for column in columns], cells))
     return tables

@@ -123,7 +123,7 @@ def read_runs(runs: Sequence[Path]) -> tuple[list[Result], list[Probes]]:
 
     Of a folder count the results in it; where it has none, those of folders called `eval` below it.
     """
-    files = [(run, file) for run in runs for file in _files(run)]
+    files = [(run, file) for run in dict.fromkeys(runs) for file in _files(run)]
     labels = _labels([run for run, _ in files])
     read = [_read(file, label) for (_, file), label in zip(files, labels, strict=True)]
     seen = Counter((result.benchmark, result.label) for result in read if isinstance(result, Result))
@@ -154,7 +154,7 @@ def _labels(runs: Sequence[Path]) -> list[str]:
             while min(map(len, parts.values())) > 1 and len({names[end] for names in parts.values()}) == 1:
                 for names in parts.values():
                     del names[end]
-    return ["/".join(parts[run]).replace("//", "/") for run in runs]
+    return [str(Path(*parts[run])) for run in runs]
 
 
 def _kind(content: Any) -> type[_ResultFile | _HeldoutFile | _ProbesFile] | None:
@@ -225,7 +225,7 @@ def _heldout(path: Path, label: str, found: _HeldoutFile) -> Result:
 
 def _marks(path: Path, found: _ResultFile) -> dict[str, Answer]:
     """What lies beside the result; its points alone where nothing does."""
-    beside = path.with_name(f"{found.benchmark}.marks.jsonl")
+    beside = path.with_name(f"{path.stem}.marks.jsonl")
     bare = {question: Answer(points) for question, points in found.points.items()}
     if not beside.exists() or not bare:
         return bare

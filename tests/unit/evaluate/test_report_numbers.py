@@ -172,6 +172,11 @@ def test_files_are_read_back(tmp_path: Path) -> None:
         ('{"benchmark": "gqa", "scores": {}}', "Field required"),
         ('{"benchmark": "gqa", "scores": {}, "score": "x", "questions": 1, "protocol": {}, "points": {}}', "score: "),
         ('{"accuracy": {}, "answers": []}', "0 answers to 0 questions"),
+        (
+            '{"benchmark": "../x", "scores": {}, "score": 1, "questions": 1, "protocol": {}, "points": {}, '
+            '"tiling": {"tile": 336, "patch": 0}}',
+            "tile side 336 must be a positive multiple",
+        ),
         ('{"tiling": 1}', "no result; expected what anyres eval"),
         ("[1, 2]", "no result; expected what anyres eval"),
         ("{", "not JSON"),
