@@ -109,7 +109,7 @@ def _answered(entry: Any, where: str) -> Answered:
         raw=text_key == "text",
         prompt=_text(entry.get("prompt", ""), f"{where}: prompt"),
         category=_text(entry.get("category", ""), f"{where}: category"),
-        image=_text(entry.get("image", ""), f"{where}: image"),
+        image=image if isinstance(image := entry.get("image"), str) else "",  # no part of any official format
     )
 
 

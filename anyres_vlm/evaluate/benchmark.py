@@ -29,10 +29,11 @@ class Question:
 
 @dataclass(frozen=True, slots=True)
 class Mark:
-    """What one answer is worth, 0 to 1, beside the truth, the picture's file and what kinds of question it was."""
+    """What one answer is worth, 0 to 1, beside question, truth, the picture's file and the kinds of question it is."""
 
     points: float
     answer: Answered
+    question: str
     reference: str
     image: str
     kinds: tuple[str, ...] = ()

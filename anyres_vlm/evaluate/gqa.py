@@ -83,7 +83,8 @@ class GQA:
                 groups[kind][take(types, key, str, where)].append(points)
             halves["open" if types["structural"] == "query" else "binary"].append(points)
             kinds = tuple(f"{key}: {types[key]}" for key in TYPES.values())
-            marks[name] = Mark(points, answer, truth, f"{entry.get('imageId', '')}.jpg", kinds)
+            question, image = (str(entry.get(key, "")) for key in ("question", "imageId"))
+            marks[name] = Mark(points, answer, question, truth, f"{image}.jpg", kinds)
         if not marks:
             raise DataError(f"{path}: no balanced questions in it")
         accuracy = percent([mark.points for mark in marks.values()])

@@ -19,7 +19,7 @@ def write_result(folder: Path, result: Mapping[str, Any], scored: Scored) -> Non
     lines = [
         {
             "question_id": question,
-            "question": mark.answer.prompt,
+            "question": mark.answer.prompt or mark.question,
             "image": mark.answer.image or mark.image,
             "text": mark.answer.text,
             "reference": mark.reference,

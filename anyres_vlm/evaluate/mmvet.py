@@ -102,10 +102,12 @@ class MMVet:
                 continue
             where = f"{path}: question {name}"
             truth = take(entry, "answer", str, where)
-            grade = self.judge.grade(take(entry, "question", str, where), truth, found[name].text)
+            question = take(entry, "question", str, where)
+            grade = self.judge.grade(question, truth, found[name].text)
             models.add(grade.model)
             needed = sorted(set(take(entry, "capability", list, where)))
-            marks[name] = Mark(grade.score, found[name], truth, str(entry.get("imagename", "")), tuple(needed))
+            image = str(entry.get("imagename", ""))
+            marks[name] = Mark(grade.score, found[name], question, truth, image, tuple(needed))
             for capability in needed:
                 groups["capabilities"][capability].append(grade.score)
             groups["integrations"]["_".join(needed)].append(grade.score)

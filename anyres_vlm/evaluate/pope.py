@@ -61,19 +61,24 @@ class POPE:
 
     def score(self, annotations: Sequence[Path], given: Sequence[Answered], partial: bool) -> Scored:
         labels: dict[str, bool] = {}
-        images: dict[str, str] = {}
+        shown: dict[str, Any] = {}
         splits: dict[str, list[str]] = {}
         for path in annotations:
             entries = _read(path)
             splits[_split(path)] = list(entries)
             labels |= {name: _label(entry, f"{path}: question {name}") for name, entry in entries.items()}
-            images |= {name: str(entry.get("image", "")) for name, entry in entries.items()}
+            shown |= entries
         ids = _ids(given, splits)
         found = match(given, set(ids) & set(labels) if partial else labels, ids)
         said = {name: yes_or_no(answer.text) == "yes" for name, answer in found.items()}
         marks = {
             name: Mark(
-                float(said[name] == labels[name]), found[name], ["no", "yes"][labels[name]], images[name], (split,)
+                float(said[name] == labels[name]),
+                found[name],
+                str(shown[name].get("text", "")),
+                shown[name]["label"],
+                str(shown[name].get("image", "")),
+                (split,),
             )
             for split, names in splits.items()
             for name in names

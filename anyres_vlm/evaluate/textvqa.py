@@ -92,8 +92,8 @@ class TextVQA:
             where = f"{path}: question {name}"
             human = take(entries[name], "answers", list, where)
             points = soft_accuracy(answer.text, human, where)
-            image = f"{entries[name].get('image_id', '')}.jpg"
-            marks[name] = Mark(points, answer, human_reference(human), image)
+            question, image = (str(entries[name].get(key, "")) for key in ("question", "image_id"))
+            marks[name] = Mark(points, answer, question, human_reference(human), f"{image}.jpg")
         if not marks:
             raise DataError(f"{path}: no annotations in it")
         accuracy = percent([mark.points for mark in marks.values()])

@@ -90,11 +90,12 @@ class VQAv2:
             human = take(entry, "answers", list, where)
             points = soft_accuracy(text, human, where)
             kinds = take(entry, "answer_type", str, where), take(entry, "question_type", str, where)
-            for kind, named in zip(by_type.values(), kinds, strict=True):
-                kind[named].append(points)
+            for groups, kind in zip(by_type.values(), kinds, strict=True):
+                groups[kind].append(points)
             reference = human_reference([said["answer"] for said in human])
             image = _image_name(subset, entry.get("image_id", 0))
-            marks[name] = Mark(points, answer, reference, image, (f"answer: {kinds[0]}", f"question: {kinds[1]}"))
+            named = f"answer: {kinds[0]}", f"question: {kinds[1]}"
+            marks[name] = Mark(points, answer, "", reference, image, named)  # the questions are in another file
         if not marks:
             raise DataError(f"{path}: no annotations in it")
         overall = _percent([mark.points for mark in marks.values()])

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from anyres_vlm.evaluate.report.bootstrap import Interval, draw, interval, shares
-from anyres_vlm.evaluate.report.measure import kind_ratios, kinds_of, score_ratios, units
+from anyres_vlm.evaluate.report.measure import has_marks, kind_ratios, kinds_of, score_ratios, units
+from anyres_vlm.evaluate.report.published import guide
 from anyres_vlm.evaluate.report.results import Answer, Result
 
 KINDS = 12  # shown, those that differ most
@@ -30,7 +31,7 @@ class KindDifference:
 
 @dataclass(frozen=True)
 class Comparison:
-    """`second` less `first` in points of the score, over their common questions.
+    """`second` less `first` in points of a measure, over their common questions.
 
     `better`, `worse` count questions that the second answers better or worse; `pairs` are the common answers by
     question.
@@ -38,6 +39,7 @@ class Comparison:
 
     first: Result
     second: Result
+    measure: str
     difference: float
     interval: Interval | None
     better: int
@@ -63,8 +65,8 @@ def compare(first: Result, second: Result) -> Comparison | None:
         return None
     left, right = ([pair[side] for pair in pairs.values()] for side in (0, 1))
     drawn, called = units({name: pair[0] for name, pair in pairs.items()})
-    is_alike = all(bool(a.kinds) == bool(b.kinds) for a, b in pairs.values())  # else one has no marks to take F1 of
-    score = [score_ratios(first.benchmark if is_alike else "", answers) for answers in (left, right)]
+    benchmark = first.benchmark if has_marks(left) and has_marks(right) else ""
+    score = [score_ratios(benchmark, answers) for answers in (left, right)]
     by_kind = [kind_ratios(answers, of=left) for answers in (left, right)]
     both = np.concatenate([*score, *by_kind], axis=1)
     ends = np.cumsum([part.shape[1] for part in (*score, *by_kind)])[:-1]
@@ -85,6 +87,7 @@ def compare(first: Result, second: Result) -> Comparison | None:
     return Comparison(
         first,
         second,
+        guide(benchmark).measure,
         float(now_2.mean() - now_1.mean()),
         interval(score_2.mean(axis=1) - score_1.mean(axis=1)),
         better,

@@ -15,13 +15,18 @@ from anyres_vlm.evaluate.report.results import Answer
 def score_ratios(benchmark: str, answers: Sequence[Answer]) -> Ratios:
     """(questions, ratios, 2), whose mean is the score: points over questions, of POPE each split's F1.
 
-    F1 is 2 hits / (said yes + true yes). Of POPE without marks, accuracy is what can be said.
+    F1 is 2 hits / (said yes + true yes), for which answers need their marks.
     """
-    if benchmark == "pope" and all(answer.kinds for answer in answers):
+    if benchmark == "pope":
         said = np.array([yes_or_no(answer.text) == "yes" for answer in answers], np.float64)
         true = np.array([answer.reference == "yes" for answer in answers], np.float64)
         return _of_kinds(np.stack([2 * said * true, said + true], axis=1), answers)
     return _points(answers)[:, None, :]
+
+
+def has_marks(answers: Sequence[Answer]) -> bool:
+    """Whether it is known what was said, not only what it was worth."""
+    return all(answer.reference for answer in answers)
 
 
 def kinds_of(answers: Sequence[Answer]) -> list[str]:

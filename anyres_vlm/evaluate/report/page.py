@@ -14,6 +14,7 @@ from jinja2 import Environment
 from anyres_vlm.evaluate.answer_log import write_durably
 from anyres_vlm.evaluate.benchmark import SHORT_ANSWER
 from anyres_vlm.evaluate.report import section
+from anyres_vlm.evaluate.report.bootstrap import DRAWS
 from anyres_vlm.evaluate.report.pictures import Pictures, png_url
 from anyres_vlm.evaluate.report.published import BENCHMARKS, PUBLISHED, guide
 from anyres_vlm.evaluate.report.results import Probes, Result
@@ -45,6 +46,8 @@ def write_report(
     context: dict[str, Any] = {
         "published": PUBLISHED,
         "sources": _sources(),
+        "draws": DRAWS,
+        "rates": [rate.replace("_", " ") for rate in section.RATES],
         "sections": sections,
         "present": [guide(name).title for name in present],
         "published_present": [name for name in present if name in BENCHMARKS],

@@ -18,8 +18,6 @@ from anyres_vlm.evaluate.probes.run import THUMBNAIL
 from anyres_vlm.evaluate.report.bootstrap import Interval, draw, interval, shares
 from anyres_vlm.evaluate.report.results import Probes
 
-COUNTED_RIGHT = "objects counted right"
-
 
 @dataclass(frozen=True)
 class Headline:
@@ -82,7 +80,7 @@ def _headlines(name: str, by_probe: Mapping[str, Sequence[Reply]]) -> list[Headl
             ]
         case "counting":
             hits = [float(number_in(reply.said) == reply.facts["count"]) for reply in replies]
-            return [_headline(COUNTED_RIGHT, hits, 1, "8.3")]
+            return [_headline("objects counted right", hits, 1, "8.3")]
         case "reading":
             tiles, alone = _read(replies), _read(by_probe.get(THUMBNAIL, []))
             lines = [_headline(f"{what} read, with tiles", tiles[what], 1, "0") for what in tiles]

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from anyres_vlm.evaluate.report.bootstrap import Interval, draw, interval, shares
 from anyres_vlm.evaluate.report.caveats import beside_published, between
 from anyres_vlm.evaluate.report.comparison import Comparison, compare, most_different, worst
-from anyres_vlm.evaluate.report.measure import kind_ratios, kinds_of, score_ratios, units
+from anyres_vlm.evaluate.report.measure import has_marks, kind_ratios, kinds_of, score_ratios, units
 from anyres_vlm.evaluate.report.pictures import Pictures
 from anyres_vlm.evaluate.report.published import PUBLISHED, Guide, guide
 from anyres_vlm.evaluate.report.results import Answer, Result
 
 NORMAL = 1.96  # standard errors of a 95% interval
+RATES = ("accuracy", "precision", "recall", "f1", "yes_ratio")
 MOST_KINDS = 24  # in the table, those with most questions
 
 
@@ -22,6 +24,7 @@ class Scores:
     """One result with its interval. `drawn` and `units` say what the bootstrap draws and how many there are.
 
     `noise` is the smallest gap to a published score that is more than chance, in points; `reading` says it in words.
+    `rates` are POPE's in the order of RATES, by split.
     """
 
     result: Result
@@ -31,6 +34,7 @@ class Scores:
     caveats: list[str]
     noise: float | None
     reading: str
+    rates: list[tuple[str, list[float | None]]]
 
 
 @dataclass(frozen=True)
@@ -91,15 +95,35 @@ def make(name: str, results: Sequence[Result], pictures: Pictures, examples: int
 def _score(result: Result) -> Scores:
     answers = list(result.answers.values())
     drawn, called = units(result.answers)
-    if result.score is None or not answers:
-        return Scores(result, None, called, 0, beside_published(result), None, "no score: nothing to read")
+    caveats, count = beside_published(result), len(set(drawn))
+    if nothing := _no_interval(result, answers, count):
+        return Scores(result, None, called, count, caveats, None, nothing, _rates(result))
     ratios = score_ratios(result.benchmark, answers)
     found = interval(shares(draw(ratios, drawn)).mean(axis=1))
     noise = None if found is None else _noise(result.benchmark, found)
-    count = len(set(drawn))
-    return Scores(
-        result, found, called, count, beside_published(result), noise, _reading(result, found, count, called, noise)
-    )
+    reading = _reading(result, found, count, called, noise)
+    return Scores(result, found, called, count, caveats, noise, reading, _rates(result))
+
+
+def _no_interval(result: Result, answers: Sequence[Answer], count: int) -> str:
+    """Why there is none, if there is none."""
+    if result.score is None:
+        return "no score: F1 needs a right yes in each split" if result.scores else "no score: no truth or no judge"
+    if result.benchmark == "pope" and not has_marks(answers):
+        return "no interval: F1's needs marks.jsonl beside the result: score it again"
+    return "no interval: it takes two pictures at least" if count < 2 else ""
+
+
+def _rates(result: Result) -> list[tuple[str, list[float | None]]]:
+    """POPE's rates in percent by split."""
+    if result.benchmark != "pope":
+        return []
+    rows = {split: row for split, row in result.scores.items() if isinstance(row, dict)}
+    return [(split, [_percent(row.get(rate)) for rate in RATES]) for split, row in rows.items()]
+
+
+def _percent(value: Any) -> float | None:
+    return 100 * value if isinstance(value, int | float) else None
 
 
 def _noise(benchmark: str, found: Interval) -> float | None:

@@ -140,10 +140,24 @@ def test_one_bare_result_and_mixed_runs(tmp_path: Path) -> None:
     assert "all pictures have equal points" in page.text
     assert "(rule of three)" in page.text
     assert "(nothing)" in page.text
-    assert "no score: nothing to read" in page.text
+    assert "no score: no truth or no judge" in page.text
     assert "The result does not keep what was asked and said" in page.text
     assert "seen less blind: +50.0 points" in page.text
     assert "pictures differs: blind: swapped (blind); seen: its own" in page.text
+
+
+def test_pope_shows_its_share_of_yes(tmp_path: Path) -> None:
+    marks = [mark(n, n % 2, text=["yes", "no"][n % 3 > 0], reference="yes", kinds=["random"]) for n in range(30)]
+    rates = {"accuracy": 1 / 3, "precision": 1.0, "recall": 1 / 3, "f1": 0.5, "yes_ratio": 1 / 3}
+    page = report(tmp_path / "r.html", write_result(tmp_path, "pope", marks, score=50.0, scores={"random": rates}))
+    assert "random 33.3 100.0 33.3 50.0 33.3" in page.text
+    assert "splits random: published scores are the mean of three" in page.text
+    assert "below 66.7, which needs no picture" in page.text
+
+
+def test_one_picture_has_no_interval(tmp_path: Path) -> None:
+    page = report(tmp_path / "r.html", write_result(tmp_path, "gqa", [mark(n, n % 2, image="a") for n in range(9)]))
+    assert "no interval: it takes two pictures at least" in page.text
 
 
 def probe_file(folder: Path) -> Path:
