@@ -23,8 +23,7 @@ MOST_KINDS = 24  # in the table, those with most questions
 class Scores:
     """One result with its interval. `drawn` and `units` say what the bootstrap draws and how many there are.
 
-    `noise` is the smallest gap to a published score that is more than chance, in points; `reading` says it in words.
-    `rates` are POPE's in the order of RATES, by split.
+    `reading` says in words how large a gap means something. `rates` are POPE's in the order of RATES, by split.
     """
 
     result: Result
@@ -32,7 +31,6 @@ class Scores:
     drawn: str
     units: int
     caveats: list[str]
-    noise: float | None
     reading: str
     rates: list[tuple[str, list[float | None]]]
 
@@ -97,12 +95,10 @@ def _score(result: Result) -> Scores:
     drawn, called = units(result.answers)
     caveats, count = beside_published(result), len(set(drawn))
     if nothing := _no_interval(result, answers, count):
-        return Scores(result, None, called, count, caveats, None, nothing, _rates(result))
+        return Scores(result, None, called, count, caveats, nothing, _rates(result))
     ratios = score_ratios(result.benchmark, answers)
     found = interval(shares(draw(ratios, drawn)).mean(axis=1))
-    noise = None if found is None else _noise(result.benchmark, found)
-    reading = _reading(result, found, count, called, noise)
-    return Scores(result, found, called, count, caveats, noise, reading, _rates(result))
+    return Scores(result, found, called, count, caveats, _reading(result, found, count, called), _rates(result))
 
 
 def _no_interval(result: Result, answers: Sequence[Answer], count: int) -> str:
@@ -127,7 +123,10 @@ def _percent(value: Any) -> float | None:
 
 
 def _noise(benchmark: str, found: Interval) -> float | None:
-    """Both scores are samples: the published one of as many yes-or-no questions, which vary most."""
+    """The smallest gap to a published score that is more than chance, in points; None where none is published.
+
+    Both scores are samples: the published one of as many yes-or-no questions, which vary most.
+    """
     published, sizes = PUBLISHED[0].score(benchmark), guide(benchmark).sizes
     if published is None or not sizes:
         return None
@@ -136,7 +135,7 @@ def _noise(benchmark: str, found: Interval) -> float | None:
     return float((found.margin**2 + theirs**2) ** 0.5)
 
 
-def _reading(result: Result, found: Interval | None, count: int, called: str, noise: float | None) -> str:
+def _reading(result: Result, found: Interval | None, count: int, called: str) -> str:
     if found is None:
         most = min(100.0, 300 / count)
         return (
@@ -144,7 +143,7 @@ def _reading(result: Result, found: Interval | None, count: int, called: str, no
             "be missed (rule of three)"
         )
     told = f"a gap to another run on other questions under {2**0.5 * found.margin:.1f} points is noise"
-    if noise is not None:
+    if noise := _noise(result.benchmark, found):
         told += f", to a published score under {noise:.1f}"
     floor = guide(result.benchmark).floor
     has_hints = result.protocol.get("ocr_tokens", "").startswith("in the prompt")
