@@ -11,7 +11,6 @@ import numpy as np
 
 from anyres_vlm.evaluate.report.bootstrap import Interval, draw, interval, shares
 from anyres_vlm.evaluate.report.measure import has_marks, kind_ratios, kinds_of, score_ratios, units
-from anyres_vlm.evaluate.report.published import guide
 from anyres_vlm.evaluate.report.results import Answer, Result
 
 KINDS = 12  # shown, those that differ most
@@ -31,7 +30,7 @@ class KindDifference:
 
 @dataclass(frozen=True)
 class Comparison:
-    """`second` less `first` in points of a measure, over their common questions.
+    """`second` less `first` in points of the score, over their common questions; or of mean points, for want of marks.
 
     `better`, `worse` count questions that the second answers better or worse; `pairs` are the common answers by
     question.
@@ -87,7 +86,7 @@ def compare(first: Result, second: Result) -> Comparison | None:
     return Comparison(
         first,
         second,
-        guide(benchmark).measure,
+        "score" if benchmark else "mean points",
         float(now_2.mean() - now_1.mean()),
         interval(score_2.mean(axis=1) - score_1.mean(axis=1)),
         better,

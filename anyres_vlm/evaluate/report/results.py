@@ -124,7 +124,7 @@ def read_runs(runs: Sequence[Path]) -> tuple[list[Result], list[Probes]]:
     Of a folder count the results in it; where it has none, those of folders called `eval` below it.
     """
     files = [(run, file) for run in dict.fromkeys(runs) for file in _files(run)]
-    labels = _labels([run for run, _ in files])
+    labels = _labels([file.with_suffix("") if run == file else file.parent for run, file in files])
     read = [_read(file, label) for (_, file), label in zip(files, labels, strict=True)]
     seen = Counter((result.benchmark, result.label) for result in read if isinstance(result, Result))
     results = [
@@ -146,15 +146,15 @@ def _files(run: Path) -> list[Path]:
     raise DataError(f"{run}: no result in it; {EXPECTED}")
 
 
-def _labels(runs: Sequence[Path]) -> list[str]:
-    """Each run's path without the folders that begin or end all of them."""
-    parts = {run: list(run.with_suffix("").parts if run.is_file() else run.parts) for run in runs}
+def _labels(places: Sequence[Path]) -> list[str]:
+    """Each path without the folders that begin or end all of them."""
+    parts = {place: list(place.parts) for place in places}
     if len(parts) > 1:
         for end in (0, -1):
             while min(map(len, parts.values())) > 1 and len({names[end] for names in parts.values()}) == 1:
                 for names in parts.values():
                     del names[end]
-    return [str(Path(*parts[run])) for run in runs]
+    return [str(Path(*parts[place])) for place in places]
 
 
 def _kind(content: Any) -> type[_ResultFile | _HeldoutFile | _ProbesFile] | None:

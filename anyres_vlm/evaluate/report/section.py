@@ -74,6 +74,15 @@ class Section:
     incomparable: list[tuple[str, str]]
     failures: list[tuple[Result, list[Example]]]
 
+    @property
+    def caveats(self) -> dict[str, list[str]]:
+        """Why runs are not like the published ones, and which."""
+        found: dict[str, list[str]] = {}
+        for score in self.scores:
+            for caveat in score.caveats:
+                found.setdefault(caveat, []).append(score.result.label)
+        return found
+
 
 def make(name: str, results: Sequence[Result], pictures: Pictures, examples: int) -> Section:
     """The part of one benchmark; every later run is compared with the first."""

@@ -162,6 +162,10 @@ def test_files_are_read_back(tmp_path: Path) -> None:
     assert results[2].blind
     assert results[2].score == 66.67
     assert probes == []
+    write_result(tmp_path / "one" / "stage1" / "eval", "gqa", [mark(n, 0.0) for n in range(4)])
+    both = read_runs([tmp_path / "one"])[0]
+    assert [(found.label, found.score) for found in both] == [("eval", 50.0), ("stage1/eval", 0.0)]
+    assert [found.label for found in read_runs([tmp_path / "one", tmp_path / "two"])[0]][2:] == ["two"]
     (tmp_path / "one" / "eval" / "gqa.marks.jsonl").unlink()
     assert read_runs([tmp_path / "one"])[0][0].answers["3"] == Answer(1.0)
 
