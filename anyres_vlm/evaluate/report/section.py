@@ -181,18 +181,20 @@ def _kinds(results: Sequence[Result]) -> list[Kind]:
 
 
 def _differing(found: Comparison, pictures: Pictures, count: int) -> list[Example]:
-    labels = found.first.label, found.second.label
     return [
-        _example([(labels[0], one), (labels[1], other)], found.second, pictures)
+        _example([(found.first, one), (found.second, other)], pictures)
         for _, one, other in most_different(found, count)
     ]
 
 
 def _failing(result: Result, pictures: Pictures, count: int) -> list[Example]:
-    return [
-        _example([(result.label, answer)], result, pictures) for answer in worst(list(result.answers.values()), count)
-    ]
+    return [_example([(result, answer)], pictures) for answer in worst(list(result.answers.values()), count)]
 
 
-def _example(answers: list[tuple[str, Answer]], result: Result, pictures: Pictures) -> Example:
-    return Example(answers, *pictures.show(answers[-1][1].image, result.tiling))
+def _example(said: list[tuple[Result, Answer]], pictures: Pictures) -> Example:
+    """With the picture that the last run saw which was not blind."""
+    result, answer = next((pair for pair in reversed(said) if not pair[0].blind), said[-1])
+    picture, remark = pictures.show(answer.image, result.tiling)
+    if result.blind and picture:
+        remark = "another question's picture, for the run is blind"
+    return Example([(result.label, answer) for result, answer in said], picture, remark)
