@@ -144,7 +144,7 @@ def _scenes(captions: Path | None, instances: Path | None, descriptions: Path | 
     if (captions is None) == (descriptions is None):
         raise UsageError("give either --captions (COCO, with --instances for boxes) or --descriptions")
     if captions is not None:
-        return read_coco(captions, instances)
+        return read_coco(captions, instances, images)
     if instances is not None:
         raise UsageError("--instances goes with --captions; --descriptions holds its own boxes")
     assert descriptions is not None
