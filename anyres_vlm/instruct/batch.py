@@ -207,7 +207,7 @@ class BatchGeneration:
             content = await self.client.files.content(file)
             lines = content.content.splitlines()  # of bytes: only the ends of lines, no character that JSON may hold
             for start in range(0, len(lines), SHARE):
-                entries = {}
+                entries: dict[tuple[str, int], dict[str, Any]] = {}
                 for line in lines[start : start + SHARE]:
                     if line.strip() and (entry := self._entry(name, line, items)) is not None:
                         entries.setdefault((entry["key"], entry["attempt"]), entry)

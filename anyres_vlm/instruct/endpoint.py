@@ -154,7 +154,7 @@ def without_key(text: str, client: openai.AsyncOpenAI) -> str:
 
 def backoff_s(retry: int, chance: random.Random) -> float:
     """How long to wait before a request is made again, without a word from the endpoint."""
-    return min(FIRST_WAIT_S * 2**retry, LONGEST_BACKOFF_S) * chance.uniform(0.5, 1.5)
+    return min(FIRST_WAIT_S * 2.0**retry, LONGEST_BACKOFF_S) * chance.uniform(0.5, 1.5)
 
 
 def retry_after(header: str | None) -> float:

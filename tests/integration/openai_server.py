@@ -187,6 +187,7 @@ def completion(request: dict, name: str, fault: str) -> bytes:
     text = "\n".join(f"Question: What of the {words(2)}?\nAnswer: It is the {words(12)}." for _ in range(pairs))
     message: dict = {"role": "assistant", "content": text or f"A view of the {words(40)}."}
     reason = "stop"
+    usage = {"prompt_tokens": sum(len(m["content"]) // 4 for m in request["messages"]), "completion_tokens": 100}
     match fault:
         case "nonsense":
             message["content"] = "lorem ipsum " * 5
@@ -196,7 +197,9 @@ def completion(request: dict, name: str, fault: str) -> bytes:
             message |= {"content": None, "refusal": "no"}
         case "length":
             reason = "length"
-    usage = {"prompt_tokens": sum(len(m["content"]) // 4 for m in request["messages"]), "completion_tokens": 100}
+        case "dear":  # a token a byte, and the longest answer
+            texts = [m["content"].encode() for m in request["messages"]]
+            usage = {"prompt_tokens": sum(map(len, texts)), "completion_tokens": request["max_tokens"]}
     identity = hashlib.sha256(name.encode()).hexdigest()[:8]
     choice = {"index": 0, "message": message, "finish_reason": reason, "logprobs": None}
     whole = {"id": identity, "object": "chat.completion", "created": 0, "model": request["model"], "choices": [choice]}

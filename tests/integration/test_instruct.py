@@ -196,14 +196,28 @@ def test_budgets_are_never_passed(tmp_path: Path, serve: Callable[..., str], cap
     assert "stopped:  the budget is used up" in capfd.readouterr().out
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
     tokens = summary["prompt_tokens"] + summary["completion_tokens"]
-    assert 13000 < tokens <= 15000  # short of it by less than one dearest answer
+    assert 12400 < tokens <= 15000  # short of it by less than one dearest answer, of 2,500
     assert main(arguments(tmp_path, url, "detail=60", "--max-cost", 0.025, "--json")) == 0
     summary = json.loads(capfd.readouterr().out)
-    assert 0.022 < summary["cost"] <= 0.025
+    assert 0.0214 < summary["cost"] <= 0.025
     # the server's own count, at 1 and 2 dollars a million
     usages = [json.loads(entry["body"])["usage"] for entry in logged(tmp_path)]
     cost = sum(usage["prompt_tokens"] + 2 * usage["completion_tokens"] for usage in usages) / 1e6
     assert summary["cost"] == pytest.approx(cost, abs=1e-6)
+
+
+def test_budgets_hold_with_the_dearest_tokenizer_and_the_longest_answers(
+    tmp_path: Path, serve: Callable[..., str]
+) -> None:
+    write_scenes(tmp_path, 40)
+    scenes = [json.loads(line) for line in (tmp_path / "scenes.jsonl").read_text().splitlines()]
+    lines = [json.dumps(scene | {"captions": ["一只棕色的狗在草地上奔跑" * 9]}) for scene in scenes]
+    (tmp_path / "scenes.jsonl").write_text("\n".join(lines))
+    assert main(arguments(tmp_path, serve("--faults", "dear"), "detail=40", "--max-tokens", 30000)) == 0
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert 27000 < summary["prompt_tokens"] + summary["completion_tokens"] <= 30000
+    assert main(arguments(tmp_path, serve("--faults", "dear"), "detail=40", "--max-cost", 0.1)) == 0
+    assert 0.09 < json.loads((tmp_path / "out" / "summary.json").read_text())["cost"] <= 0.1
 
 
 def test_dry_run_asks_nothing(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
