@@ -22,7 +22,7 @@ from openai.types import Batch
 
 from anyres_vlm.errors import DataError, UsageError
 from anyres_vlm.instruct.budget import Budget
-from anyres_vlm.instruct.endpoint import AGAIN, backoff_s, retry_after, without_key
+from anyres_vlm.instruct.endpoint import AGAIN, answer_without_key, backoff_s, retry_after, without_key
 from anyres_vlm.instruct.generate import BROKEN_LINE, Progress, Stop
 from anyres_vlm.instruct.job import Item
 from anyres_vlm.instruct.ledger import Ledger
@@ -234,7 +234,7 @@ class BatchGeneration:
             raise UsageError(f"batch {name} has items that this run has not: give the counts of the run that made it")
         if status is None or status >= 500 or status in AGAIN or number in self.ledger.made(key):
             return None
-        return response_entry(items[key], number, status, without_key(body, self.client), batch=name)
+        return response_entry(items[key], number, status, answer_without_key(body, self.client), batch=name)
 
     async def _note(self, name: str, state: str, number: str | None = None) -> None:
         entry = {"batch_name": name, "state": state, "id": number}

@@ -124,6 +124,18 @@ def test_the_key_is_written_nowhere(
     assert KEY not in printed.out + printed.err + caplog.text
 
 
+@pytest.mark.parametrize("mode", ["sync", "batch"])
+def test_a_placeholder_for_a_key_changes_no_answer(
+    tmp_path: Path, serve: Callable[..., str], monkeypatch: pytest.MonkeyPatch, mode: str
+) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", "river")  # a word of the server's
+    write_scenes(tmp_path, 10)
+    assert main(arguments(tmp_path, serve(), "detail=10", "--mode", mode)) == 0
+    data = (tmp_path / "out" / "data.json").read_text()
+    assert "[key]" not in data
+    assert "river" in data
+
+
 @pytest.mark.parametrize(
     ("fault", "status", "said"),
     [
