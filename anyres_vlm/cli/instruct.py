@@ -123,11 +123,13 @@ def _require_extra() -> None:
 def _counts(count: str, kinds: str | None) -> dict[Kind, int]:
     from anyres_vlm.instruct.prompts import parse_kind  # start-up time
 
-    counts = {}
+    counts: dict[Kind, int] = {}
     for part in count.split(","):
         kind, _, number = part.partition("=")
         if not number.strip().isdecimal() or int(number) == 0:
             raise UsageError(f"--count {part!r}: expected KIND=NUMBER, for example conversation=58000")
+        if parse_kind(kind.strip()) in counts:
+            raise UsageError(f"--count {count}: {kind.strip()} is given twice")
         counts[parse_kind(kind.strip())] = int(number)
     if kinds is None:
         return counts

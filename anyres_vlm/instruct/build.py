@@ -14,7 +14,7 @@ from anyres_vlm.errors import DataError
 from anyres_vlm.instruct.duplicates import NearDuplicates
 from anyres_vlm.instruct.job import Item
 from anyres_vlm.instruct.ledger import Ledger
-from anyres_vlm.instruct.objects import find_objects
+from anyres_vlm.instruct.objects import category_of, find_objects
 from anyres_vlm.instruct.parse import Parsed, Reject
 from anyres_vlm.instruct.raw_log import parse_entry
 from anyres_vlm.instruct.verdict import item_of, judge
@@ -91,7 +91,9 @@ class Tally:
         """Count one conversation of the data set."""
         self.accepted[item.kind] += 1
         answers = " \n".join(turn.text for turn in parsed.turns if turn.role == "assistant")
-        self.objects.update({mention.word.category for mention in find_objects(answers)})
+        shown = {category_of(found.name) for found in item.scene.objects}
+        words = [mention.word for mention in find_objects(answers)]
+        self.objects.update({word.category for word in words if word.sure or word.category in shown})
         self.words.setdefault(item.kind, Counter())[len(answers.split())] += 1
 
     def summary(self, ledger: Ledger) -> dict[str, Any]:

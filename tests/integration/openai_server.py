@@ -5,7 +5,7 @@
 
 `--once` spoils the next request of a route, before or after the server has done what was asked, once for each time it
 is given: `drop` cuts the connection, `cut` sends half an answer, `hang` none, `empty` no batches, a number is an HTTP
-status. Ids are `ID`.
+status, `later` a 429 for 1.6 seconds. Ids are `ID`.
 
 Prints its port. What it has answered, and so been paid for, is in STATE_FOLDER/answered.jsonl: it survives the clients.
 Faults are drawn from the request's name and how often it was asked, so that a run of tests is one run.
@@ -74,9 +74,11 @@ class Server:
         _, when, what = now
         reply = await self.reply(method, path, headers, body) if when == "after" else b""
         with (self.state / "spoiled.txt").open("a") as stream:
-            stream.write(f"{now}\n")
+            stream.write(f"{route} {what} {time.time()}\n")
         if what == "hang":
             await asyncio.sleep(3600)
+        if what == "later":
+            return http(429, {"error": {"message": "slow down"}}, "retry-after: 1.6\r\n")
         if what == "empty":
             return http(200, {"object": "list", "data": [], "has_more": False})
         if what == "cut":

@@ -28,10 +28,8 @@ from generation import (
 from PIL import Image
 
 from anyres_vlm.cli.main import main
-from anyres_vlm.config import load_config, shipped_config
 from anyres_vlm.data.sources import read_records
-from anyres_vlm.train.options import RunOptions
-from anyres_vlm.train.run import train
+from anyres_vlm.instruct import progress
 
 KEY = "sk-test-0123456789-secret"
 EVERY_FAULT = "slow,429,500,drop,drop_body,cut_json,nonsense,refusal,refusal_field,length"
@@ -102,10 +100,10 @@ def test_output_trains(tmp_path: Path, tiny_bases: Path, serve: Callable[..., st
     flags = [word for override in overrides for word in ("--set", override)]
     assert main(["index", str(data), "--images", str(tmp_path), "--out", str(index), *flags]) == 0
     assert main(["plan", str(index), "--capacity", "2048", "--batch-size", "16", "--ranks", "1"]) == 0
-    steps = []
-    options = RunOptions(tmp_path / "run", ("stage2",), skip_stage1=True)
-    train(load_config(shipped_config("tiny"), overrides), options, lambda *step: steps.append(step))
-    assert len(steps) == 2
+    assert main(["train", "--stage", "2", "--skip-stage1", "--output", str(tmp_path / "run"), *flags]) == 0
+    steps = [json.loads(line) for line in (tmp_path / "run" / "stage2" / "metrics.jsonl").read_text().splitlines()]
+    assert [step["step"] for step in steps] == [1, 2]
+    assert sum(step["data/samples"] for step in steps) == 40
     assert (tmp_path / "run" / "stage2" / "model" / "model.safetensors").exists()
     assert "data:image/jpeg;base64," in (tmp_path / "out" / "report.html").read_text()
 
@@ -161,6 +159,30 @@ def test_a_hanging_endpoint_times_out_and_is_asked_again(tmp_path: Path, serve: 
     (tmp_path / "settings.yaml").write_text("model: m\nlimits: {timeout_s: 0.5, retries: 12}\n")
     assert main(config) == 0
     require_whole(tmp_path, 8)
+
+
+def test_a_429_holds_every_request_back_for_as_long_as_it_says(tmp_path: Path, serve: Callable[..., str]) -> None:
+    write_scenes(tmp_path, 20)
+    url = serve("--once", "POST /chat/completions:before:later", "--delay", 0.1)
+    assert main(arguments(tmp_path, url, "detail=20", "--concurrency", 2)) == 0
+    (_, _, refused_at) = (tmp_path / "state" / "spoiled.txt").read_text().split()
+    times = [json.loads(line)["at"] for line in (tmp_path / "state" / "answered.jsonl").read_text().splitlines()]
+    under_way = [at for at in times if at < float(refused_at) + 1.5]
+    assert len(times) == 20
+    assert len(under_way) <= 1
+
+
+def test_progress_says_time_left_and_cost(
+    tmp_path: Path, serve: Callable[..., str], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(progress, "LINE_EVERY_S", 0.2)
+    write_scenes(tmp_path, 30)
+    assert main(arguments(tmp_path, serve("--delay", 0.1), "detail=30", "--concurrency", 3)) == 0
+    lines = re.findall(r"generating (\d+)/30  (\d+) s left  [\d,]+ tokens  \$0\.0\d", capfd.readouterr().err)
+    assert len(lines) >= 2
+    settled, left_s = zip(*((int(done), int(left)) for done, left in lines), strict=True)
+    assert list(settled) == sorted(settled)
+    assert all(left <= 30 for left in left_s)
 
 
 def test_concurrency_is_bounded(tmp_path: Path, serve: Callable[..., str]) -> None:
@@ -265,6 +287,7 @@ def test_a_second_run_asks_only_for_what_is_new(
         (["--count", "detail=99"], "only 5 images have captions for it: lower it"),
         (["--count", "poem=1"], "kind 'poem': expected one of conversation, detail, reasoning"),
         (["--count", "detail"], "expected KIND=NUMBER"),
+        (["--count", "detail=1,detail=2"], "detail is given twice"),
         (["--kinds", "reasoning"], "--count gives no number of reasoning"),
         (["--max-cost", "1", "--model", "unheard-of"], "--max-cost needs the price of unheard-of"),
         (["--captions", "c.json"], "give either --captions"),
