@@ -158,9 +158,7 @@ def _print_estimate(estimate: Estimate, as_json: bool) -> None:
         print(json.dumps(vars(estimate), indent=2))
         return
     print(f"requests: {estimate.requests:,}")
-    print(
-        f"tokens:   about {estimate.prompt_tokens:,} in, {estimate.completion_tokens:,} out (estimated from characters)"
-    )
+    print(f"tokens:   about {estimate.prompt_tokens:,} in, {estimate.completion_tokens:,} out (estimated)")
     if estimate.cost is None or estimate.most is None:
         print("cost:     unknown: the config has no price of this model")
     else:
