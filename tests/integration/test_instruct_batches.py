@@ -132,6 +132,7 @@ def test_a_batch_that_is_listed_late_is_waited_for(tmp_path: Path, serve: Callab
     log = tmp_path / "out" / "responses.jsonl"
     log.write_text("".join(f"{line}\n" for line in log.read_text().splitlines()[:3]))
     assert json.loads(log.read_text().splitlines()[-1])["state"] == "submitting"
+    assert main([word for word in command if word not in ("--mode", "batch")]) == 2  # would pay for it again
     assert main(command) == 0
     require_whole(tmp_path, 10)
     assert answered(tmp_path).total() == 10
