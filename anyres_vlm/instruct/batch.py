@@ -137,10 +137,11 @@ class BatchGeneration:
                     extra_headers={"Idempotency-Key": name},
                 )
             except (openai.APIConnectionError, openai.APIStatusError) as error:
-                if retry == self.limits.retries or not _passes(error):
-                    raise
                 asked = error.response.headers.get("retry-after") if isinstance(error, openai.APIStatusError) else None
-                await self._pause(max(retry_after(asked), backoff_s(retry, chance)))
+                asked_s = retry_after(asked)
+                if retry == self.limits.retries or asked_s > self.limits.longest_wait_s or not _passes(error):
+                    raise
+                await self._pause(max(asked_s, backoff_s(retry, chance)))
             else:
                 return batch.id
             if self.stop.reason is not None:
