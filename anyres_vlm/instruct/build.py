@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
+from anyres_vlm.durable import replacing
 from anyres_vlm.errors import DataError
 from anyres_vlm.instruct.duplicates import NearDuplicates
 from anyres_vlm.instruct.job import Item
@@ -142,14 +140,3 @@ def _quantiles(lengths: Counter[int]) -> dict[str, int]:
 
 
 QUANTILES = {"least": 0.0, "median": 0.5, "p95": 0.95, "most": 1.0}
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[IO[str]]:
-    """A file that takes the place of the old one when it is whole."""
-    temporary = path.with_name(f"{path.name}.partial")
-    with temporary.open("w", encoding="utf-8") as stream:
-        yield stream
-        stream.flush()
-        os.fsync(stream.fileno())
-    temporary.replace(path)
