@@ -13,8 +13,9 @@ from typing import Any
 from anyres_vlm.data.checks import plan_image
 from anyres_vlm.data.images import open_image
 from anyres_vlm.data.index.build import Shard
+from anyres_vlm.durable import replacing
 from anyres_vlm.errors import DataError, UsageError
-from anyres_vlm.evaluate.answer_log import AnswerLog, write_durably
+from anyres_vlm.evaluate.answer_log import AnswerLog
 from anyres_vlm.evaluate.answers import read_answers
 from anyres_vlm.evaluate.benchmark import Benchmark, Question, Scored
 from anyres_vlm.evaluate.marks import image_path, write_result
@@ -177,7 +178,8 @@ def _write(path: Path, content: Any) -> None:
         text = "".join(json.dumps(line) + "\n" for line in content)
     else:
         text = json.dumps(content, indent=1) + "\n"
-    write_durably(path, text.encode())
+    with replacing(path) as file:
+        file.write(text)
 
 
 def _key(run: Run, benchmark: Benchmark, questions: Sequence[Question]) -> str:
