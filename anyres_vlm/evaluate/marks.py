@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from anyres_vlm.evaluate.answer_log import write_durably
+from anyres_vlm.durable import replacing
 from anyres_vlm.evaluate.benchmark import Scored
 from anyres_vlm.schema import ImageRef
 
@@ -28,9 +28,11 @@ def write_result(folder: Path, result: Mapping[str, Any], scored: Scored) -> Non
         }
         for question, mark in scored.marks.items()
     ]
-    write_durably(folder / f"{name}.marks.jsonl", "".join(json.dumps(line) + "\n" for line in lines).encode())
+    with replacing(folder / f"{name}.marks.jsonl") as file:
+        file.writelines(json.dumps(line) + "\n" for line in lines)
     content = {**result, "points": {question: mark.points for question, mark in scored.marks.items()}}
-    write_durably(folder / f"{name}.json", (json.dumps(content, indent=1) + "\n").encode())
+    with replacing(folder / f"{name}.json") as file:
+        file.write(json.dumps(content, indent=1) + "\n")
 
 
 def image_path(ref: ImageRef) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 
 from jinja2 import Environment
 
-from anyres_vlm.evaluate.answer_log import write_durably
+from anyres_vlm.durable import replacing
 from anyres_vlm.evaluate.benchmark import SHORT_ANSWER
 from anyres_vlm.evaluate.report import section
 from anyres_vlm.evaluate.report.bootstrap import DRAWS
@@ -58,8 +58,9 @@ def write_report(
     }
     beside = out.with_suffix(".md")
     out.parent.mkdir(parents=True, exist_ok=True)
-    write_durably(out, _render("report.html.j2", context, autoescape=True))
-    write_durably(beside, _render("report.md.j2", context, autoescape=False))
+    for path, template in ((out, "report.html.j2"), (beside, "report.md.j2")):
+        with replacing(path, "wb") as file:
+            file.write(_render(template, context, autoescape=path is out))
     return beside
 
 
