@@ -16,12 +16,12 @@ def draw_tiling(image: Image.Image, tiling: Tiling) -> Image.Image:
     """Thumbnail at the left, the canvas beside it, a legend with the counts below. RGB in, RGB out."""
     plan = plan_tiles(Size(height=image.height, width=image.width), tiling)
     canvas = _canvas(image, plan)
-    thumb_side = max(canvas.height, canvas.width) * plan.tile // max(plan.canvas.height, plan.canvas.width)
+    has_grid = plan.num_tiles > 1
+    thumb_side = WIDTH * plan.tile // max(plan.canvas.height, plan.canvas.width) if has_grid else WIDTH // 2
     thumbnail = image.resize((thumb_side, thumb_side), Image.Resampling.BICUBIC)
     lines = _legend(plan, tiling)
     letters = ImageFont.load_default(15)
     text_width = max(int(letters.getlength(line)) for line, _ in lines)
-    has_grid = plan.num_tiles > 1
     width = thumb_side + (GAP + canvas.width + 14 if has_grid else 0)
     height = max(thumb_side, canvas.height if has_grid else 0)
     sheet = Image.new("RGB", (max(width, text_width) + 2 * GAP, height + 2 * GAP + 22 * len(lines) + GAP), PAPER)

@@ -239,7 +239,7 @@ def _plain(event: Callable[..., Any]) -> Callable[..., Iterator[Any]]:
             else:
                 yield event(*arguments)
         except (UsageError, DataError, OSError) as error:
-            gr.Warning(escape(str(error)), title="Error", duration=None)  # gr.Error would cover what is shown already
+            gr.Warning(escape(str(error)), duration=None)  # gr.Error would cover what is shown already
             yield gr.skip()
 
     return told
