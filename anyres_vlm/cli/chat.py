@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import typer
 
+from anyres_vlm.data.headers import read_size
 from anyres_vlm.errors import DataError, UsageError
 
 if TYPE_CHECKING:
@@ -40,6 +41,8 @@ def chat(
     from anyres_vlm.model.generation import Decoding
     from anyres_vlm.serve.chat import ChatSession
 
+    for path in image:
+        read_size(path)  # before the model, which may take minutes to load
     decoding = Decoding(max_new_tokens, temperature, top_p, seed)
     session = ChatSession(Assistant.load(model, template_name(template)), decoding)
     for path in image:
@@ -75,6 +78,8 @@ def _go_on(session: ChatSession, line: str, as_json: bool) -> bool:
             print(run_command(session, line), file=sys.stderr, flush=True)
         else:
             _reply(session, line, as_json)
+    except BrokenPipeError:  # nobody reads the answers
+        raise
     except (UsageError, DataError, OSError) as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         return False

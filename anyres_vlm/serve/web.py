@@ -23,6 +23,7 @@ from anyres_vlm.serve.alternatives import Alternatives
 from anyres_vlm.serve.chat import ChatSession
 from anyres_vlm.serve.web_views import STYLE, alternatives_view, tiles_view
 
+IMAGES = 8  # of a conversation at most; each may take a second and 500 MB to decode
 WAITING = 16  # questions in the queue at most; one is answered at a time
 QUESTION_LENGTH = 8000  # characters
 KEPT_S = 3600  # how long an upload and a conversation that nobody goes on with are kept
@@ -37,9 +38,9 @@ class WebPage:
     def __init__(self, assistant: Assistant, title: str) -> None:
         self.assistant, self.title = assistant, title
 
-    def show(self, files: list[str] | None) -> str:
-        """The images as the model sees them."""
-        return tiles_view(_references(files), self.assistant.tiling, candidates=False)
+    def begin(self, files: list[str] | None) -> tuple[str, Messages, None, str]:
+        """The images as the model sees them, and a new conversation about them."""
+        return tiles_view(_references(files), self.assistant.tiling, candidates=False), [], None, ""
 
     def explore(self, files: list[str] | None, grid: str, dialect: Dialect, layout: Layout) -> str:
         """The images under any grid, dialect and layout, with the canvases that were not chosen."""
@@ -108,7 +109,7 @@ class WebPage:
         session = gr.State(None, time_to_live=KEPT_S)
         with gr.Row():
             with gr.Column(scale=1):
-                tiles = gr.HTML(self.show(None))
+                tiles = gr.HTML(tiles_view([], self.assistant.tiling, candidates=False))
             with gr.Column(scale=1):
                 messages = gr.Chatbot(
                     label="Conversation", height=420, buttons=[], feedback_options=None, render_markdown=False
@@ -131,7 +132,7 @@ class WebPage:
         stop.click(None, cancels=[asked], queue=False)
         begun = [messages, session, alternatives]
         gr.on([begin.click, messages.clear], lambda: ([], None, ""), None, begun, cancels=[asked])
-        files.change(lambda names: (self.show(names), [], None, ""), files, [tiles, *begun], cancels=[asked])
+        files.change(_plain(self.begin), files, [tiles, *begun], cancels=[asked])
 
     def _compare_tab(self, files: gr.File) -> None:
         question = gr.Textbox(label="Question", max_length=QUESTION_LENGTH, elem_id="compared")
@@ -154,10 +155,10 @@ class WebPage:
     def _tiles_tab(self, files: gr.File) -> None:
         own = self.assistant.tiling
         with gr.Row():
-            grid = gr.Textbox("2x2", label="Grid, ROWSxCOLUMNS", elem_id="grid")
+            grid = gr.Textbox("2x2", label="Grid, ROWSxCOLUMNS and Enter", elem_id="grid")
             dialect = gr.Radio(get_args(Dialect), value=own.dialect, label="Dialect", elem_id="dialect")
             layout = gr.Radio(get_args(Layout), value=own.layout, label="Layout")
-        tiles = gr.HTML(self.show(None), elem_id="tiles")
+        tiles = gr.HTML(elem_id="tiles")
         changes = [files.change, grid.submit, dialect.change, layout.change]
         gr.on(changes, _plain(self.explore), [files, grid, dialect, layout], tiles)
 
@@ -225,7 +226,10 @@ def _message(turn: Turn) -> dict[str, str]:
 
 def _references(files: list[str] | None) -> list[ImageRef]:
     """Uploads by the names that their owner knows."""
-    return [ImageRef(Path(file).name, Path(file)) for file in files or ()]
+    files = files or []
+    if len(files) > IMAGES:
+        raise UsageError(f"{len(files)} images, at most {IMAGES} are shown at once: remove some")
+    return [ImageRef(Path(file).name, Path(file)) for file in files]
 
 
 def _plain(event: Callable[..., Any]) -> Callable[..., Iterator[Any]]:
