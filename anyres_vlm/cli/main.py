@@ -24,6 +24,7 @@ from anyres_vlm.cli.report import report
 from anyres_vlm.cli.score import score
 from anyres_vlm.cli.tokens import tokens
 from anyres_vlm.cli.train import train
+from anyres_vlm.cli.web import web
 from anyres_vlm.errors import DataError, Interrupted, UsageError
 
 app = typer.Typer(
@@ -44,6 +45,7 @@ app.command()(score)
 app.command()(probe)
 app.command()(report)
 app.command()(chat)
+app.command()(web)
 app.command("import")(import_checkpoint)
 app.command()(export)
 app.add_typer(instruct, name="instruct")
