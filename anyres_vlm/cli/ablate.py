@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 
 MEASURES = typer.Typer(rich_markup_mode=None, pretty_exceptions_enable=False)
 """The commands that may measure, which here only read their options."""
-for name, command in {"eval": evaluate, "probe": probe}.items():
-    MEASURES.command(name)(wraps(command)(lambda **options: None))
+MEASURES.command("eval")(wraps(evaluate)(lambda **options: None))
+MEASURES.command("probe")(wraps(probe)(lambda **options: None))
 
 
 def ablate(
