@@ -36,17 +36,18 @@ def work(jobs: Sequence[Job], pause: Callable[[], None]) -> list[Job]:
         if not left:
             return failed
         ready = (job for job in left if all(need.is_done() for need in job.needs))
-        if not any(_attempt(job, failed) for job in ready):
+        if not any(_attempt(job, failed, f"{len(left)} of {len(jobs)} are left") for job in ready):
             pause()
 
 
-def _attempt(job: Job, failed: list[Job]) -> bool:
+def _attempt(job: Job, failed: list[Job], left: str) -> bool:
     """Whether the job was ours to do."""
     with claim(job.folder) as lock:
         if lock is None:
             return False
         try:
             if not job.is_done():  # another process may have ended it a moment ago
+                logger.info("%s begins; %s", job.folder.name, left)
                 job.run(lock)
         except DataError as error:
             logger.error("%s failed: %s", job.folder.name, error)
