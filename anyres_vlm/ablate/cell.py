@@ -22,9 +22,10 @@ Choices = Mapping[str, str]
 
 @dataclass(frozen=True)
 class Cell:
-    """A run. `choices` names a variant of every axis."""
+    """A run. `choices` names a variant of every axis, `changed` those that are not the baseline's."""
 
     choices: Choices
+    changed: Choices
     seed: int
     config: RunConfig
     skip_stage1: bool
@@ -42,8 +43,8 @@ class Cell:
     @property
     def name(self) -> str:
         """A folder's name that says what is in it."""
-        words = "-".join(re.sub(r"[^A-Za-z0-9.]+", "_", variant) for variant in self.choices.values())
-        return f"{words[:80]}-seed{self.seed}-{self.key}"
+        words = "-".join(re.sub(r"[^A-Za-z0-9.]+", "_", f"{axis}_{name}") for axis, name in self.changed.items())
+        return f"{words[:80] or 'baseline'}-seed{self.seed}-{self.key}"
 
     def _settings(self, stage: StageName) -> dict[str, Any]:
         return stage_settings(self.config, stage)
@@ -51,13 +52,17 @@ class Cell:
 
 def rows(sweep: Sweep) -> Iterator[Choices]:
     """The combinations of variants, the baseline's first."""
-    baseline = {axis: next(iter(variants)) for axis, variants in sweep.axes.items()}
     if sweep.combine == "grid":
         yield from (dict(zip(sweep.axes, names, strict=True)) for names in product(*sweep.axes.values()))
         return
-    yield baseline
+    yield (baseline := _baseline(sweep))
     for axis, variants in sweep.axes.items():
         yield from ({**baseline, axis: name} for name in variants if name != baseline[axis])
+
+
+def changes(sweep: Sweep, choices: Choices) -> Choices:
+    """The choices that are not the baseline's."""
+    return {axis: name for axis, name in choices.items() if name != _baseline(sweep)[axis]}
 
 
 def chosen(sweep: Sweep, choices: Choices) -> list[Variant]:
@@ -87,6 +92,10 @@ def expand(sweep: Sweep) -> list[Cell]:
     return list(cells.values())
 
 
+def _baseline(sweep: Sweep) -> Choices:
+    return {axis: next(iter(variants)) for axis, variants in sweep.axes.items()}
+
+
 def _cell(sweep: Sweep, choices: Choices, seed: int) -> Cell:
     settings: dict[str, object] = dict(sweep.set)
     for axis, name in choices.items():
@@ -95,7 +104,8 @@ def _cell(sweep: Sweep, choices: Choices, seed: int) -> Cell:
         config = load_config(sweep.base, flags={**settings, "seed": seed})
     except UsageError as error:
         raise UsageError(f"{_named(choices)}: {error}") from None
-    return Cell(choices, seed, config, any(variant.skip_stage1 for variant in chosen(sweep, choices)))
+    skip_stage1 = any(variant.skip_stage1 for variant in chosen(sweep, choices))
+    return Cell(choices, changes(sweep, choices), seed, config, skip_stage1)
 
 
 def _named(choices: Choices) -> str:

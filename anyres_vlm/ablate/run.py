@@ -42,8 +42,8 @@ class SweepRun:
     is_signalled: Callable[[], bool] = lambda: False
 
     def folder(self, cell: Cell) -> Path:
-        """Where a cell lies."""
-        return self.out / "cells" / cell.name
+        """Where a cell lies, also one that was made before an axis was renamed or added."""
+        return next((self.out / "cells").glob(f"*-{cell.key}"), self.out / "cells" / cell.name)
 
     def jobs(self, cells: Sequence[Cell]) -> list[Job]:
         """A cell's job needs that of its stage 1."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from statistics import fmean, stdev
 from typing import Any, Literal
 
-from anyres_vlm.ablate.cell import Choices, chosen, expand, row_seeds, rows
+from anyres_vlm.ablate.cell import Choices, changes, chosen, expand, row_seeds, rows
 from anyres_vlm.ablate.result import measure_key, numbers, read_scores
 from anyres_vlm.ablate.run import SweepRun
 from anyres_vlm.ablate.sweep import Sweep
@@ -58,22 +58,22 @@ def make_table(run: SweepRun) -> Table:
     """The table of what is finished."""
     sweep = run.sweep
     titles = [title for measure in sweep.measure for title in measure.numbers]
-    values: dict[tuple[str, ...], dict[str, dict[int, float]]] = {}
+    values: dict[tuple[str, ...], dict[str, dict[int, float]]] = {
+        tuple(choices.values()): {title: {} for title in titles} for choices in rows(sweep)
+    }
     for cell in expand(sweep):
-        scores = read_scores(run.folder(cell))
-        own = values.setdefault(tuple(cell.choices.values()), {title: {} for title in titles})
+        scores, own = read_scores(run.folder(cell)), values[tuple(cell.choices.values())]
         for measure in sweep.measure:
             if (key := measure_key(measure)) in scores:
                 for title, value in numbers(measure, scores[key]).items():
                     if value is not None:
                         own[title][cell.seed] = value
-    baseline, *_ = rows(sweep)
-    at_base = values[tuple(baseline.values())]
+    at_base, *_ = values.values()
     table = []
     for choices in rows(sweep):
         own = values[tuple(choices.values())]
-        compared = {title: compare(own[title], None if choices == baseline else at_base[title]) for title in titles}
-        table.append(_row(sweep, choices, baseline, compared))
+        compared = {title: compare(own[title], None if own is at_base else at_base[title]) for title in titles}
+        table.append(_row(sweep, choices, compared))
     return Table(titles, sweep.seeds, table)
 
 
@@ -94,8 +94,8 @@ def compare(values: BySeed, baseline: BySeed | None) -> Number:
     return Number(values, mean, spread, fmean(ours) - fmean(theirs), verdict)
 
 
-def _row(sweep: Sweep, choices: Choices, baseline: Choices, compared: Mapping[str, Number]) -> Row:
-    changed = {axis: name for axis, name in choices.items() if name != baseline[axis]}
+def _row(sweep: Sweep, choices: Choices, compared: Mapping[str, Number]) -> Row:
+    changed = changes(sweep, choices)
     variants = chosen(sweep, changed)
     published = [
         {**effect.model_dump(), "delta": effect.delta}

@@ -53,7 +53,7 @@ def ablate(
                 shared = "".join(f"  behind stage 1 {need.folder.name}" for need in job.needs)
                 print(f"{'done' if job.is_done() else 'open'}  {job.folder.name}{shared}")
             return
-        failed = [] if table else _work(run, jobs)
+        failed = [] if table or all(job.is_done() for job in jobs) else _work(run, jobs)
     _report(run)
     if failed:
         raise DataError(f"{len(failed)} of {len(jobs)} runs failed, the first one {failed[0].folder}: see its log.txt")

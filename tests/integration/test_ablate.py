@@ -115,22 +115,22 @@ def _fresh_accelerator() -> None:
 
 def assert_cells_are_what_they_say(out: Path) -> None:
     cells = {path.name.split("-seed")[0]: path for path in (out / "cells").iterdir()}
-    assert set(cells) == {"both-trained", "academic-trained", "both-skipped"}
+    assert set(cells) == {"baseline", "mix_academic", "stage_1_skipped"}
     (first,) = (out / "stage1").iterdir()
-    assert (cells["both-trained"] / "stage1").resolve() == (cells["academic-trained"] / "stage1").resolve()
-    assert not (cells["both-skipped"] / "stage1").exists()
+    assert (cells["baseline"] / "stage1").resolve() == (cells["mix_academic"] / "stage1").resolve()
+    assert not (cells["stage_1_skipped"] / "stage1").exists()
     for name, cell in cells.items():
         config = load_config(cell / "stage2" / "config.yaml")
         assert config.seed == 4
-        assert config.stage2.data.rendered == ("academic" if name == "academic-trained" else "instructions")
+        assert config.stage2.data.rendered == ("academic" if name == "mix_academic" else "instructions")
         assert (cell / "data" / str(config.stage2.data.rendered) / "data.json").exists()
         assert not (cell / "stage2" / "checkpoints").exists()
     weights = {name: load_file(cell / "stage2" / "model" / "model.safetensors") for name, cell in cells.items()}
     projector = "multi_modal_projector.linear_1.weight"
     aligned = load_file(first / "stage1" / "model" / "model.safetensors")[projector]
     moved = {name: (tensors[projector] - aligned).abs().max() for name, tensors in weights.items()}
-    assert 0 < moved["both-trained"] < moved["both-skipped"]
-    rows = read_metrics(cells["academic-trained"] / "stage2" / "metrics.jsonl")
+    assert 0 < moved["baseline"] < moved["stage_1_skipped"]
+    rows = read_metrics(cells["mix_academic"] / "stage2" / "metrics.jsonl")
     assert sum(row["cache/hits"] for row in rows) > 0, "the features of another cell's pictures"
 
 

@@ -144,6 +144,16 @@ def test_the_command_draws_what_is_finished(tmp_path: Path, capsys: pytest.Captu
     assert (run.out / "table.md").read_text() == markdown(make_table(run))
 
 
+def test_results_are_found_again_under_other_names(tmp_path: Path) -> None:
+    run, raw = finish(tmp_path)
+    axes = {"connector": SWEEP["axes"]["projector"], "speed": SWEEP["axes"]["rate"]}
+    content = {**SWEEP, "axes": {"new": {"old": {}, "other": {"skip_stage1": True}}, **axes}}
+    (tmp_path / "sweep.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
+    table = make_table(SweepRun(read_sweep(tmp_path / "sweep.yaml"), run.out))
+    assert table.missing == 3
+    assert table.rows[0].numbers["error"].mean == pytest.approx(raw["mlp", "usual"].mean(0)[2])
+
+
 def test_a_number_is_found_by_its_path(tmp_path: Path) -> None:
     scores = {"reading": {"covered": {"0.15": {"words": 0.25}, "0.3": {"words": 0.75}}}, "counting": {"error": None}}
 
