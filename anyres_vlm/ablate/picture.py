@@ -31,7 +31,7 @@ def draw_table(table: Table, path: Path) -> Path | None:
             _draw(axis, place, number)
         axis.set(xlabel=title, yticks=range(len(table.rows)), yticklabels=[label(row) for row in table.rows])
         axis.grid(axis="x", alpha=0.3)
-    axes[0][0].invert_yaxis()
+    axes[0][0].set_ylim(len(table.rows) - 0.5, -0.5)  # the baseline on top
     figure.tight_layout()
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
