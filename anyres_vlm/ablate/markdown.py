@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from math import comb
 
 from anyres_vlm.ablate.table import MIN_SEEDS, Number, Row, Table
 
 LEGEND = (
     "Mean ± standard deviation over seeds {seeds}; in brackets the difference from the baseline. *Not shown*: at this "
     "scale the effect does not stand out of the spread, for the seeds of the two rows overlap; fewer than {min_seeds} "
-    "seeds show nothing. Published are the differences that the same choice made there, in that benchmark's points."
+    "seeds show nothing. Equal models would not overlap in {chance:.0%} of comparisons. Published are the differences "
+    "that the same choice made there, in that benchmark's points."
 )
 
 
@@ -19,7 +21,9 @@ def markdown(table: Table) -> str:
     head = ["", *table.titles, "published"]
     lines = [_line(head), _line(["---"] * len(head))]
     lines += [_line([_label(row), *_numbers(row, table), _published(row, sources)]) for row in table.rows]
-    lines += ["", LEGEND.format(seeds=", ".join(map(str, table.seeds)), min_seeds=MIN_SEEDS)]
+    count = len(table.seeds)
+    chance = 2 / comb(2 * count, count)  # of all orders of the seeds of two rows, those with one row's in front
+    lines += ["", LEGEND.format(seeds=", ".join(map(str, table.seeds)), min_seeds=MIN_SEEDS, chance=chance)]
     if table.missing:
         lines += ["", f"Not finished: {table.missing} of {sum(len(row.seeds) for row in table.rows)} runs are missing."]
     lines += ["", *(f"- [{number}] {source}" for number, source in enumerate(sources, start=1)), *_notes(table)]

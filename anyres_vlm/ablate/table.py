@@ -12,7 +12,7 @@ from anyres_vlm.ablate.result import measure_key, numbers, read_scores
 from anyres_vlm.ablate.run import SweepRun
 from anyres_vlm.ablate.sweep import Sweep
 
-MIN_SEEDS = 3  # with fewer, two rows of equal models are apart in one case of three or more
+MIN_SEEDS = 3  # with two, equal models are apart in one comparison of three; with three, in one of ten
 Verdict = Literal["shown", "not shown", "too few seeds"]
 BySeed = Mapping[int, float]
 
@@ -80,8 +80,7 @@ def make_table(run: SweepRun) -> Table:
 def compare(values: BySeed, baseline: BySeed | None) -> Number:
     """Mean and spread, and against a baseline the difference of the means over the seeds that both have.
 
-    It is shown where all these seeds of the one lie above all of the other: with three seeds each, equal models do so
-    in one case of ten.
+    It is shown where all these seeds of the one lie above all of the other.
     """
     mean = fmean(values.values()) if values else None
     spread = stdev(values.values()) if len(values) > 1 else None

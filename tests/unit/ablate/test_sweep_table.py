@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -125,6 +126,9 @@ def test_the_page_says_what_is_shown_what_is_missing_and_what_was_published(tmp_
     assert "- projector: linear: as LLaVA had it" in text
     assert "| rate: high | 2.0 ± 1.4 (-9.0, 2 of 3 seeds) |" in text
     assert "seeds 0, 1, 2" in text
+    orders = list(itertools.permutations([0, 0, 0, 1, 1, 1]))
+    apart = [order[:3] in ((0, 0, 0), (1, 1, 1)) for order in orders]
+    assert f"Equal models would not overlap in {sum(apart) / len(orders):.0%}" in text
     assert "Not finished" not in text
 
 
