@@ -8,7 +8,8 @@ from __future__ import annotations
 import difflib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, cast, get_args
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, TypeVar, Union, cast, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -103,7 +104,7 @@ class DataConfig(Frozen):
 
     path: Path | None = None
     images: Path | None = None
-    rendered: Literal["captions", "instructions"] | None = None
+    rendered: Literal["captions", "instructions", "generated", "academic"] | None = None
     samples: Positive | None = None
     index: Path | None = None  # where `anyres index` put it or training shall; None is beside the run
     max_bad_fraction: Fraction = 0.01
@@ -314,9 +315,9 @@ def _assign(content: dict[str, Any], key: str, value: object) -> None:
 
 
 def _explain(error: ValidationError, model: type[BaseModel]) -> str:
-    """The first few faults on one line, an unknown key with the nearest known one."""
+    """The first few faults on one line, an unknown key with the nearest known one; it may be why another is missing."""
     faults = []
-    for fault in error.errors()[:3]:
+    for fault in sorted(error.errors(), key=lambda fault: fault["type"] != "extra_forbidden")[:3]:
         where = ".".join(str(part) for part in fault["loc"])
         if fault["type"] == "extra_forbidden":
             known = _fields(model, fault["loc"][:-1])
@@ -332,9 +333,14 @@ def _explain(error: ValidationError, model: type[BaseModel]) -> str:
 
 
 def _fields(model: type[BaseModel], location: Sequence[int | str]) -> list[str]:
-    fields: Mapping[str, Any] = model.model_fields
+    """The keys of the model that lies there, inside of models, mappings and tuples."""
+    kind: Any = model
     for part in location:
-        if isinstance(part, str):  # a number is a place in a tuple, whose type is found already
-            kind = fields[part].annotation
-            fields = next(kind for kind in (kind, *get_args(kind)) if hasattr(kind, "model_fields")).model_fields
-    return list(fields)
+        kind = kind.model_fields[part].annotation if hasattr(kind, "model_fields") else _entry(kind)
+        while get_origin(kind) in (Annotated, Union, UnionType):
+            kind = next(kind for kind in get_args(kind) if kind is not NoneType)
+    return list(kind.model_fields)
+
+
+def _entry(kind: Any) -> Any:
+    return get_args(kind)[1 if get_origin(kind) is dict else 0]

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import typer
 
 from anyres_vlm import __version__
+from anyres_vlm.cli.ablate import ablate
 from anyres_vlm.cli.chat import chat
 from anyres_vlm.cli.evaluate import evaluate
 from anyres_vlm.cli.export import export
@@ -44,6 +45,7 @@ app.command("eval")(evaluate)
 app.command()(score)
 app.command()(probe)
 app.command()(report)
+app.command()(ablate)
 app.command()(chat)
 app.command()(web)
 app.command("import")(import_checkpoint)

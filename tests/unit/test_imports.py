@@ -32,7 +32,8 @@ ALLOWED = {
     "evaluate": FOUNDATION | {"data", "model", "synthetic", "inference"},
     "serve": FOUNDATION | {"data", "model", "inference"},
     "instruct": FOUNDATION | {"data"},
-    "cli": FOUNDATION | {"data", "model", "synthetic", "inference", "train", "evaluate", "serve", "instruct"},
+    "ablate": FOUNDATION | {"synthetic", "train", "evaluate"},
+    "cli": FOUNDATION | {"data", "model", "synthetic", "inference", "train", "evaluate", "serve", "instruct", "ablate"},
     "__main__": {"cli"},
 }
 ENGINE_LIBRARIES = {"accelerate", "deepspeed"}  # only train/engine/ knows them
