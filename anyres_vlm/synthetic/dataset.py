@@ -40,7 +40,7 @@ def write_dataset(
     never shows. Training pictures are of `kinds`, one as likely as another; without them in the default's mix.
     A folder with anything else in it is left alone and raises UsageError.
     """
-    manifest = {"format": FORMAT, "purpose": purpose, "count": count, "seed": seed}
+    manifest: dict[str, object] = {"format": FORMAT, "purpose": purpose, "count": count, "seed": seed}
     manifest |= {} if kinds is None else {"kinds": list(kinds)}
     if _read_manifest(folder) == manifest:
         return folder / DATA_FILE
