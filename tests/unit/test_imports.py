@@ -30,8 +30,10 @@ ALLOWED = {
     "train": FOUNDATION | {"data", "model", "synthetic"},
     "evaluate": FOUNDATION | {"data", "model", "synthetic", "inference"},
     "serve": FOUNDATION | {"data", "model", "inference"},
+    "estimate": FOUNDATION | {"data", "model", "train"},
     "instruct": FOUNDATION | {"data"},
-    "cli": FOUNDATION | {"data", "model", "synthetic", "inference", "train", "evaluate", "serve", "instruct"},
+    "cli": FOUNDATION
+    | {"data", "model", "synthetic", "inference", "train", "evaluate", "serve", "estimate", "instruct"},
     "__main__": {"cli"},
 }
 ENGINE_LIBRARIES = {"accelerate", "deepspeed"}  # only train/engine/ knows them

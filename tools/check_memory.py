@@ -1,0 +1,154 @@
+#!/usr/bin/env python3
+"""The memory that `anyres estimate` predicts beside that of really running steps, in one table.
+
+    tools/check_memory.py            every case: three sizes, both precisions, plain and ZeRO-1, 2, 3, 1 and 2 ranks
+    tools/check_memory.py --quick    one size
+
+Small random models train two optimizer steps on the CPU over gloo; every byte that torch's allocator gives out is
+counted. Bytes are rank 0's. `gradients` include buckets, `activations` what ZeRO-3 has gathered; `peak` is the most
+that the second step holds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+from memory_case import case_config, run_case
+from transformers import CLIPVisionConfig, LlamaConfig
+
+from anyres_vlm.config import find_preset
+from anyres_vlm.estimate.activations import micro_step_bytes, stage_skeleton
+from anyres_vlm.estimate.memory import count_parameters, numbers_of, rank_memory
+from anyres_vlm.estimate.pack import PackSize
+from anyres_vlm.estimate.sharding import read_sharding
+
+TOLERANCE = 0.10
+# width, layers, vocabulary, and the words and documents of a pack
+SIZES = {"narrow": (128, 8, 1000, 40, 6), "middle": (192, 6, 2000, 60, 6), "wide": (320, 3, 4000, 90, 8)}
+BUCKET = 200_000  # elements: at the shipped sizes, buckets would be nearly all that these models hold
+
+
+def write_bases(folder: Path, size: str) -> dict[str, str]:
+    """A language model and an encoder as configurations alone; the settings that name them."""
+    width, layers, vocabulary, *_ = SIZES[size]
+    LlamaConfig(
+        hidden_size=width,
+        intermediate_size=8 * width // 3,
+        num_hidden_layers=layers,
+        num_attention_heads=width // 32,
+        num_key_value_heads=2,
+        vocab_size=vocabulary,
+    ).save_pretrained(folder / size / "llm")
+    CLIPVisionConfig(
+        hidden_size=96, intermediate_size=256, num_hidden_layers=4, num_attention_heads=4, image_size=56, patch_size=14
+    ).save_pretrained(folder / size / "vit")
+    return {"model.llm": f"{folder}/{size}/llm", "model.encoder.name": f"{folder}/{size}/vit"}
+
+
+def write_preset(folder: Path, name: str) -> str:
+    """A shipped preset with small buckets."""
+    content = json.loads(find_preset(name).read_text(encoding="utf-8"))
+    zero = content["zero_optimization"]
+    for key in ("reduce_bucket_size", "allgather_bucket_size", "stage3_prefetch_bucket_size"):
+        if key in zero:
+            zero[key] = BUCKET
+    if "stage3_param_persistence_threshold" in zero:
+        zero["stage3_param_persistence_threshold"] = 1000
+    path = folder / f"{name}.json"
+    path.write_text(json.dumps(content), encoding="utf-8")
+    return str(path)
+
+
+def make_case(
+    folder: Path, size: str, precision: str, preset: str | None, *, recompute: bool, stage: str = "stage2"
+) -> dict[str, Any]:
+    """What `run_case` and `predict` take."""
+    *_, words, documents = SIZES[size]
+    settings = write_bases(folder, size) | {"precision": precision, f"{stage}.activation_checkpointing": recompute}
+    return {
+        "size": size,
+        "set": settings,
+        "stage": stage,
+        "preset": None if preset is None else write_preset(folder, preset),
+        "words": words,
+        "documents": documents,
+    }
+
+
+def predict(case: dict[str, Any], ranks: int, pack: PackSize) -> dict[str, float]:
+    """What `anyres estimate` says of a case, without a device's fused optimizer."""
+    config, stage = case_config(case)
+    sharding = read_sharding(case["preset"])
+    numbers = numbers_of(sharding, config.precision)
+    count = count_parameters(stage_skeleton(config, stage).parameters(), sharding)
+    [step] = micro_step_bytes(config, stage, [pack], numbers)
+    memory = rank_memory(count, sharding, numbers, ranks, step, fused=False)
+    return {
+        "weights": memory.weights,
+        "optimizer": memory.masters + memory.moments,
+        "gradients": memory.gradients + memory.buckets,
+        "activations": memory.activations + memory.gathered,
+        "peak": memory.peak,
+    }
+
+
+def compare(case: dict[str, Any], ranks: int) -> dict[str, tuple[float, float]]:
+    """Bytes predicted and measured, by what they are for."""
+    found = run_case(case, ranks)
+    predicted = predict(case, ranks, PackSize(**found["pack"]))
+    measured = {
+        "weights": found["weights"],
+        "optimizer": found["masters"] + found["moments"],
+        "gradients": found["gradients"],
+        "activations": found["activations"],
+        "peak": found["peak"],
+    }
+    return {name: (predicted[name], measured[name]) for name in predicted}
+
+
+def all_cases(folder: Path, quick: bool) -> Iterator[tuple[dict[str, Any], int]]:
+    """Each with its ranks. Stage 1, whose language model is frozen, and checkpointing take turns over them."""
+    for size in ["middle"] if quick else SIZES:
+        for precision in ("fp32", "bf16"):
+            for number, preset in enumerate((None, "zero1", "zero2", "zero3")):
+                for ranks in (1, 2):
+                    yield make_case(folder, size, precision, preset, recompute=(number + ranks) % 2 == 0), ranks
+        yield make_case(folder, size, "bf16", "zero2", recompute=True, stage="stage1"), 2
+        yield make_case(folder, size, "bf16", None, recompute=False, stage="stage1"), 1
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="one size")
+    arguments = parser.parse_args()
+    worst: dict[str, float] = {}
+    print("size    stage   numbers  preset ranks recompute " + "".join(f"{name:>22}" for name in COLUMNS))
+    print(" " * 49 + "".join(f"{'MB said/seen  ratio':>22}" for _ in COLUMNS))
+    with tempfile.TemporaryDirectory() as folder:
+        for case, ranks in all_cases(Path(folder), arguments.quick):
+            config, stage = case_config(case)
+            rows = compare(case, ranks)
+            preset = "none" if case["preset"] is None else Path(case["preset"]).stem
+            line = f"{case['size']:7} {stage:7} {config.precision:8} {preset:6} {ranks:5} "
+            line += f"{'yes' if config.stage(stage).activation_checkpointing else 'no':9} "
+            for name, (said, seen) in rows.items():
+                line += f"{said / 1e6:8.2f}/{seen / 1e6:6.2f}  {said / seen:5.3f}"
+                worst[name] = max(worst.get(name, 0), abs(said / seen - 1))
+            print(line, flush=True)
+    print("worst: " + ", ".join(f"{name} {error:.1%}" for name, error in worst.items()))
+    if max(worst.values()) > TOLERANCE:
+        raise SystemExit(f"a prediction is more than {TOLERANCE:.0%} off")
+
+
+COLUMNS = ("weights", "optimizer", "gradients", "activations", "peak")
+
+if __name__ == "__main__":
+    main()
