@@ -60,14 +60,6 @@ def pack_size(batch: Batch) -> PackSize:
     return PackSize(batch.input_ids.numel(), len(batch.cu_seqlens) - 1, len(batch.tiles), batch.num_supervised)
 
 
-class Marks:
-    """Notes, among the allocations, where the parts of a step begin and end."""
-
-    def __init__(self, model: VisionLanguageModel) -> None:
-        model.register_forward_pre_hook(lambda *_: mark("forward"))
-        model.register_forward_hook(lambda *_: mark("loss"))
-
-
 def mark(name: str) -> None:
     with record_function(f"mark {name}"):
         pass
@@ -85,7 +77,14 @@ def measure(engine: Engine, case: dict[str, Any]) -> dict[str, Any]:
         model.image_token_id = 4
         batches = [make_pack(model, case, f"{engine.rank} {number}") for number in range(MICRO_STEPS)]
         optimizer = build_optimizer(model, trained_rates(config, stage), 0.0)
-        Marks(model)
+        gradients: list[int] = []
+
+        def before_forward(*_: object) -> None:
+            gradients.append(gradient_bytes(engine, model))
+            mark("forward")
+
+        model.register_forward_pre_hook(before_forward)
+        model.register_forward_hook(lambda *_: mark("loss"))
         preset = None if case["preset"] is None else Path(case["preset"])
         engine.prepare(model, optimizer, 1.0, preset)
         engine.step(batches)
@@ -98,8 +97,7 @@ def measure(engine: Engine, case: dict[str, Any]) -> dict[str, Any]:
         static = static_bytes(engine, model)
     del engine._backend  # else it would be released in the midst of the next case
     found = read(profiler) | static
-    found["gradients"] = found["resting"] - sum(static.values())  # whatever else stays through a step
-    return found | {"pack": vars(pack_size(batches[-1]))}
+    return found | {"gradients": gradients[-1], "pack": vars(pack_size(batches[-1]))}
 
 
 def static_bytes(engine: Engine, model: VisionLanguageModel) -> dict[str, int]:
@@ -115,6 +113,15 @@ def static_bytes(engine: Engine, model: VisionLanguageModel) -> dict[str, int]:
         name: unique_bytes(tensors, known)
         for name, tensors in (("weights", weights), ("masters", masters), ("moments", moments))
     }
+
+
+def gradient_bytes(engine: Engine, model: VisionLanguageModel) -> int:
+    """Unique storages of what has been accumulated, wherever a backend keeps it."""
+    zero = getattr(engine._backend, "_zero", None)
+    kept = [getattr(zero, "grad_partitions_flat_buffer", None), *getattr(zero, "fp32_groups_gradients_flat", [])]
+    kept += [part for parts in getattr(zero, "averaged_gradients", {}).values() for part in parts or []]
+    kept += [tensor for p in model.parameters() for tensor in (p.grad, getattr(p, "grad_accum", None))]
+    return unique_bytes(kept, set())
 
 
 def optimizer_of(backend: Any) -> Any:
@@ -151,7 +158,6 @@ def read(profiler: Any) -> dict[str, int]:
         levels.setdefault(last, []).append(level)
     second = slice(MICRO_STEPS, None)  # of the forward passes: those of the second step
     return {
-        "resting": levels["forward"][-1],
         "activations": levels["loss"][-1] - levels["forward"][-1],
         "peak": max(peaks["second"] + peaks["forward"][second] + peaks["loss"][second]),
     }

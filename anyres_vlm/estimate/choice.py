@@ -60,10 +60,11 @@ def _way(stage: StageMemory, sharding: Sharding, recomputes: bool, usable: float
     reason: str | None = None
     alone = stage.without_packs(sharding)
     if alone.start > usable:
-        reason = f"every rank first holds the whole model in fp32, {alone.start / GB:.1f} GB"
+        after = f"and {alone.training / GB:.1f} GB later without a pack"
+        reason = f"at the start every rank holds the whole model in fp32, {alone.start / GB:.1f} GB, {after}"
         return Way(sharding, recomputes, alone.peak, None, None, reason)
-    if alone.peak > usable:
-        reason = f"weights, gradients and optimizer alone take {alone.peak / GB:.1f} GB"
+    if alone.training > usable:
+        reason = f"weights, gradients and optimizer alone take {alone.training / GB:.1f} GB"
         return Way(sharding, recomputes, alone.peak, None, None, reason)
     largest = stage.largest(sharding, recomputes, usable)
     memory = stage.at(sharding, recomputes, stage.capacity)

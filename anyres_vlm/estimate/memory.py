@@ -65,10 +65,15 @@ class RankMemory:
         return self.weights + self.masters + self.moments + self.gradients
 
     @property
-    def peak(self) -> float:
-        """The most that is there at a time."""
+    def training(self) -> float:
+        """The most that is there at a time once training has begun."""
         micro_step = self.buckets + self.gathered + self.activations + self.working
-        return max(self.start, self.resting + max(micro_step, self.update))
+        return self.resting + max(micro_step, self.update)
+
+    @property
+    def peak(self) -> float:
+        """The most that is there at any time."""
+        return max(self.start, self.training)
 
 
 def numbers_of(sharding: Sharding, precision: str) -> Numbers:
@@ -90,7 +95,7 @@ def rank_memory(
         masters=0 if host or not stage else FP32 * mine,
         moments=0 if host else 2 * FP32 * mine,
         gradients=_gradients(count, sharding, item, ranks),
-        buckets=_buckets(count, sharding, item),
+        buckets=_buckets(count, sharding, item, ranks),
         gathered=_gathered(count, sharding, item, ranks),
         activations=step.held,
         working=step.peak - step.held,
@@ -109,7 +114,7 @@ def _weights(count: Parameters, sharding: Sharding, item: int, ranks: int) -> fl
 
 def _gradients(count: Parameters, sharding: Sharding, item: int, ranks: int) -> float:
     if sharding.stage == 0:
-        return FP32 * count.trained * (2 if ranks > 1 else 1)  # DistributedDataParallel's buckets are as large again
+        return FP32 * count.trained
     if sharding.stage == 1:
         return (FP32 + (item if item == BF16 else 0)) * count.trained
     if sharding.stage == 3 and sharding.offloads_optimizer:
@@ -117,8 +122,10 @@ def _gradients(count: Parameters, sharding: Sharding, item: int, ranks: int) -> 
     return FP32 * count.trained / ranks
 
 
-def _buckets(count: Parameters, sharding: Sharding, item: int) -> float:
-    if sharding.stage == 0 or (sharding.stage == 1 and item == BF16):  # whole gradients are reduced in place
+def _buckets(count: Parameters, sharding: Sharding, item: int, ranks: int) -> float:
+    if sharding.stage == 0:
+        return FP32 * count.trained if ranks > 1 else 0  # DistributedDataParallel's hold all gradients once more
+    if sharding.stage == 1 and item == BF16:  # whole gradients are reduced in place
         return 0
     staged = count.largest if sharding.stage < 3 and sharding.offloads_optimizer else 0
     return item * (sharding.buckets * sharding.bucket + staged)
