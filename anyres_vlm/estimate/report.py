@@ -44,8 +44,9 @@ def describe(estimates: Sequence[StageEstimate], machines: Machines, price: floa
 def _stage_lines(estimate: StageEstimate, machines: Machines) -> Iterator[str]:
     count = estimate.parameters
     yield f"{estimate.stage}: {count.total / 1e9:.2f} B parameters, {count.trained / 1e9:.3f} B trained"
-    yield f"  samples   {len(estimate.samples.tokens):,}, {int(estimate.samples.tokens.sum()):,} tokens, {int(estimate.samples.tiles.sum()):,} tiles"
-    yield f"            {estimate.samples.origin}"
+    samples = estimate.samples
+    yield f"  {len(samples.tokens):,} samples, {int(samples.tokens.sum()):,} tokens, {int(samples.tiles.sum()):,} tiles"
+    yield f"  {samples.origin}"
     yield f"  {'preset':30} {'GB a rank':>10} {'host GB':>8}  largest pack"
     for way in estimate.ways:
         yield f"  {way.name:30} {_peak(way):>10} {_host(way):>8}  {_largest(way)}"

@@ -15,6 +15,7 @@ from anyres_vlm.estimate.samples import StageSamples
 from anyres_vlm.estimate.sharding import Sharding
 
 LARGEST = 65_536  # tokens: up to there packs are looked at
+DOCUMENTS = 2  # of a pack: more hold the same bytes, and take the trace longer
 DENSEST = 0.99  # of the samples, by tiles and by supervised tokens a token: packs of many samples are nearer the mean
 
 
@@ -38,8 +39,7 @@ class StageMemory:
         lengths = self.samples.tokens
         tiles = np.quantile(self.samples.tiles / lengths, DENSEST)
         supervised = np.quantile(self.samples.supervised / lengths, DENSEST)
-        documents = max(1, round(tokens / float(lengths.mean())))
-        return PackSize(tokens, documents, math.ceil(tokens * tiles), math.ceil(tokens * supervised))
+        return PackSize(tokens, DOCUMENTS, math.ceil(tokens * tiles), math.ceil(tokens * supervised))
 
     def at(self, sharding: Sharding, recomputes: bool, tokens: int) -> RankMemory:
         """On one rank, with packs of so many tokens."""

@@ -10,6 +10,8 @@ import pytest
 
 from anyres_vlm.cli.main import main
 from anyres_vlm.data.index.table import read_index
+from anyres_vlm.estimate.devices import find_device
+from anyres_vlm.estimate.time import Work
 
 
 def anyres(*arguments: object) -> int:
@@ -59,12 +61,12 @@ def test_without_an_index_the_recipe_s_data_is_assumed_and_said(capsys: pytest.C
     assert "both stages:" in text
 
 
-def test_half_the_mfu_takes_twice_as_long(index: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    both = [
-        estimate(capsys, "--index", index, "--index", f"stage1={index}", "--mfu", mfu)["stages"][1]["hours"]
-        for mfu in (0.2, 0.4)
-    ]
-    assert both[0] == pytest.approx(2 * both[1])
+def test_time_follows_from_mfu_stragglers_and_recomputation() -> None:
+    device, work = find_device("a100-80gb"), Work(useful=3e18, recomputed=1e18)
+    hours = work.hours(device, gpus=4, mfu=0.5)
+    assert hours == pytest.approx(4e18 / (4 * 312e12 * 0.5) / 3600)
+    assert work.hours(device, gpus=4, mfu=0.25, straggler=1.5) == pytest.approx(3 * hours)
+    assert work.implied_mfu(device, 4, hours) == pytest.approx(0.5 * 3 / 4)
 
 
 def test_nothing_fits_and_the_reason_is_said(index: Path, capsys: pytest.CaptureFixture[str]) -> None:
