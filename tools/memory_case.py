@@ -119,7 +119,8 @@ def gradient_bytes(engine: Engine, model: VisionLanguageModel) -> int:
     """Unique storages of what has been accumulated, wherever a backend keeps it."""
     zero = getattr(engine._backend, "_zero", None)
     kept = [getattr(zero, "grad_partitions_flat_buffer", None), *getattr(zero, "fp32_groups_gradients_flat", [])]
-    kept += [part for parts in getattr(zero, "averaged_gradients", {}).values() for part in parts or []]
+    for by_group in ("averaged_gradients", "all_grad_tensors"):
+        kept += [part for parts in getattr(zero, by_group, {}).values() for part in parts or []]
     kept += [tensor for p in model.parameters() for tensor in (p.grad, getattr(p, "grad_accum", None))]
     return unique_bytes(kept, set())
 

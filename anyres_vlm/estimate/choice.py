@@ -59,6 +59,8 @@ def cheapest(ways: Sequence[Way]) -> Way | None:
 def _way(stage: StageMemory, sharding: Sharding, recomputes: bool, usable: float) -> Way:
     reason: str | None = None
     alone = stage.without_packs(sharding)
+    if sharding.stage == 3 and stage.config.cache_features is not None:
+        return Way(sharding, recomputes, alone.peak, None, None, "cache_features does not go with ZeRO-3")
     if alone.start > usable:
         after = f"and {alone.training / GB:.1f} GB later without a pack"
         reason = f"at the start every rank holds the whole model in fp32, {alone.start / GB:.1f} GB, {after}"
