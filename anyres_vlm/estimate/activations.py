@@ -13,7 +13,7 @@ from dataclasses import astuple, dataclass
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -79,19 +79,33 @@ def micro_step_bytes(
 def _trace(
     config: RunConfig, stage: StageName, packs: Sequence[PackSize], numbers: Numbers, layers: int
 ) -> list[StepBytes]:
-    with FakeTensorMode():
+    with torch.device("meta"):
         model = stage_skeleton(config, stage, layers)
-        for parameter in model.parameters():
-            if numbers == "bf16":
-                parameter.data = parameter.data.bfloat16()
-            if parameter.requires_grad:
-                parameter.register_post_accumulate_grad_hook(_release)  # type: ignore[no-untyped-call]
+    with FakeTensorMode():
+        _make_fake(model, numbers)
         return [_trace_pack(model, pack, numbers) for pack in packs]
+
+
+def _make_fake(model: VisionLanguageModel, numbers: Numbers) -> None:
+    """Put fake tensors in place of a model's meta tensors; tied ones stay tied. Gradients are dropped as they come."""
+    made: dict[int, tuple[nn.Parameter, nn.Parameter]] = {}  # the old ones too, so that no number comes twice
+    for module in model.modules():
+        for name, old in module._parameters.items():
+            if old is not None and id(old) not in made:
+                dtype = torch.bfloat16 if numbers == "bf16" else old.dtype
+                new = nn.Parameter(torch.empty(old.shape, dtype=dtype), requires_grad=old.requires_grad)
+                made[id(old)] = old, new
+                if new.requires_grad:
+                    new.register_post_accumulate_grad_hook(_release)  # type: ignore[no-untyped-call]
+            if old is not None:
+                module._parameters[name] = made[id(old)][1]
+        for name, buffer in module._buffers.items():
+            module._buffers[name] = None if buffer is None else torch.empty(buffer.shape, dtype=buffer.dtype)
 
 
 def _trace_pack(model: VisionLanguageModel, pack: PackSize, numbers: Numbers) -> StepBytes:
     batch = _FakeBatch(pack, model.vision_tower.tile)
-    with LiveBytes(model.state_dict().values()) as live:
+    with LiveBytes([*model.parameters(), *model.buffers()]) as live:
         with torch.autocast("cpu", torch.bfloat16, enabled=numbers == "autocast"):
             loss = _loss(model, pack, batch)
         forward, held = live.restart(), live.now
