@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import os
 import tempfile
 from collections.abc import Iterator
@@ -103,7 +104,9 @@ def predict(case: dict[str, Any], ranks: int, pack: PackSize) -> dict[str, float
 def compare(case: dict[str, Any], ranks: int) -> dict[str, tuple[float, float]]:
     """Bytes predicted and measured, by what they are for."""
     found = run_case(case, ranks)
-    predicted = predict(case, ranks, PackSize(**found["pack"]))
+    # Not here: after a backward pass, a process cannot be forked into one that makes another.
+    with multiprocessing.get_context("fork").Pool(1) as pool:
+        predicted = pool.apply(predict, (case, ranks, PackSize(**found["pack"])))
     found["optimizer"] = found["masters"] + found["moments"]
     return {name: (predicted[name], found[name]) for name in COLUMNS}
 

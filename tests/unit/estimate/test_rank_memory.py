@@ -102,3 +102,13 @@ def test_devices() -> None:
     assert (device.memory, device.peak) == (80e9, 989.4e12)
     with pytest.raises(UsageError, match=r"--device a100-80: did you mean a100-80gb\? known are a100-40gb"):
         find_device("a100-80")
+
+
+@pytest.mark.parametrize(
+    "setting",
+    ["stage2.lora={rank: 8}", "model.encoder={kind: timm, name: vit_tiny_patch16_224}", "model.encoder.layer=-1"],
+)
+def test_other_parts_are_traced(setting: str) -> None:
+    config = load_config(shipped_config("tiny"), [setting])
+    [step] = micro_step_bytes(config, "stage2", [PackSize(500, 1, 2, 100)], "bf16")
+    assert 0 < step.held < step.peak
