@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,6 +38,24 @@ def forward_flops(language: Any, vision: Any, layers: int | Sequence[int] = -2) 
         )
     except AttributeError as error:
         raise UsageError(f"cannot count the FLOPs of this model: {error}") from None
+
+
+def training_flops(
+    flops: Flops, trained: Collection[str], *, tokens: int, supervised_tokens: int, pairs: int, tiles: int
+) -> float:
+    """Forward, and backward as far as gradients go; what checkpointing computes again is not counted.
+
+    A frozen matrix still passes gradients on, which is one product for each of its forward pass; a trained one takes
+    two. Both sides of attention's products get gradients. Logits are taken for supervised tokens alone. `trained` are
+    parts of the model.
+    """
+    language = 3 if "language_model" in trained else 2
+    encoder = 3 if "vision_tower" in trained else 1
+    return (
+        language * (flops.token * tokens + flops.head * supervised_tokens)
+        + 3 * flops.pair * pairs
+        + (encoder * flops.encoder + 3 * flops.projector) * tiles
+    )
 
 
 def _layer_parameters(model: Any, head_dim: int) -> int:

@@ -13,6 +13,7 @@ import typer
 from anyres_vlm import __version__
 from anyres_vlm.cli.ablate import ablate
 from anyres_vlm.cli.chat import chat
+from anyres_vlm.cli.estimate import estimate
 from anyres_vlm.cli.evaluate import evaluate
 from anyres_vlm.cli.export import export
 from anyres_vlm.cli.import_checkpoint import import_checkpoint
@@ -39,6 +40,7 @@ app = typer.Typer(
 app.command()(tokens)
 app.command()(index)
 app.command()(plan)
+app.command()(estimate)
 app.command()(render)
 app.command()(train)
 app.command("eval")(evaluate)

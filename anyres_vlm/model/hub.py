@@ -101,7 +101,7 @@ def load_encoder(config: EncoderConfig) -> Encoder:
     name = resolve(config.name)
     try:
         if config.kind == "timm":
-            network = _timm_network(config, pretrained=True)
+            network = timm_network(config, pretrained=True)
             pixels = network.pretrained_cfg
             return TimmEncoder(network, config.layer, pixels["mean"], pixels["std"])
         vision_model = CLIPVisionModel.from_pretrained(name, dtype=torch.float32)
@@ -117,14 +117,15 @@ def encoder_geometry(config: EncoderConfig) -> tuple[int, int]:
     try:
         if config.kind == "timm":
             with torch.device("meta"):
-                return plain_geometry(_timm_network(config, pretrained=False))
+                return plain_geometry(timm_network(config, pretrained=False))
         vision: Any = CLIPVisionConfig.from_pretrained(name)
     except (OSError, RuntimeError) as error:
         raise _unavailable("encoder", config.name, error) from error
     return int(vision.image_size), int(vision.patch_size)
 
 
-def _timm_network(config: EncoderConfig, pretrained: bool) -> Any:
+def timm_network(config: EncoderConfig, pretrained: bool) -> Any:
+    """A network of timm, with its weights or without. Raises `UsageError` or `DataError` if there is none to be had."""
     name = resolve(config.name)
     options = {} if config.tile is None else {"img_size": config.tile}
     source = f"local-dir:{name}" if Path(name).is_dir() else name

@@ -30,13 +30,17 @@ def summed_loss(hidden: Tensor, labels: Tensor, cu_seqlens: Tensor, head: nn.Mod
     positions at a time, once, and their gradient with them, so memory grows neither with the sequence nor with the
     labels. Raises `UsageError` for a head that is more than one linear map, whose weight alone would not do.
     """
-    if type(head) is not nn.Linear:
-        raise UsageError(f"the loss needs a plain linear language-model head, got {type(head).__name__}: leave it bare")
     targets = next_token_targets(labels, cu_seqlens)
     positions = torch.nonzero(targets != IGNORE_INDEX).squeeze(1)
-    states = hidden[0].index_select(0, positions)
+    return head_loss(hidden[0].index_select(0, positions), targets[positions], head)
+
+
+def head_loss(states: Tensor, targets: Tensor, head: nn.Module) -> Tensor:
+    """The summed cross-entropy of the supervised positions' states. (K, D), (K,) -> ()."""
+    if type(head) is not nn.Linear:
+        raise UsageError(f"the loss needs a plain linear language-model head, got {type(head).__name__}: leave it bare")
     # Weight and bias enter as arguments: their gradients reach them through autograd, once, where DDP's hooks wait.
-    total: Tensor = _HeadLoss.apply(states, targets[positions], head.weight, head.bias, torch.is_grad_enabled())
+    total: Tensor = _HeadLoss.apply(states, targets, head.weight, head.bias, torch.is_grad_enabled())
     return total
 
 

@@ -76,10 +76,7 @@ def load_pretrained(
     folder = checkpoint_folder(name)
     described = describe(folder, template)
     tokenizer = read_tokenizer(folder, described)
-    with no_init_weights():
-        model = VisionLanguageModel(
-            described.config, _empty_encoder(described), _empty_llm(described), described.image_token_id
-        )
+    model = empty_model(described)
     load_weights(model, _tensors(folder, described), folder, dtype)
     generation = model.language_model.generation_config
     if (folder / "generation_config.json").exists():
@@ -87,6 +84,14 @@ def load_pretrained(
     if generation.eos_token_id is None:
         generation.eos_token_id = tokenizer.eos_token_id
     return model, tokenizer
+
+
+def empty_model(described: Description) -> VisionLanguageModel:
+    """A model whose weights are still to come."""
+    with no_init_weights():
+        return VisionLanguageModel(
+            described.config, _empty_encoder(described), _empty_llm(described), described.image_token_id
+        )
 
 
 def read_tokenizer(folder: Path, described: Description) -> PreTrainedTokenizerFast:

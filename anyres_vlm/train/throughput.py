@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from anyres_vlm.flops import Flops
+from anyres_vlm.flops import Flops, training_flops
 from anyres_vlm.train.engine import StepResult
 
 # Dense bf16 TFLOP/s with accumulation in fp32, by what the device's name holds: the makers' data sheets.
@@ -46,19 +46,13 @@ class Throughput:
             "time/tiles_per_s": round(result.tiles / seconds, 2),
         }
         if self.flops is not None and self.peak is not None:
-            rates["time/mfu"] = self._step_flops(self.flops, result) / (seconds * self.world_size * self.peak)
+            done = training_flops(
+                self.flops,
+                self.trained,
+                tokens=result.tokens,
+                supervised_tokens=result.supervised_tokens,
+                pairs=result.pairs,
+                tiles=result.tiles,
+            )
+            rates["time/mfu"] = done / (seconds * self.world_size * self.peak)
         return rates
-
-    def _step_flops(self, flops: Flops, result: StepResult) -> float:
-        """Forward, and backward as far as gradients go; what checkpointing computes again is not counted.
-
-        A frozen matrix still passes gradients on, which is one product for each of its forward pass; a trained one
-        takes two. Both sides of attention's products get gradients. Logits are taken for supervised tokens alone.
-        """
-        language = 3 if "language_model" in self.trained else 2
-        encoder = 3 if "vision_tower" in self.trained else 1
-        return (
-            language * (flops.token * result.tokens + flops.head * result.supervised_tokens)
-            + 3 * flops.pair * result.pairs
-            + (encoder * flops.encoder + 3 * flops.projector) * result.tiles
-        )

@@ -31,9 +31,11 @@ ALLOWED = {
     "train": FOUNDATION | {"data", "model", "synthetic"},
     "evaluate": FOUNDATION | {"data", "model", "synthetic", "inference"},
     "serve": FOUNDATION | {"data", "model", "inference"},
+    "estimate": FOUNDATION | {"data", "model", "train"},
     "instruct": FOUNDATION | {"data"},
     "ablate": FOUNDATION | {"synthetic", "train", "evaluate"},
-    "cli": FOUNDATION | {"data", "model", "synthetic", "inference", "train", "evaluate", "serve", "instruct", "ablate"},
+    "cli": FOUNDATION
+    | {"data", "model", "synthetic", "inference", "train", "evaluate", "serve", "estimate", "instruct", "ablate"},
     "__main__": {"cli"},
 }
 ENGINE_LIBRARIES = {"accelerate", "deepspeed"}  # only train/engine/ knows them

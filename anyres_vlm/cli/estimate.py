@@ -1,0 +1,60 @@
+"""`anyres estimate`: memory, time and the cheapest preset that fits, before a GPU is touched."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import typer
+
+from anyres_vlm.errors import UsageError
+
+if TYPE_CHECKING:
+    from anyres_vlm.config import StageName
+
+
+def estimate(
+    config: Path | None = typer.Option(None, help="YAML file of the run; without it the embedded default."),
+    gpus: int = typer.Option(8, min=1, help="Devices, a rank each."),
+    device: str = typer.Option("h100-80gb", help="Device, such as a100-80gb, h200-141gb, l40s-48gb, rtx4090-24gb."),
+    index: list[str] = typer.Option(
+        [],
+        metavar="[STAGE=]FILE",
+        help="Index of stage 2's data, or of stage1=FILE's; may be repeated.",
+    ),
+    mfu: float = typer.Option(0.4, min=0.01, max=1.0, help="Share of the device's bf16 peak that a busy rank uses."),
+    headroom: float = typer.Option(0.08, min=0.0, max=0.9, help="Share of a device's memory for what is not a tensor."),
+    price: float | None = typer.Option(None, min=0.0, help="Of a GPU-hour; without it no cost is told."),
+    published: bool = typer.Option(False, "--published", help="Published runs, and the MFU that each implies."),
+    as_json: bool = typer.Option(False, "--json", help="Print the figures as JSON."),
+    settings: list[str] = typer.Option([], "--set", metavar="KEY=VALUE", help="Override a key of the config."),
+) -> None:
+    """Tell what a run will take, from configurations and an index alone; no weights are read.
+
+    Example: anyres estimate --config configs/llava15_7b.yaml --gpus 8 --device h100-80gb --index index.parquet
+    """
+    # Start-up time: torch and transformers take seconds to import.
+    from anyres_vlm.config import load_config, shipped_config
+    from anyres_vlm.estimate.devices import find_device
+    from anyres_vlm.estimate.published import published_rows
+    from anyres_vlm.estimate.report import describe, describe_published, published_json, to_json
+    from anyres_vlm.estimate.run import Machines, estimate_run
+
+    if published:  # all that was asked; the other options are of a run of one's own
+        rows = list(published_rows(mfu))
+        print(published_json(rows) if as_json else describe_published(rows, mfu))
+        return
+    machines = Machines(find_device(device), gpus, headroom, mfu)
+    run_config = load_config(config or shipped_config("tiny"), settings)
+    estimates = estimate_run(run_config, _indexes(index), machines)
+    print((to_json if as_json else describe)(estimates, machines, price))
+
+
+def _indexes(words: list[str]) -> dict[StageName, Path]:
+    found: dict[StageName, Path] = {}
+    for word in words:
+        stage: StageName = "stage1" if word.startswith("stage1=") else "stage2"
+        if stage in found:
+            raise UsageError(f"--index {word}: {stage} has {found[stage]} already; write stage1= before the other's")
+        found[stage] = Path(word.removeprefix(f"{stage}="))
+    return found

@@ -1,0 +1,1 @@
+"""What a run will take, before it runs: memory, time and the cheapest way that fits, from configurations alone."""

@@ -1,0 +1,59 @@
+"""How a DeepSpeed preset splits a run over its ranks, as far as memory goes."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from anyres_vlm.config import find_preset
+from anyres_vlm.errors import UsageError
+
+# The shipped presets from the one that moves least between ranks and host to the one that moves most.
+PRESETS = (None, "zero1", "zero2", "zero3", "zero2_offload", "zero3_offload")
+
+
+@dataclass(frozen=True)
+class Sharding:
+    """A preset's figures; sizes are numbers of elements. `stage` 0 is the plain backend: the whole model on a rank."""
+
+    name: str
+    stage: int = 0
+    offloads_optimizer: bool = False
+    offloads_weights: bool = False
+    bucket: int = 0
+    buckets: int = 0
+    prefetch: int = 0
+    persistent: int = 0
+    live: int = 0
+    subgroup: int = 0
+
+
+def read_sharding(preset: str | None) -> Sharding:
+    """A shipped preset or a JSON file by name, with DeepSpeed's defaults for what it leaves out. None is plain."""
+    if preset is None:
+        return Sharding("none")
+    path = find_preset(preset)
+    try:
+        zero: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")).get("zero_optimization", {})
+    except (OSError, ValueError, AttributeError) as error:
+        raise UsageError(f"--deepspeed {path}: cannot be read as JSON: {error}") from None
+    stage = int(zero.get("stage", 0))
+    overlaps = zero.get("overlap_comm", stage == 3)
+    return Sharding(
+        name=Path(preset).stem,
+        stage=stage,
+        offloads_optimizer=_is_offloaded(zero, "offload_optimizer"),
+        offloads_weights=_is_offloaded(zero, "offload_param"),
+        bucket=int(zero.get("reduce_bucket_size", 5e8)),
+        buckets=(1 if stage == 3 else 1 + bool(overlaps)) if zero.get("contiguous_gradients", True) else 0,
+        prefetch=int(zero.get("stage3_prefetch_bucket_size", 5e7)),
+        persistent=int(zero.get("stage3_param_persistence_threshold", 1e5)),
+        live=int(zero.get("stage3_max_live_parameters", 1e9)),
+        subgroup=int(zero.get("sub_group_size", 1e9)),
+    )
+
+
+def _is_offloaded(zero: dict[str, Any], part: str) -> bool:
+    return bool((zero.get(part) or {}).get("device", "none") != "none")
