@@ -6,6 +6,7 @@ An unknown key fails with the nearest known one; values are validated when the f
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, cast, get_args
@@ -240,7 +241,8 @@ def find_preset(name: str) -> Path:
         if path.is_file():
             return path
     known = ", ".join(sorted(path.stem for path in presets.glob("*.json")))
-    raise UsageError(f"--deepspeed {name}: expected a JSON file or one of {known}")
+    near = did_you_mean(name, known.split(", "))
+    raise UsageError(f"--deepspeed {name}: expected a JSON file or one of {known}{near}")
 
 
 def load_config(path: Path, overrides: Sequence[str] = (), flags: Mapping[str, object] | None = None) -> RunConfig:
@@ -276,7 +278,7 @@ def template_name(text: str | None) -> TemplateName | None:
     """A template named on the command line. Raises `UsageError` for a name that is none."""
     names = get_args(TemplateName)
     if text is not None and text not in names:
-        raise UsageError(f"--template {text!r}: expected one of {', '.join(names)}")
+        raise UsageError(f"--template {text!r}: expected one of {', '.join(names)}{did_you_mean(text, names)}")
     return cast(TemplateName | None, text)
 
 
@@ -301,6 +303,12 @@ def validated(model: type[Model], content: dict[str, Any], path: Path) -> Model:
         raise UsageError(f"config {path}: {_explain(error, model)}") from None
 
 
+def did_you_mean(word: object, known: Sequence[str]) -> str:
+    """The end of an error line: the known word that is nearest, or nothing where none is near."""
+    near = difflib.get_close_matches(str(word), known, n=1)
+    return f"; did you mean {near[0]}?" if near else ""
+
+
 def _assign(content: dict[str, Any], key: str, value: object) -> None:
     *parents, last = key.split(".")
     node: Any = content
@@ -320,14 +328,14 @@ def _explain(error: ValidationError, model: type[BaseModel]) -> str:
         where = ".".join(str(part) for part in fault["loc"])
         if fault["type"] == "extra_forbidden":
             known = _fields(model, fault["loc"][:-1])
-            near = difflib.get_close_matches(str(fault["loc"][-1]), known, n=1)
-            faults.append(
-                f"unknown key {where}; " + (f"did you mean {near[0]}?" if near else f"known: {', '.join(known)}")
-            )
+            near = did_you_mean(fault["loc"][-1], known) or f"; known: {', '.join(known)}"
+            faults.append(f"unknown key {where}{near}")
         elif fault["type"] == "missing":
             faults.append(f"key {where} is missing")
         else:
-            faults.append(f"{where}: {fault['msg']}, got {fault['input']!r}" if where else fault["msg"])
+            choices = re.findall(r"'(.+?)'", str(fault.get("ctx", {}).get("expected", "")))
+            near = did_you_mean(fault["input"], choices)
+            faults.append(f"{where}: {fault['msg']}, got {fault['input']!r}{near}" if where else fault["msg"])
     return "; ".join(faults)
 
 

@@ -27,8 +27,8 @@ from anyres_vlm.errors import DataError, Interrupted, UsageError
 
 app = typer.Typer(
     name="anyres",
-    help="Train, evaluate and serve AnyRes high-resolution vision-language models of the LLaVA-NeXT family.",
-    add_completion=False,
+    help="Train, evaluate and serve AnyRes high-resolution vision-language models of the LLaVA-NeXT family.\n\n"
+    "Example: anyres train --max-steps 20",
     no_args_is_help=True,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
