@@ -12,6 +12,7 @@ import typer
 
 from anyres_vlm import __version__
 from anyres_vlm.cli.chat import chat
+from anyres_vlm.cli.doctor import doctor
 from anyres_vlm.cli.evaluate import evaluate
 from anyres_vlm.cli.export import export
 from anyres_vlm.cli.import_checkpoint import import_checkpoint
@@ -33,6 +34,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
+app.command()(doctor)
 app.command()(tokens)
 app.command()(index)
 app.command()(plan)

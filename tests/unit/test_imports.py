@@ -31,7 +31,8 @@ ALLOWED = {
     "evaluate": FOUNDATION | {"data", "model", "synthetic", "inference"},
     "serve": FOUNDATION | {"data", "model", "inference"},
     "instruct": FOUNDATION | {"data"},
-    "cli": FOUNDATION | {"data", "model", "synthetic", "inference", "train", "evaluate", "serve", "instruct"},
+    "doctor": FOUNDATION | {"data", "model", "train"},
+    "cli": FOUNDATION | {"data", "model", "synthetic", "inference", "train", "evaluate", "serve", "instruct", "doctor"},
     "__main__": {"cli"},
 }
 ENGINE_LIBRARIES = {"accelerate", "deepspeed"}  # only train/engine/ knows them
