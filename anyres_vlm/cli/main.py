@@ -17,6 +17,7 @@ from anyres_vlm.cli.evaluate import evaluate
 from anyres_vlm.cli.export import export
 from anyres_vlm.cli.import_checkpoint import import_checkpoint
 from anyres_vlm.cli.index import index
+from anyres_vlm.cli.init import init
 from anyres_vlm.cli.instruct import instruct
 from anyres_vlm.cli.plan import plan
 from anyres_vlm.cli.probe import probe
@@ -35,6 +36,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command()(doctor)
+app.command()(init)
 app.command()(tokens)
 app.command()(index)
 app.command()(plan)

@@ -24,8 +24,7 @@ if TYPE_CHECKING:
 
 SHM = Path("/dev/shm")
 PREFETCHED = 2  # batches that torch's loader keeps ready for each worker
-PEEKED = 32  # records of each stage that are read, from first to last
-SHARE_OF_BAD = 0.1  # of those; more than any sane cap, so that it is no accident
+SHARE_OF_BAD = 0.1  # of the records looked at; more than any sane cap, so that it is no accident
 PATIENCE_S = 5  # for a connection to the hub
 CGROUP = Path("/sys/fs/cgroup")
 CHECKPOINT_BYTES = 12  # of a trained weight: itself and AdamW's two moments in fp32
@@ -168,8 +167,8 @@ def check_disk(case: Case) -> Iterator[Finding]:
 
 def check_data(case: Case) -> Iterator[Finding]:
     """Each stage's data: opened, and some records and their images looked at, from the first to the last."""
-    from anyres_vlm.data.headers import read_size
     from anyres_vlm.data.sources import open_source
+    from anyres_vlm.data.sources.peek import peek
 
     for name in case.stages:
         data, check = case.config.stage(name).data, f"{name} data"
@@ -181,21 +180,14 @@ def check_data(case: Case) -> Iterator[Finding]:
         except (DataError, OSError, ValueError) as error:
             yield Finding(check, "fail", str(error), f"set {name}.data.path and {name}.data.images")
             continue
-        rows = sorted({row * max(len(source) - 1, 0) // (PEEKED - 1) for row in range(PEEKED)}) if len(source) else []
-        bad = []
-        for row in rows:
-            try:
-                for image in source.record(row).images:
-                    read_size(image)
-            except DataError as error:
-                bad.append(str(error))
-        words = f"{data.path}: {len(source):,} records, {len(rows) - len(bad)} of {len(rows)} looked at are good"
-        if not bad and rows:
-            yield Finding(check, "ok", words)
+        looked = peek(source)
+        words = f"{data.path}: {len(source):,} records, {looked.looked - len(looked.bad)} of {looked.looked} looked at"
+        if looked.looked and not looked.bad:
+            yield Finding(check, "ok", f"{words} are good")
             continue
-        is_cause = not rows or len(bad) > max(data.max_bad_fraction, SHARE_OF_BAD) * len(rows)
-        first = f"; the first bad one: {bad[0]}" if bad else ""
-        remedy = f"anyres index {data.path} lists all of them" if bad else "there is nothing to train on"
+        is_cause = len(looked.bad) >= max(data.max_bad_fraction, SHARE_OF_BAD) * looked.looked
+        first = f" are good; the first bad one: {looked.bad[0]}" if looked.bad else ""
+        remedy = f"anyres index {data.path} lists all of them" if looked.bad else "there is nothing to train on"
         yield Finding(check, "fail" if is_cause else "warn", words + first, remedy)
 
 

@@ -31,8 +31,10 @@ ALLOWED = {
     "evaluate": FOUNDATION | {"data", "model", "synthetic", "inference"},
     "serve": FOUNDATION | {"data", "model", "inference"},
     "instruct": FOUNDATION | {"data"},
+    "starter": FOUNDATION | {"data", "model"},
     "doctor": FOUNDATION | {"data", "model", "train"},
-    "cli": FOUNDATION | {"data", "model", "synthetic", "inference", "train", "evaluate", "serve", "instruct", "doctor"},
+    "cli": FOUNDATION
+    | {"data", "model", "synthetic", "inference", "train", "evaluate", "serve", "instruct", "doctor", "starter"},
     "__main__": {"cli"},
 }
 ENGINE_LIBRARIES = {"accelerate", "deepspeed"}  # only train/engine/ knows them
