@@ -27,6 +27,7 @@ PREFETCHED = 2  # batches that torch's loader keeps ready for each worker
 SHARE_OF_BAD = 0.1  # of the records looked at; more than any sane cap, so that it is no accident
 PATIENCE_S = 5  # for a connection to the hub
 CGROUP = Path("/sys/fs/cgroup")
+MEMORY = Path("/proc/meminfo")
 CHECKPOINT_BYTES = 12  # of a trained weight: itself and AdamW's two moments in fp32
 
 
@@ -259,13 +260,21 @@ def require_reachable(model: ModelConfig | CheckpointConfig) -> None:
 
 def free_memory() -> int:
     """Bytes of host memory that may still be used: the machine's, or what the container's limit leaves."""
-    with open("/proc/meminfo", encoding="ascii") as file:
-        facts = dict(line.split(":") for line in file)
-    free = int(facts["MemAvailable"].split()[0]) * 1024
-    limit, used = CGROUP / "memory.max", CGROUP / "memory.current"
+    if MEMORY.exists():
+        free = _lines(MEMORY)["MemAvailable"] * 1024
+    else:  # no Linux: all that there is
+        free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    limit = CGROUP / "memory.max"
     if limit.exists() and (most := limit.read_text().strip()) != "max":
-        free = min(free, int(most) - int(used.read_text()))
+        cached = _lines(CGROUP / "memory.stat").get("inactive_file", 0)  # files that give way
+        free = min(free, int(most) - int((CGROUP / "memory.current").read_text()) + cached)
     return free
+
+
+def _lines(path: Path) -> dict[str, int]:
+    """The numbers of a file of names and numbers, as the kernel writes them."""
+    lines = (line.replace(":", " ").split() for line in path.read_text(encoding="ascii").splitlines())
+    return {name: int(number) for name, number, *_ in lines}
 
 
 def _local_ranks() -> int:

@@ -42,6 +42,7 @@ def try_presets(presets: Sequence[Path], *, bf16: bool) -> str:
     has_device = torch.accelerator.is_available()
     if not has_device:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # as the engine does
+    os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed asks for what a launcher would have set
     from deepspeed.accelerator import get_accelerator  # optional: the extra `deepspeed`
 
     from anyres_vlm.train.engine.zero import ZeroBackend, fill_preset
@@ -76,7 +77,6 @@ class _Layer(nn.Linear):
 def _group(backend: Literal["gloo", "nccl"]) -> Iterator[None]:
     store = TCPStore("127.0.0.1", 0, 1, is_master=True, timeout=PATIENCE)
     dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=PATIENCE)
-    os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed asks for what a launcher would have set
     try:
         yield
     finally:
