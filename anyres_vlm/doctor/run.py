@@ -109,13 +109,13 @@ def check_models(case: Case) -> Iterator[Finding]:
     sizes = {name: _numbers(name) for name in names}
     for name, size in sizes.items():
         if size is None:
-            remedy = f"the first start downloads it; before: hf download {name}"
-            yield Finding("weights", "warn", f"{name} is not here", remedy)
+            remedy = f"the first start fetches what is missing; before: hf download {name}"
+            yield Finding("weights", "warn", f"{name}: no safetensors at hand", remedy)
         else:
             yield Finding("weights", "ok", f"{name}: {size / 1e6:,.1f} M numbers")
-    held = 4 * sum(size or 0 for size in sizes.values()) * _local_ranks()
-    free = free_memory()
-    words = f"{gigabytes(free)} free; {_local_ranks()} local ranks first load {gigabytes(held)} of weights in fp32"
+    ranks, free = _local_ranks(), free_memory()
+    held = 4 * sum(size or 0 for size in sizes.values()) * ranks
+    words = f"{gigabytes(free)} free; weights in fp32, whole on each of {ranks} local ranks, take {gigabytes(held)}"
     remedy = "fewer ranks a node, or a smaller model; anyres estimate says what training needs on the device"
     yield judge("memory", held < free, words, remedy)
 
@@ -157,12 +157,8 @@ def check_disk(case: Case) -> Iterator[Finding]:
     names = [model.checkpoint] if isinstance(model, CheckpointConfig) else [model.llm]
     kept = case.config.keep_checkpoints + 1  # the new one is written before the oldest goes
     need = CHECKPOINT_BYTES * kept * sum(_numbers(name) or 0 for name in names)
-    room = (
-        f"{kept} checkpoints take about {gigabytes(need)}"
-        if need
-        else f"a checkpoint takes {CHECKPOINT_BYTES} bytes a weight"
-    )
-    words = f"{place} can be written, {gigabytes(free)} free; {room}"
+    words = f"{place} can be written, {gigabytes(free)} free; {kept} checkpoints take "
+    words += f"about {gigabytes(need)}" if need else f"{CHECKPOINT_BYTES} bytes a weight each"
     yield judge("disk", free > need, words, "make room, or lower keep_checkpoints")
 
 
@@ -209,7 +205,11 @@ def check_index(case: Case) -> Iterator[Finding]:
         if not path.exists():
             yield Finding(check, "ok", f"none at {path} yet: the run makes it, or anyres index beforehand")
             continue
-        index = read_index(path)
+        try:
+            index = read_index(path)
+        except DataError as error:
+            yield Finding(check, "warn", str(error), "the run makes it again")
+            continue
         conversation = ConversationTokenizer(stage.template or model.template, tokenizer)
         now = IndexSettings(conversation, tiling, stage.max_length).words
         then = index.settings
@@ -287,7 +287,7 @@ def _numbers(name: str) -> int | None:
     """How many numbers the safetensors of a folder or of a hub id's snapshot hold; None where none is at hand."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
-    from safetensors import safe_open
+    from safetensors import SafetensorError, safe_open
 
     from anyres_vlm.model.hub import resolve
 
@@ -299,8 +299,11 @@ def _numbers(name: str) -> int | None:
             return None
     total = 0
     for path in folder.glob("*.safetensors"):
-        with safe_open(path, framework="numpy") as file:
-            total += sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
+        try:
+            with safe_open(path, framework="numpy") as file:
+                total += sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
+        except SafetensorError as error:
+            raise DataError(f"{path}: its weights cannot be read ({error}): fetch it again") from None
     return total or None
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -18,6 +19,7 @@ from anyres_vlm.cli.main import main
 from anyres_vlm.config import load_config, shipped_config
 from anyres_vlm.doctor import machine, run
 from anyres_vlm.doctor.finding import Finding, run_checks
+from anyres_vlm.model.hub import resolve
 
 ROOT = Path(__file__).parents[3]
 Make = Callable[..., run.Case]
@@ -139,6 +141,13 @@ def test_models_that_are_not_here(make: Make, tmp_path: Path, monkeypatch: pytes
     finding = only(run.check_models(make(f"model.llm={tmp_path / 'nowhere'}")))
     assert finding.level == "fail"
     assert "nowhere" in finding.found
+    broken = shutil.copytree(resolve("embedded:tiny-lm"), tmp_path / "broken")
+    (broken / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1")
+    *_, finding = run_checks({"model": run.check_models}, make(f"model.llm={broken}"))
+    assert (finding.level, "model.safetensors: its weights cannot be read" in finding.found) == ("fail", True)
+    (broken / "model.safetensors").unlink()
+    assert {f.check: f.level for f in run.check_models(make(f"model.llm={broken}"))}["weights"] == "ok"  # the encoder's
+    assert any("no safetensors at hand" in f.found for f in run.check_models(make(f"model.llm={broken}")))
     from huggingface_hub import constants
 
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")  # the discard port: nobody listens
@@ -209,3 +218,6 @@ def test_an_index_of_other_settings(make: Make, tmp_path: Path, capsys: pytest.C
     _, other = run.check_index(make("model.grid=3x3", "stage2.max_length=900"))
     assert other.level == "warn"
     assert "another pinpoints, max_length" in other.found
+    out.write_bytes(b"PAR1")
+    _, broken = run.check_index(case)
+    assert (broken.level, broken.remedy) == ("warn", "the run makes it again")
