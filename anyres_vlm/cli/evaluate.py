@@ -100,8 +100,6 @@ def evaluate(
             results[name] = run_benchmark(run, benchmark, progress.update)
         if not as_json:
             _print(name, results[name], folder)
-        elif results[name]:
-            del results[name]["points"]
     if as_json:
         print(json.dumps(results, indent=2))
 
@@ -156,6 +154,7 @@ def _heldout(
     from anyres_vlm.inference import BATCH_TOKENS, Assistant
 
     assistant = Assistant.load(model)
+    tiling = asdict(assistant.model.tiling)
     records = read_records(data, images, max_bad_fraction=0.0)[:limit]
     asked = heldout.swap_images(records) if swap_images else records
 
@@ -168,7 +167,8 @@ def _heldout(
     if out is not None:
         answers = [asdict(result) | {"correct": result.correct} for result in results]
         out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps({"accuracy": accuracies, "answers": answers}, indent=1) + "\n", encoding="utf-8")
+        content = {"model": model, "limit": limit, "blind": swap_images, "tiling": tiling, "accuracy": accuracies}
+        out.write_text(json.dumps(content | {"answers": answers}, indent=1) + "\n", encoding="utf-8")
     if as_json:
         print(json.dumps(accuracies, indent=2))
     else:

@@ -128,11 +128,13 @@ def _require_extra() -> None:
 def _counts(count: str, kinds: str | None) -> dict[Kind, int]:
     from anyres_vlm.instruct.prompts import parse_kind  # start-up time
 
-    counts = {}
+    counts: dict[Kind, int] = {}
     for part in count.split(","):
         kind, _, number = part.partition("=")
         if not number.strip().isdecimal() or int(number) == 0:
             raise UsageError(f"--count {part!r}: expected KIND=NUMBER, for example conversation=58000")
+        if parse_kind(kind.strip()) in counts:
+            raise UsageError(f"--count {count}: {kind.strip()} is given twice")
         counts[parse_kind(kind.strip())] = int(number)
     if kinds is None:
         return counts
@@ -149,7 +151,7 @@ def _scenes(captions: Path | None, instances: Path | None, descriptions: Path | 
     if (captions is None) == (descriptions is None):
         raise UsageError("give either --captions (COCO, with --instances for boxes) or --descriptions")
     if captions is not None:
-        return read_coco(captions, instances)
+        return read_coco(captions, instances, images)
     if instances is not None:
         raise UsageError("--instances goes with --captions; --descriptions holds its own boxes")
     assert descriptions is not None
@@ -161,9 +163,7 @@ def _print_estimate(estimate: Estimate, as_json: bool) -> None:
         print(json.dumps(vars(estimate), indent=2))
         return
     print(f"requests: {estimate.requests:,}")
-    print(
-        f"tokens:   about {estimate.prompt_tokens:,} in, {estimate.completion_tokens:,} out (estimated from characters)"
-    )
+    print(f"tokens:   about {estimate.prompt_tokens:,} in, {estimate.completion_tokens:,} out (estimated)")
     if estimate.cost is None or estimate.most is None:
         print("cost:     unknown: the config has no price of this model")
     else:

@@ -22,6 +22,7 @@ from anyres_vlm.cli.instruct import instruct
 from anyres_vlm.cli.plan import plan
 from anyres_vlm.cli.probe import probe
 from anyres_vlm.cli.render import render
+from anyres_vlm.cli.report import report
 from anyres_vlm.cli.score import score
 from anyres_vlm.cli.tokens import tokens
 from anyres_vlm.cli.train import train
@@ -45,6 +46,7 @@ app.command()(train)
 app.command("eval")(evaluate)
 app.command()(score)
 app.command()(probe)
+app.command()(report)
 app.command()(chat)
 app.command("import")(import_checkpoint)
 app.command()(export)

@@ -30,6 +30,7 @@ def score(
     judge: str | None = typer.Option(None, help=JUDGE_HELP),
     judge_url: str | None = typer.Option(None, "--judge-url", help=JUDGE_URL_HELP),
     judge_prompt: Path | None = typer.Option(None, "--judge-prompt", help=JUDGE_PROMPT_HELP),
+    out: Path | None = typer.Option(None, help="Folder for the result with every answer's points: see anyres report."),
     as_json: bool = typer.Option(False, "--json", help="Print the scores as one JSON object."),
 ) -> None:
     """Score answers as the official script does, to the last digit that it prints.
@@ -39,6 +40,7 @@ def score(
     # Start-up time: NumPy.
     from anyres_vlm.evaluate.answers import read_answers
     from anyres_vlm.evaluate.benchmarks import make_benchmark
+    from anyres_vlm.evaluate.marks import write_result
 
     grader = make_judge(judge, judge_url, judge_prompt, answers.with_name(f"{answers.name}.grades.jsonl"))
     chosen = make_benchmark(benchmark, None, grader)
@@ -49,11 +51,14 @@ def score(
     scored = chosen.score(files, given, partial=False)
     result = {
         "benchmark": benchmark,
-        "questions": len(scored.points),
+        "model": str(answers),
+        "questions": len(scored.marks),
         "protocol": dict(chosen.protocol),
         "score": scored.score,
         "scores": dict(scored.scores),
     }
+    if out is not None:
+        write_result(out, result, scored)
     if as_json:
         print(json.dumps(result, indent=2))
     else:

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from anyres_vlm.durable import append, replacing
 from anyres_vlm.errors import DataError
 
 
@@ -44,24 +45,12 @@ class AnswerLog:
             os.truncate(path, content.rindex(b"\n") + 1)
             return
         self.folder.mkdir(parents=True, exist_ok=True)
-        write_durably(path, header)
+        with replacing(path, "wb") as file:
+            file.write(header)
 
     def append(self, shard: str, answers: Mapping[int, str | None]) -> None:
         """Add one batch, which is on the disk when this returns."""
-        with self.path(shard).open("ab") as file:
-            file.write(_line({"answers": list(answers.items())}))
-            file.flush()
-            os.fsync(file.fileno())
-
-
-def write_durably(path: Path, content: bytes) -> None:
-    """A file that appears whole or not at all."""
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-    with unfinished.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    unfinished.replace(path)
+        append(self.path(shard), _line({"answers": list(answers.items())}))
 
 
 def _batches(path: Path, key: str) -> Iterator[dict[int, str | None]]:

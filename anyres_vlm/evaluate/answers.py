@@ -28,6 +28,7 @@ class Answered:
     raw: bool
     prompt: str = ""
     category: str = ""
+    image: str = ""
 
 
 def read_answers(path: Path) -> list[Answered]:
@@ -108,6 +109,7 @@ def _answered(entry: Any, where: str) -> Answered:
         raw=text_key == "text",
         prompt=_text(entry.get("prompt", ""), f"{where}: prompt"),
         category=_text(entry.get("category", ""), f"{where}: category"),
+        image=image if isinstance(image := entry.get("image"), str) else "",  # no part of any official format
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,16 +27,28 @@ class Question:
     prompt: str
 
 
+@dataclass(frozen=True, slots=True)
+class Mark:
+    """What one answer is worth, 0 to 1, beside question, truth, the picture's file and the kinds of question it is."""
+
+    points: float
+    answer: Answered
+    question: str
+    reference: str
+    image: str
+    kinds: tuple[str, ...] = ()
+
+
 @dataclass(frozen=True)
 class Scored:
-    """A benchmark's result: `score` in percent as published tables have it, the official numbers, points by question.
+    """A benchmark's result: `score` in percent as published tables have it, the official numbers, marks by question.
 
-    Points are between 0 and 1 in the order of the annotations.
+    Marks are in the order of the annotations.
     """
 
     score: float | None
     scores: Mapping[str, Any]
-    points: Mapping[str, float] = field(repr=False)
+    marks: Mapping[str, Mark] = field(repr=False)
 
 
 class Benchmark(Protocol):
@@ -126,6 +139,11 @@ def take(entry: Any, key: str, kind: type, where: str) -> Any:
         got = f"an object without {key!r}" if isinstance(entry, dict) and key not in entry else repr(value)[:40]
         raise DataError(f"{where}: expected {kind.__name__} under {key!r}, got {got}; use the official file")
     return value
+
+
+def human_reference(answers: Sequence[str]) -> str:
+    """People's answers as one line, the three most frequent with their number."""
+    return ", ".join(f"{text} ({count})" for text, count in Counter(answers).most_common(3))
 
 
 def percent(values: Sequence[float], digits: int = 2) -> float:

@@ -15,6 +15,7 @@ from anyres_vlm.evaluate.benchmark import (
     SHORT_ANSWER_TOKENS,
     SHORT_PROMPT,
     ImageFolders,
+    Mark,
     Question,
     Scored,
     find_file,
@@ -66,7 +67,7 @@ class GQA:
             if name in answered or (not partial and take(entry, "isBalanced", bool, f"{path}: question {name}"))
         ]
         found = match(given, expected)
-        points: dict[str, float] = {}
+        marks: dict[str, Mark] = {}
         groups: dict[str, dict[str, list[float]]] = {kind: defaultdict(list) for kind in TYPES}
         halves: dict[str, list[float]] = {"binary": [], "open": []}
         for name in expected:
@@ -75,18 +76,22 @@ class GQA:
                 continue
             answer = found[name]
             said = prediction(answer.text) if answer.raw else answer.text
-            points[name] = float(said == take(entry, "answer", str, where))
+            truth = take(entry, "answer", str, where)
+            points = float(said == truth)
             types = take(entry, "types", dict, where)
             for kind, key in TYPES.items():
-                groups[kind][take(types, key, str, where)].append(points[name])
-            halves["open" if types["structural"] == "query" else "binary"].append(points[name])
-        if not points:
+                groups[kind][take(types, key, str, where)].append(points)
+            halves["open" if types["structural"] == "query" else "binary"].append(points)
+            kinds = tuple(f"{key}: {types[key]}" for key in TYPES.values())
+            question, image = (str(entry.get(key, "")) for key in ("question", "imageId"))
+            marks[name] = Mark(points, answer, question, truth, f"{image}.jpg", kinds)
+        if not marks:
             raise DataError(f"{path}: no balanced questions in it")
-        accuracy = percent(list(points.values()))
+        accuracy = percent([mark.points for mark in marks.values()])
         scores: dict[str, Any] = {"accuracy": accuracy}
         scores |= {half: percent(hits) if hits else 0.0 for half, hits in halves.items()}
         scores |= {kind: {name: percent(of[name]) for name in sorted(of)} for kind, of in groups.items()}
-        return Scored(accuracy, scores, points)
+        return Scored(accuracy, scores, marks)
 
 
 def prediction(text: str) -> str:

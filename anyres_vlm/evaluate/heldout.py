@@ -11,6 +11,7 @@ from pathlib import Path
 from statistics import fmean, stdev
 
 from anyres_vlm.errors import DataError
+from anyres_vlm.evaluate.marks import image_path
 from anyres_vlm.inference import BATCH_TOKENS, Assistant, Conversation
 from anyres_vlm.model.generation import Decoding
 from anyres_vlm.schema import Record
@@ -27,6 +28,7 @@ class Result:
     question: str
     expected: str
     answer: str
+    image: str = ""
 
     @property
     def correct(self) -> bool:
@@ -61,7 +63,14 @@ def ask_all(
     asked = [Conversation(record.turns[:1], record.images) for record in records]
     answers = assistant.answer_many(asked, Decoding(MAX_NEW_TOKENS), batch_tokens, progress)
     return [
-        Result(record.id, record.task, record.turns[0].text, record.turns[1].text, answer.text)
+        Result(
+            record.id,
+            record.task,
+            record.turns[0].text,
+            record.turns[1].text,
+            answer.text,
+            ", ".join(map(image_path, record.images)),
+        )
         for record, answer in zip(records, answers, strict=True)
     ]
 

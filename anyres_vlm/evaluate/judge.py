@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from anyres_vlm.durable import append
 from anyres_vlm.errors import DataError, UsageError
 
 if TYPE_CHECKING:
@@ -111,10 +112,7 @@ class Judge:
     def _keep(self, key: str, grade: Grade) -> None:
         entry: dict[str, Any] = {"key": key} | asdict(grade)
         self.cache.parent.mkdir(parents=True, exist_ok=True)
-        with self.cache.open("ab") as file:
-            file.write(json.dumps(entry).encode() + b"\n")
-            file.flush()
-            os.fsync(file.fileno())
+        append(self.cache, json.dumps(entry).encode() + b"\n")
 
 
 def _number(content: str) -> float | None:

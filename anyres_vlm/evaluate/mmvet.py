@@ -14,7 +14,16 @@ import numpy as np
 
 from anyres_vlm.errors import DataError, UsageError
 from anyres_vlm.evaluate.answers import Answered, match
-from anyres_vlm.evaluate.benchmark import LLAVA, ImageFolders, Question, Scored, find_file, questions_by_id, take
+from anyres_vlm.evaluate.benchmark import (
+    LLAVA,
+    ImageFolders,
+    Mark,
+    Question,
+    Scored,
+    find_file,
+    questions_by_id,
+    take,
+)
 from anyres_vlm.evaluate.judge import Judge
 
 FILES = ["mm-vet.json", "*mm-vet*.json"]
@@ -82,7 +91,7 @@ class MMVet:
             raise DataError(f"{path}: no questions in it")
         if self.judge is None:
             raise UsageError("mmvet: answers are graded by a judge: name its model with --judge")
-        points: dict[str, float] = {}
+        marks: dict[str, Mark] = {}
         models = set()
         groups: dict[str, dict[str, list[float]]] = {
             "capabilities": defaultdict(list),
@@ -93,17 +102,19 @@ class MMVet:
                 continue
             where = f"{path}: question {name}"
             truth = take(entry, "answer", str, where)
-            grade = self.judge.grade(take(entry, "question", str, where), truth, found[name].text)
+            question = take(entry, "question", str, where)
+            grade = self.judge.grade(question, truth, found[name].text)
             models.add(grade.model)
-            points[name] = grade.score
             needed = sorted(set(take(entry, "capability", list, where)))
+            image = str(entry.get("imagename", ""))
+            marks[name] = Mark(grade.score, found[name], question, truth, image, tuple(needed))
             for capability in needed:
                 groups["capabilities"][capability].append(grade.score)
             groups["integrations"]["_".join(needed)].append(grade.score)
-        total = _percent(list(points.values()))
+        total = _percent([mark.points for mark in marks.values()])
         scores: dict[str, Any] = {"total": total}
         scores |= {kind: {name: _percent(of[name]) for name in sorted(of)} for kind, of in groups.items()}
-        return Scored(total, scores | {"judged_by": sorted(models)}, points)
+        return Scored(total, scores | {"judged_by": sorted(models)}, marks)
 
 
 def read_instructions(path: Path) -> str:

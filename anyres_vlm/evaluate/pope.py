@@ -15,6 +15,7 @@ from anyres_vlm.evaluate.benchmark import (
     SHORT_ANSWER_TOKENS,
     SHORT_PROMPT,
     ImageFolders,
+    Mark,
     Question,
     Scored,
     find_files,
@@ -60,15 +61,29 @@ class POPE:
 
     def score(self, annotations: Sequence[Path], given: Sequence[Answered], partial: bool) -> Scored:
         labels: dict[str, bool] = {}
+        shown: dict[str, Any] = {}
         splits: dict[str, list[str]] = {}
         for path in annotations:
             entries = _read(path)
             splits[_split(path)] = list(entries)
             labels |= {name: _label(entry, f"{path}: question {name}") for name, entry in entries.items()}
+            shown |= entries
         ids = _ids(given, splits)
         found = match(given, set(ids) & set(labels) if partial else labels, ids)
         said = {name: yes_or_no(answer.text) == "yes" for name, answer in found.items()}
-        points = {name: float(said[name] == label) for name, label in labels.items() if name in said}
+        marks = {
+            name: Mark(
+                float(said[name] == labels[name]),
+                found[name],
+                str(shown[name].get("text", "")),
+                shown[name]["label"],
+                str(shown[name].get("image", "")),
+                (split,),
+            )
+            for split, names in splits.items()
+            for name in names
+            if name in said
+        }
         by_split = {
             split: yes_no_rates([(said[name], labels[name]) for name in names if name in said])
             for split, names in splits.items()
@@ -78,7 +93,7 @@ class POPE:
             raise DataError(f"{annotations[0]}: no questions in it")
         f1 = [rates["f1"] for rates in by_split.values()]
         mean = None if None in f1 else percent([float(value) for value in f1 if value is not None])
-        return Scored(mean, by_split, points)
+        return Scored(mean, by_split, marks)
 
 
 def yes_or_no(text: str) -> str:

@@ -6,18 +6,21 @@ import hashlib
 import json
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from anyres_vlm.data.checks import plan_image
 from anyres_vlm.data.images import open_image
 from anyres_vlm.data.index.build import Shard
+from anyres_vlm.durable import replacing
 from anyres_vlm.errors import DataError, UsageError
-from anyres_vlm.evaluate.answer_log import AnswerLog, write_durably
+from anyres_vlm.evaluate.answer_log import AnswerLog
 from anyres_vlm.evaluate.answers import read_answers
-from anyres_vlm.evaluate.benchmark import Benchmark, Question
+from anyres_vlm.evaluate.benchmark import Benchmark, Question, Scored
+from anyres_vlm.evaluate.marks import image_path, write_result
 from anyres_vlm.inference import Assistant, Conversation
+from anyres_vlm.model.description import describe
 from anyres_vlm.model.files import checkpoint_folder
 from anyres_vlm.model.generation import Decoding
 from anyres_vlm.schema import IMAGE_TOKEN, ImageRef, Turn
@@ -145,7 +148,7 @@ def _finish(
     """Write answers, submission and result; the score is that of the answer file, as `anyres score` would read it."""
     answer_file = run.out / f"{benchmark.name}.answers.jsonl"
     lines = [
-        {"question_id": question.id, "prompt": question.prompt, "text": text}
+        {"question_id": question.id, "prompt": question.prompt, "text": text, "image": image_path(question.image)}
         for question, text in zip(questions, texts, strict=True)
     ]
     _write(answer_file, lines)
@@ -158,14 +161,14 @@ def _finish(
         "limit": run.limit,
         "unasked": list(unasked),
         "max_new_tokens": benchmark.max_new_tokens,
+        "tiling": asdict(describe(checkpoint_folder(run.model)).tiling),
         "protocol": dict(benchmark.protocol),
     }
+    scored = Scored(None, {}, {})
     if annotations := benchmark.annotations(run.data):
         scored = benchmark.score(annotations, read_answers(answer_file), partial=run.limit is not None)
-        result |= {"score": scored.score, "scores": dict(scored.scores), "points": dict(scored.points)}
-    else:
-        result |= {"score": None, "scores": {}, "points": {}}
-    _write(run.out / f"{benchmark.name}.json", result)
+    result |= {"score": scored.score, "scores": dict(scored.scores)}
+    write_result(run.out, result, scored)
     return result
 
 
@@ -175,7 +178,8 @@ def _write(path: Path, content: Any) -> None:
         text = "".join(json.dumps(line) + "\n" for line in content)
     else:
         text = json.dumps(content, indent=1) + "\n"
-    write_durably(path, text.encode())
+    with replacing(path) as file:
+        file.write(text)
 
 
 def _key(run: Run, benchmark: Benchmark, questions: Sequence[Question]) -> str:

@@ -16,9 +16,11 @@ from anyres_vlm.evaluate.benchmark import (
     SHORT_ANSWER_TOKENS,
     SHORT_PROMPT,
     ImageFolders,
+    Mark,
     Question,
     Scored,
     find_file,
+    human_reference,
     percent,
     take,
 )
@@ -85,15 +87,17 @@ class TextVQA:
         entries = _read(path)
         ids = _ids(given, entries)
         found = match(given, set(ids) & set(entries) if partial else entries, ids)
-        points: dict[str, float] = {}
+        marks: dict[str, Mark] = {}
         for name, answer in found.items():  # in the order of the answers, as the official sum is
             where = f"{path}: question {name}"
             human = take(entries[name], "answers", list, where)
-            points[name] = soft_accuracy(answer.text, human, where)
-        if not points:
+            points = soft_accuracy(answer.text, human, where)
+            question, image = (str(entries[name].get(key, "")) for key in ("question", "image_id"))
+            marks[name] = Mark(points, answer, question, human_reference(human), f"{image}.jpg")
+        if not marks:
             raise DataError(f"{path}: no annotations in it")
-        accuracy = percent(list(points.values()))
-        return Scored(accuracy, {"accuracy": accuracy}, points)
+        accuracy = percent([mark.points for mark in marks.values()])
+        return Scored(accuracy, {"accuracy": accuracy}, marks)
 
 
 def soft_accuracy(text: str, human: Sequence[Any], where: str) -> float:

@@ -15,9 +15,11 @@ from anyres_vlm.evaluate.benchmark import (
     SHORT_ANSWER_TOKENS,
     SHORT_PROMPT,
     ImageFolders,
+    Mark,
     Question,
     Scored,
     find_file,
+    human_reference,
     take,
 )
 from anyres_vlm.evaluate.normalisation import evalai_answer, one_line, vqa_answer
@@ -45,7 +47,7 @@ class VQAv2:
         questions = []
         for number, entry in enumerate(take(content, "questions", list, str(path))[:limit], start=1):
             where = f"{path}: question {number}"
-            image = f"COCO_{split}_{take(entry, 'image_id', int, where):012d}.jpg"
+            image = _image_name(split, take(entry, "image_id", int, where))
             prompt = take(entry, "question", str, where) + SHORT_ANSWER
             questions.append(Question(take(entry, "question_id", int, where), folders.find(image, where), prompt))
         return questions
@@ -66,7 +68,9 @@ class VQAv2:
 
     def score(self, annotations: Sequence[Path], given: Sequence[Answered], partial: bool) -> Scored:
         (path,) = annotations
-        entries = take(read_json(path), "annotations", list, str(path))
+        content = read_json(path)
+        entries = take(content, "annotations", list, str(path))
+        subset = content.get("data_subtype", "val2014")
         wanted = {
             as_id(take(e, "question_id", int, f"{path}: annotation {n}"), ""): e for n, e in enumerate(entries, 1)
         }
@@ -74,7 +78,7 @@ class VQAv2:
             answered = {answer.id for answer in given}
             wanted = {name: entry for name, entry in wanted.items() if name in answered}
         found = match(given, wanted)
-        points: dict[str, float] = {}
+        marks: dict[str, Mark] = {}
         by_type: dict[str, dict[str, list[float]]] = {
             "perAnswerType": defaultdict(list),
             "perQuestionType": defaultdict(list),
@@ -83,14 +87,20 @@ class VQAv2:
             where = f"{path}: question {name}"
             answer = found[name]
             text = evalai_answer(answer.text) if answer.raw else answer.text
-            points[name] = soft_accuracy(text, take(entry, "answers", list, where), where)
-            by_type["perAnswerType"][take(entry, "answer_type", str, where)].append(points[name])
-            by_type["perQuestionType"][take(entry, "question_type", str, where)].append(points[name])
-        if not points:
+            human = take(entry, "answers", list, where)
+            points = soft_accuracy(text, human, where)
+            kinds = take(entry, "answer_type", str, where), take(entry, "question_type", str, where)
+            for groups, kind in zip(by_type.values(), kinds, strict=True):
+                groups[kind].append(points)
+            reference = human_reference([said["answer"] for said in human])
+            image = _image_name(subset, entry.get("image_id", 0))
+            named = f"answer: {kinds[0]}", f"question: {kinds[1]}"
+            marks[name] = Mark(points, answer, "", reference, image, named)  # the questions are in another file
+        if not marks:
             raise DataError(f"{path}: no annotations in it")
-        overall = _percent(list(points.values()))
+        overall = _percent([mark.points for mark in marks.values()])
         types = {kind: {name: _percent(of[name]) for name in sorted(of)} for kind, of in by_type.items()}
-        return Scored(overall, {"overall": overall, **types}, points)
+        return Scored(overall, {"overall": overall, **types}, marks)
 
 
 def soft_accuracy(text: str, answers: Sequence[Any], where: str) -> float:
@@ -105,6 +115,10 @@ def soft_accuracy(text: str, answers: Sequence[Any], where: str) -> float:
     matching = [answer for answer in human if answer["answer"] == said]
     subsets = [min(1, sum(other != left_out for other in matching) / 3) for left_out in human]
     return sum(subsets) / len(subsets)
+
+
+def _image_name(subset: str, number: int) -> str:
+    return f"COCO_{subset}_{str(number).zfill(12)}.jpg"
 
 
 def _questions_file(data: Path) -> Path:

@@ -1,13 +1,16 @@
 """The Batch API: requests written to files, submitted, polled and collected, at half the price and within a day.
 
 The raw log says before and after each submission what was sent, and a batch carries its name, a hash of its content, so
-that a run that was killed in between finds its batch again and pays for it once.
+that a run that was killed or cut off in between finds its batch again and pays for it once.
 """
 
 from __future__ import annotations
 
 import asyncio
 import json
+import logging
+import random
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from hashlib import sha256
@@ -19,19 +22,22 @@ from openai.types import Batch
 
 from anyres_vlm.errors import DataError, UsageError
 from anyres_vlm.instruct.budget import Budget
-from anyres_vlm.instruct.endpoint import AGAIN, without_key
-from anyres_vlm.instruct.generate import Progress, Stop
+from anyres_vlm.instruct.endpoint import AGAIN, answer_without_key, backoff_s, retry_after, without_key
+from anyres_vlm.instruct.generate import BROKEN_LINE, Progress, Stop
 from anyres_vlm.instruct.job import Item
 from anyres_vlm.instruct.ledger import Ledger
 from anyres_vlm.instruct.raw_log import RawLog
 from anyres_vlm.instruct.settings import Limits
 from anyres_vlm.instruct.verdict import response_entry
 
+logger = logging.getLogger(__name__)
+
 MOST_REQUESTS = 50_000  # of one file, as OpenAI limits it
 MOST_BYTES = 190_000_000  # of its 200 MB
 ENDED = ("completed", "failed", "expired", "cancelled")
 LOOK_S = 0.5  # between looks for a signal
 SHARE = 1000  # lines of a result that one fsync brings to the disk
+CUSTOM_ID = re.compile(rb'"custom_id": *"([0-9a-f]{64})-([1-9]\d*)"')
 
 
 @dataclass
@@ -77,7 +83,8 @@ class BatchGeneration:
         if waiting and not payable:
             self.stop("the budget is used up")
         for content in self._files(payable):
-            await self._submit(content)
+            if self.stop.reason is None:
+                await self._submit(content)
         before = self.ledger.responses
         await self._collect_all(items)
         for item in payable:
@@ -110,21 +117,45 @@ class BatchGeneration:
         path.write_bytes(content)
         file = await self.client.files.create(file=path, purpose="batch")
         await self._note(name, "submitting")
-        # Made again by the client after a lost answer, a batch would run twice.
-        batch = await self.client.with_options(max_retries=0).batches.create(
-            input_file_id=file.id,
-            endpoint="/v1/chat/completions",
-            completion_window="24h",
-            metadata={"anyres": name},
-        )
-        await self._note(name, "submitted", batch.id)
+        number = await self._create(name, file.id)
+        if number is not None:
+            await self._note(name, "submitted", number)
+
+    async def _create(self, name: str, file: str) -> str | None:
+        """The batch's id; None where a signal came first.
+
+        Where the answer is lost, the batch is looked for before it is made again: made twice, it would run twice.
+        """
+        once, chance = self.client.with_options(max_retries=0), random.Random(name)
+        for retry in range(self.limits.retries + 1):
+            try:
+                batch = await once.batches.create(
+                    input_file_id=file,
+                    endpoint="/v1/chat/completions",
+                    completion_window="24h",
+                    metadata={"anyres": name},
+                    extra_headers={"Idempotency-Key": name},
+                )
+            except (openai.APIConnectionError, openai.APIStatusError) as error:
+                asked = error.response.headers.get("retry-after") if isinstance(error, openai.APIStatusError) else None
+                asked_s = retry_after(asked)
+                if retry == self.limits.retries or asked_s > self.limits.longest_wait_s or not _passes(error):
+                    raise
+                await self._pause(max(asked_s, backoff_s(retry, chance)))
+            else:
+                return batch.id
+            if self.stop.reason is not None:
+                return None
+            if (number := await self._find(name)) is not None:
+                return number
+        return None
 
     async def _collect_all(self, items: dict[str, Item]) -> None:
         """Wait for every batch that was submitted, also by a run before this one, and log what it brought."""
         for name, entry in list(self.ledger.batches.items()):
             if entry["state"] == "collected":
                 continue
-            number = entry["id"] or await self._find(name)
+            number = entry["id"] or await self._find(name) or await self._find_later(name)
             batch = None if number is None else await self._wait(number)
             if self.stop.reason is not None:
                 return
@@ -143,47 +174,76 @@ class BatchGeneration:
                 return batch.id
         return None
 
+    async def _find_later(self, name: str) -> str | None:
+        """The same a while later, as what was submitted a moment ago may not be listed yet."""
+        await self._pause(self.limits.poll_s)
+        return None if self.stop.reason is not None else await self._find(name)
+
     async def _wait(self, number: str) -> Batch | None:
-        """The batch when it has ended; None where a signal came first."""
+        """The batch when it has ended; None where a signal came first. An endpoint may be down for a while."""
+        failed = 0
         while self.stop.reason is None:
-            batch = await self.client.batches.retrieve(number)
-            if batch.status in ENDED:
-                return batch
-            waited_s = 0.0
-            while waited_s < self.limits.poll_s and self.stop.reason is None:
-                await asyncio.sleep(min(LOOK_S, self.limits.poll_s))
-                waited_s += LOOK_S
+            try:
+                batch = await self.client.batches.retrieve(number)
+                failed = 0
+                if batch.status in ENDED:
+                    return batch
+            except (openai.APIConnectionError, openai.APIStatusError) as error:
+                failed += 1
+                if failed == BROKEN_LINE or not _passes(error):
+                    raise
+            await self._pause(self.limits.poll_s)
         return None
+
+    async def _pause(self, wait_s: float) -> None:
+        """Wait, or until a signal comes."""
+        end = asyncio.get_running_loop().time() + wait_s
+        while self.stop.reason is None and (left_s := end - asyncio.get_running_loop().time()) > 0:
+            await asyncio.sleep(min(LOOK_S, left_s))
 
     async def _collect(self, name: str, batch: Batch, items: dict[str, Item]) -> None:
         for file in (batch.output_file_id, batch.error_file_id):
             if file is None:
                 continue
             content = await self.client.files.content(file)
-            lines = content.text.splitlines()
+            lines = content.content.splitlines()  # of bytes: only the ends of lines, no character that JSON may hold
             for start in range(0, len(lines), SHARE):
-                share = lines[start : start + SHARE]
-                entries = [entry for line in share if (entry := self._entry(name, line, items)) is not None]
-                offsets = await asyncio.gather(*(self.log.append(entry) for entry in entries))
-                for entry, offset in zip(entries, offsets, strict=True):
+                entries: dict[tuple[str, int], dict[str, Any]] = {}
+                for line in lines[start : start + SHARE]:
+                    if line.strip() and (entry := self._entry(name, line, items)) is not None:
+                        entries.setdefault((entry["key"], entry["attempt"]), entry)
+                offsets = await asyncio.gather(*map(self.log.append, entries.values()))
+                for entry, offset in zip(entries.values(), offsets, strict=True):
                     self.ledger.add(entry, items[entry["key"]], offset)
 
-    def _entry(self, name: str, line: str, items: dict[str, Item]) -> dict[str, Any] | None:
-        """A line of a result as a response; None where it brings none, or one that is logged already."""
+    def _entry(self, name: str, line: bytes, items: dict[str, Item]) -> dict[str, Any] | None:
+        """A line of a result as a response; None where it brings none, or one that is logged already.
+
+        A line that cannot be read, and was paid for, is kept as it is.
+        """
         try:
             result = json.loads(line)
             key, _, attempt = result["custom_id"].rpartition("-")
-            response = result.get("response") or {}
-            status, body = response.get("status_code"), response.get("body")
-            number = int(attempt)
-        except (ValueError, KeyError, TypeError, AttributeError):
-            raise DataError(f"batch {name}: a line of its result is none of the API's: {line[:100]!r}") from None
+            number, response = int(attempt), result.get("response") or {}
+            status, body = response.get("status_code"), json.dumps(response.get("body"))
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            if (found := CUSTOM_ID.search(line)) is None:
+                logger.warning("batch %s: a line of its result is none of the API's: %r", name, line[:100])
+                return None
+            key, number, status, body = found[1].decode(), int(found[2]), 200, line.decode(errors="replace")
         if key not in items:
             raise UsageError(f"batch {name} has items that this run has not: give the counts of the run that made it")
         if status is None or status >= 500 or status in AGAIN or number in self.ledger.made(key):
             return None
-        return response_entry(items[key], number, status, without_key(json.dumps(body), self.client), batch=name)
+        return response_entry(items[key], number, status, answer_without_key(body, self.client), batch=name)
 
     async def _note(self, name: str, state: str, number: str | None = None) -> None:
         entry = {"batch_name": name, "state": state, "id": number}
         self.ledger.add(entry, offset=await self.log.append(entry))
+
+
+def _passes(error: openai.APIError) -> bool:
+    """Whether the same request may go through later."""
+    if not isinstance(error, openai.APIStatusError):
+        return True
+    return error.code != "insufficient_quota" and (error.status_code >= 500 or error.status_code in AGAIN)

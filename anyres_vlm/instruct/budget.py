@@ -6,9 +6,7 @@ import asyncio
 from dataclasses import dataclass, field
 
 from anyres_vlm.errors import UsageError
-from anyres_vlm.instruct.job import Item, Job
-
-MARGIN = 1.5  # prompt tokens are estimated from characters; English text stays well inside this
+from anyres_vlm.instruct.job import Item, Job, estimate_tokens
 
 
 @dataclass
@@ -77,9 +75,7 @@ class Budget:
 
 def dearest(item: Item, batched: bool) -> tuple[float, int]:
     """The most that one response to an item can cost, in US dollars and in tokens."""
-    prompt = round(item.prompt_tokens * MARGIN)
-    answer = item.job.longest_answer
-    price = item.job.price
+    prompt, answer, price = item.most_prompt_tokens, item.job.longest_answer, item.job.price
     return (0.0 if price is None else price.cost(prompt, answer, batched)), prompt + answer
 
 
@@ -102,7 +98,7 @@ def estimate(items: list[Item], batched: bool) -> Estimate:
     for item in items:
         if item.kind not in examples:
             texts = [example.response for example in item.job.prompts[item.kind].examples]
-            examples[item.kind] = sum(map(len, texts)) // (4 * len(texts)) if texts else item.job.longest_answer
+            examples[item.kind] = sum(map(estimate_tokens, texts)) // len(texts) if texts else item.job.longest_answer
         prompt += item.prompt_tokens
         answer += examples[item.kind]
         most += dearest(item, batched)[0] * item.job.checks.attempts

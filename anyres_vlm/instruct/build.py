@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import json
-import os
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
+from anyres_vlm.durable import replacing
 from anyres_vlm.errors import DataError
 from anyres_vlm.instruct.duplicates import NearDuplicates
 from anyres_vlm.instruct.job import Item
 from anyres_vlm.instruct.ledger import Ledger
-from anyres_vlm.instruct.objects import find_objects
+from anyres_vlm.instruct.objects import category_of, find_objects
 from anyres_vlm.instruct.parse import Parsed, Reject
 from anyres_vlm.instruct.raw_log import parse_entry
 from anyres_vlm.instruct.verdict import item_of, judge
@@ -91,7 +89,9 @@ class Tally:
         """Count one conversation of the data set."""
         self.accepted[item.kind] += 1
         answers = " \n".join(turn.text for turn in parsed.turns if turn.role == "assistant")
-        self.objects.update({mention.word.category for mention in find_objects(answers)})
+        shown = {category_of(found.name) for found in item.scene.objects}
+        words = [mention.word for mention in find_objects(answers)]
+        self.objects.update({word.category for word in words if word.sure or word.category in shown})
         self.words.setdefault(item.kind, Counter())[len(answers.split())] += 1
 
     def summary(self, ledger: Ledger) -> dict[str, Any]:
@@ -140,14 +140,3 @@ def _quantiles(lengths: Counter[int]) -> dict[str, int]:
 
 
 QUANTILES = {"least": 0.0, "median": 0.5, "p95": 0.95, "most": 1.0}
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[IO[str]]:
-    """A file that takes the place of the old one when it is whole."""
-    temporary = path.with_name(f"{path.name}.partial")
-    with temporary.open("w", encoding="utf-8") as stream:
-        yield stream
-        stream.flush()
-        os.fsync(stream.fileno())
-    temporary.replace(path)

@@ -14,11 +14,9 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from anyres_vlm.data.headers import read_size
 from anyres_vlm.errors import DataError
-from anyres_vlm.geometry import Size
-from anyres_vlm.instruct.json_stream import entry_of, stream_records
-from anyres_vlm.instruct.scene import Object, Scene, box_in, clean_captions
+from anyres_vlm.instruct.json_stream import entry_of, stream_records, text_of
+from anyres_vlm.instruct.scene import Object, Scene, box_in, clean_captions, image_size
 
 logger = logging.getLogger(__name__)
 
@@ -44,29 +42,22 @@ def read_descriptions(path: Path, images: Path | None) -> list[Scene]:
 
 
 def _scene(entry: dict[str, Any], path: Path, images: Path | None) -> Scene:
-    name = str(entry["id"] if "id" in entry else entry["image_id"])
-    image = str(entry["image"]) if "image" in entry else f"{name}.jpg"
-    found = [(str(item["category"]), item["box"]) for item in entry.get("boxes", [])]
+    number = entry["id"] if "id" in entry else entry["image_id"]
+    name = str(number) if isinstance(number, int) else text_of(number)
+    image = text_of(entry.get("image", f"{name}.jpg"))
+    found = [(text_of(item["category"]), item["box"]) for item in entry.get("boxes", [])]
     for region in entry.get("regions", []):
-        phrase = " ".join(str(region["phrase"]).split())
-        found.append((phrase, [region[side] for side in ("x", "y", "width", "height")]))
+        found.append((text_of(region["phrase"]), [region[side] for side in ("x", "y", "width", "height")]))
     objects = []
     if found:
-        size = _size(entry, image, path, images)
+        size = image_size(entry, image, path, images)
         crowd = "regions" in entry  # a region may hold several
         for what, sides in found:
             left, top, width, height = map(float, sides)
-            if box := box_in(size, left, top, width, height):
-                objects.append(Object(what, box, crowd))
+            box = box_in(size, left, top, width, height)
+            if box is not None and (told := " ".join(what.split())):
+                objects.append(Object(told, box, crowd))
     captions = entry.get("captions", [])
-    if not isinstance(captions, list) or not all(isinstance(caption, str) for caption in captions):
+    if not isinstance(captions, list):
         raise TypeError("captions must be a list of texts")
-    return Scene(name, image, clean_captions(captions), tuple(objects))
-
-
-def _size(entry: dict[str, Any], image: str, path: Path, images: Path | None) -> Size:
-    if "width" in entry and "height" in entry:
-        return Size(height=int(entry["height"]), width=int(entry["width"]))
-    if images is None:
-        raise DataError(f"{path}: record of {image} has boxes, but no width and height: add them, or give --images")
-    return read_size(images / image)
+    return Scene(name, image, clean_captions(map(text_of, captions)), tuple(objects))

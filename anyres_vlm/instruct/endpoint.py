@@ -19,6 +19,7 @@ from anyres_vlm.instruct.rate import TokenBucket
 from anyres_vlm.instruct.settings import Limits
 
 NO_KEY = "no-key-was-given"  # what endpoints without keys are told
+SECRET = 16  # characters that a key has at least, where it is no placeholder
 PATH = "/chat/completions"
 FIRST_WAIT_S = 0.5
 LONGEST_BACKOFF_S = 30.0
@@ -81,20 +82,20 @@ class Endpoint:
             if self.closing:
                 break
             await self._admit(item)
-            backoff_s = min(FIRST_WAIT_S * 2**retry, LONGEST_BACKOFF_S) * chance.uniform(0.5, 1.5)
+            wait_s = backoff_s(retry, chance)
             try:
                 return await self._send(item, attempt)
             except openai.APIStatusError as error:
                 if error.status_code < 500 and error.status_code not in AGAIN:
                     return self._refusal(error)
                 reason = f"HTTP {error.status_code}"
-                await self._hold(error, retry, backoff_s)
+                await self._hold(error, retry, wait_s)
             except openai.APITimeoutError:
                 reason = f"no answer in {self.limits.timeout_s:g} s"
-                await self._pause(retry, backoff_s)
+                await self._pause(retry, wait_s)
             except openai.APIConnectionError as error:
                 reason = f"{error.__cause__ or error}"
-                await self._pause(retry, backoff_s)
+                await self._pause(retry, wait_s)
         raise NoAnswer(without_key(reason, self.client))
 
     def settle(self, item: Item, tokens: int) -> None:
@@ -123,7 +124,7 @@ class Endpoint:
             self.paid.discard(task)
             raise
         self._answered = True
-        return Answer(200, without_key(body, self.client))
+        return Answer(200, answer_without_key(body, self.client))
 
     def _refusal(self, error: openai.APIStatusError) -> Answer:
         """The answer to a request that will never be taken, as for its content."""
@@ -132,15 +133,15 @@ class Endpoint:
             raise UsageError(f"the endpoint refuses: {without_key(error.message, self.client)}") from None
         return Answer(status, without_key(error.response.text, self.client))
 
-    async def _hold(self, error: openai.APIStatusError, retry: int, backoff_s: float) -> None:
+    async def _hold(self, error: openai.APIStatusError, retry: int, wait_s: float) -> None:
         if error.code == "insufficient_quota":
             raise UsageError(f"the endpoint refuses: {without_key(error.message, self.client)}") from None
         asked_s = retry_after(error.response.headers.get("retry-after"))
         if asked_s > self.limits.longest_wait_s:
             raise DataError(f"the endpoint asks to wait {asked_s:,.0f} s: start again after that") from None
         if error.status_code == 429 or asked_s:
-            self._closed_until = max(self._closed_until, time.monotonic() + max(asked_s, backoff_s))
-        await self._pause(retry, max(asked_s, backoff_s))
+            self._closed_until = max(self._closed_until, time.monotonic() + max(asked_s, wait_s))
+        await self._pause(retry, max(asked_s, wait_s))
 
     async def _pause(self, retry: int, wait_s: float) -> None:
         if retry < self.limits.retries and not self.closing:
@@ -150,6 +151,16 @@ class Endpoint:
 def without_key(text: str, client: openai.AsyncOpenAI) -> str:
     """Some endpoints say the key back."""
     return text.replace(client.api_key, "[key]")
+
+
+def answer_without_key(text: str, client: openai.AsyncOpenAI) -> str:
+    """The same of an answer, where a key like `test`, which endpoints of one's own are given, is a word like others."""
+    return without_key(text, client) if len(client.api_key) >= SECRET else text
+
+
+def backoff_s(retry: int, chance: random.Random) -> float:
+    """How long to wait before a request is made again, without a word from the endpoint."""
+    return min(FIRST_WAIT_S * 2.0**retry, LONGEST_BACKOFF_S) * chance.uniform(0.5, 1.5)
 
 
 def retry_after(header: str | None) -> float:

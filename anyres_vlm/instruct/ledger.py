@@ -45,6 +45,11 @@ class Ledger:
     failed_attempts: Counter[str] = field(default_factory=Counter)  # by reason, those that a later one mended included
     batches: dict[str, dict[str, Any]] = field(default_factory=dict)  # by name: its latest entry
 
+    @property
+    def under_way(self) -> bool:
+        """Whether a batch was submitted, or may have been, and not collected."""
+        return any(entry["state"] != "collected" for entry in self.batches.values())
+
     def settled(self, key: str, attempts: int) -> bool:
         """Whether the model is not asked about an item again."""
         return key in self.states and self.states[key].settled(attempts)

@@ -11,6 +11,7 @@ import yaml
 from pydantic import Field, field_validator
 
 from anyres_vlm.config import Frozen, Positive, read_mapping, validated
+from anyres_vlm.durable import replacing
 from anyres_vlm.errors import DataError, UsageError
 from anyres_vlm.instruct.academic import (
     COCO_2017,
@@ -22,7 +23,6 @@ from anyres_vlm.instruct.academic import (
     read_textvqa,
     read_vqav2,
 )
-from anyres_vlm.instruct.build import replacing
 from anyres_vlm.instruct.json_stream import entry_of, stream_records
 from anyres_vlm.instruct.prompts import KINDS
 from anyres_vlm.instruct.regions import read_genome, read_refcoco

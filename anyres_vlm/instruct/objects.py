@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -17,7 +18,11 @@ book store|bookstore|bus stop|bus station|bus shelter|cable car|car park|cat nap
 horse racing|train station|train track|train tracks|train platform|train of thought|train car|train cars|world cup
 boat house|pizza box|pizza boxes|bird feeder|bird house|toilet paper|bed linen|bed sheets|cake stand|bowl over
 orange juice|apple pie|banana bread|book shelf|couch potato|sheep dog|carrot cake|oven mitt|oven mitts|parking lot
-phone call|cup of tea
+phone call|cup of tea|bear the|bears the|bear fruit|bears fruit|bear weight|book a|book their|book your|to train
+trains hard|bird watching|bird's nest|fork in the road|elephant in the room|umbrella term|bench press|kite surfing
+boat ride|bus ride|bus driver|bus route|bus lane|bus terminal|train ride|train journey|car seat|car wash|car show
+car dealership|car rental|apple logo|apple computer|apple laptop|apple macbook|apple tree|apple trees|orange tree
+banana tree|pizza parlor|cake pan|dog owner|dog owners|cat lover|cat lovers|truck stop|pizza place
 """
 
 
@@ -40,11 +45,16 @@ class Mention:
 
 
 @cache
+def _table() -> dict[str, dict[str, Any]]:
+    table: dict[str, dict[str, Any]] = yaml.safe_load((Path(__file__).parent / "objects.yaml").read_text("utf-8"))
+    return table
+
+
+@cache
 def vocabulary() -> dict[str, Word]:
     """Every word with its plural."""
-    table = yaml.safe_load((Path(__file__).parent / "objects.yaml").read_text(encoding="utf-8"))
     words: dict[str, Word] = {}
-    for category, names in table.items():
+    for category, names in _table().items():
         sure = not names.get("kinds_only", False)
         for name in (category, *names["same"]):
             words |= {form: Word(category, True, sure) for form in _forms(name)}
@@ -64,6 +74,18 @@ def category_of(name: str) -> str | None:
     """The COCO category that a box's name is, if any."""
     word = vocabulary().get(name.lower().strip())
     return None if word is None else word.category
+
+
+def hinted(category: str, text: str) -> bool:
+    """Whether a text has a word that may mean the category without naming it."""
+    pattern = _hints(category)
+    return pattern is not None and pattern.search(text.lower()) is not None
+
+
+@cache
+def _hints(category: str) -> re.Pattern[str] | None:
+    hints = _table()[category].get("hints")
+    return re.compile(rf"\b(?:{'|'.join(map(re.escape, hints))})(?:s|es)?\b") if hints else None
 
 
 def find_objects(text: str) -> Iterator[Mention]:

@@ -53,24 +53,35 @@ FORBIDDEN = re.compile(rf"[\x00-\x08\x0e-\x1f\ud800-\udfff\ufffd]|{IMAGE_TOKEN}"
 PLAIN_LABEL = re.compile(r"(Question|Answer):")
 
 CANNOT = r"(?:cannot|can't|can\ not|won't|don't|do\ not|am\ (?:not\ able|unable)\ to|'m\ (?:not\ able|unable)\ to)"
-REFUSED = r"help|assist|comply|provide|fulfil|generate|create|write|see|view|have\ access|continue|do\ that"
+REFUSED = (
+    r"help|assist|comply|provide|fulfil|generate|create|write|see|view|have\ (?:access|enough)|continue|do\ that"
+    r"|describe|answer|tell|determine|identify"
+)
 REFUSAL = re.compile(
     rf"""\A\W* (?:
         (?:i'm|i\ am)\ (?:very\ |so\ |really\ )?sorry\b
       | (?:sorry|apologies|unfortunately|i\ apologi[sz]e)\W+ (?:but\ )?(?:i|as\ an?)\b
       | i\ ?{CANNOT}\ (?:{REFUSED})\b
+      | i\ (?:regret\ that|must\ decline)\b
     )
     | \bas\ an?\ (?:ai|artificial\ intelligence|(?:large\ )?language\ model)\b
-    | \bi(?:'m|\ am)\ (?:just\ |only\ )?an?\ (?:ai|language\ model)\b""",
+    | \bi(?:'m|\ am)\ (?:just\ |only\ )?an?\ (?:ai|language\ model)\b
+    | \bnot\ enough\ (?:information|context|details?)\b""",
     re.IGNORECASE | re.VERBOSE,
 )
-INPUT = r"(?:notes?|annotations?|descriptions?|sentences?|information|text|context|boxes|lists?)"
+TELLS = r"(?:notes?|annotations?|descriptions?|sentences?|information|details|context|boxes)"
+INPUT = rf"(?:{TELLS}|text|lists?)"
+SHARE = r"[01]?\.\d+"  # of an image's side
 MENTIONS = re.compile(
-    rf"""\bcaption(?:s|ed)?\b | \bbounding[- ]box(?:es)?\b | \bcoordinates?\b
-    | \b(?:provided|given)\ {INPUT}\b
-    | \b(?:the|these|those)\ {INPUT}\ (?:says?|states?|mentions?|describes?|indicates?|provided|given|do(?:es)?\ not)\b
-    | \b(?:based\ on|according\ to|mentioned\ in|described\ in|stated\ in)\ (?:the|these|those|your)\ {INPUT}\b
-    | [\[(]\s* [01]?\.\d+ (?:\s*,\s*[01]?\.\d+){{1,3}} \s*[\])]""",
+    rf"""\b(?:captions?|captioned|bounding[- ]box(?:es)?|bbox(?:es)?|coordinates?|annotations?|annotated)\b
+    | \b(?:provided|given)\ {INPUT}\b | \b{INPUT}\ (?:provided|given)\b | \bimage\ descriptions?\b
+    | \b(?:list\ of\ objects|object\ list|objects?\ listed|listed\ objects?)\b
+    | \b(?:the|these|those)\ (?:\w+\ )?{TELLS}\ (?:says?|states?|mentions?|describes?|indicates?|do(?:es)?\ not)\b
+    | \b(?:based\ on|according\ to)\ (?:the|these|those|your)\ {INPUT}\b
+    | \b(?:mentioned|described|stated|specified|listed)\ in\ (?:the|these|those|your)\ {INPUT}\b
+    | \b(?:as|is|are|was|were)\ (?:described|mentioned|stated)\b(?!\ (?:on|by)\b)
+    | [\[(]\s* {SHARE} (?:\s*,\s*{SHARE}){{1,3}} \s*[\])] | (?<![\d.$])0?\.\d{{2,3}}\s*,\s*0?\.\d{{2,3}}\b
+    | [\[(]\s* \d+ (?:\s*,\s*\d+){{3}} \s*[\])]""",
     re.IGNORECASE | re.VERBOSE,
 )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from functools import cache
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -45,8 +46,7 @@ class Prompt(Frozen):
     @property
     def version(self) -> str:
         """Changes with any word of the prompt."""
-        content = json.dumps(self.model_dump(), sort_keys=True)
-        return hashlib.sha256(content.encode()).hexdigest()[:12]
+        return _version(self)
 
     def messages(self, context: str) -> list[dict[str, str]]:
         """The chat of one request."""
@@ -55,6 +55,12 @@ class Prompt(Frozen):
             chat.append({"role": "user", "content": example.context})
             chat.append({"role": "assistant", "content": example.response})
         return [*chat, {"role": "user", "content": context}]
+
+
+@cache
+def _version(prompt: Prompt) -> str:
+    content = json.dumps(prompt.model_dump(), sort_keys=True)
+    return hashlib.sha256(content.encode()).hexdigest()[:12]
 
 
 def load_prompts(folder: Path | None, boxes: bool) -> dict[Kind, Prompt]:

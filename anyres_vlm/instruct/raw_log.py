@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from anyres_vlm.data.blobs import open_file
+from anyres_vlm.durable import sync
 from anyres_vlm.errors import DataError, UsageError
 
 NAME = "responses.jsonl"
@@ -58,7 +59,7 @@ class RawLog:
         self._size = _whole_lines(path)
         os.ftruncate(self._file, self._size)
         os.lseek(self._file, 0, os.SEEK_END)
-        _sync_folder(path.parent)
+        sync(path.parent)  # a new file's name is on the disk only when its folder is
         self._waiting: list[tuple[bytes, asyncio.Future[int]]] = []
         self._writer: asyncio.Task[None] | None = None
 
@@ -118,12 +119,3 @@ def _whole_lines(path: Path) -> int:
                 return start + found + 1
             end = start
     return 0
-
-
-def _sync_folder(folder: Path) -> None:
-    """A new file's name is on the disk only when its folder is."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

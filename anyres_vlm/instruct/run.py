@@ -62,7 +62,8 @@ def estimate_run(items: list[Item], order: Order) -> Estimate:
 def generate(items: list[Item], settings: Settings, order: Order, progress: Progress) -> tuple[dict[str, Any], Stop]:
     """Ask for all items, then build the data set. Returns the summary and whether the run ended early.
 
-    A run goes on from the output folder's raw log. Raises `UsageError` where that holds another job.
+    A run goes on from the output folder's raw log. Raises `UsageError` where that holds another job, or batches that a
+    run without them would pay for again.
     """
     return asyncio.run(_generate(items, settings, order, progress))
 
@@ -76,6 +77,8 @@ async def _generate(
     log = RawLog(path)
     try:
         ledger = read_ledger(path)
+        if order.mode == "sync" and ledger.under_way:
+            raise UsageError(f"{order.out} has batches under way, which will be paid: go on with --mode batch")
         budget = Budget(job, ledger.spent, order.max_cost, order.max_tokens)
         await _open_job(job, ledger, log, order)
         limits, attempts = settings.limits, job.checks.attempts

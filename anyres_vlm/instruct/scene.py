@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
+from anyres_vlm.data.headers import read_size
+from anyres_vlm.errors import DataError
 from anyres_vlm.geometry import Size
 
 
@@ -60,6 +63,18 @@ class Scene:
         """What `to_json` wrote."""
         objects = tuple(Object(name, Box(*sides), crowd) for name, *sides, crowd in entry["objects"])
         return cls(entry["id"], entry["image"], tuple(entry["captions"]), objects)
+
+
+def image_size(entry: Mapping[str, Any], image: str, path: Path, folder: Path | None) -> Size:
+    """What a file says of an image that has boxes or, where it says nothing or 0, the image's header.
+
+    Raises `DataError` where neither tells.
+    """
+    if entry.get("width") and entry.get("height"):
+        return Size(height=int(entry["height"]), width=int(entry["width"]))
+    if folder is None:
+        raise DataError(f"{path}: record of {image} has boxes, but no width and height: add them, or give --images")
+    return read_size(folder / image)
 
 
 def box_in(size: Size, left: float, top: float, width: float, height: float) -> Box | None:

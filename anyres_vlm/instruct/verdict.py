@@ -67,7 +67,7 @@ def _usage(entry: dict[str, Any], item: Item) -> tuple[int, int]:
             return prompt, answer
     except (Reject, KeyError, TypeError):
         pass
-    return item.prompt_tokens, estimate_tokens([entry["body"]])
+    return item.prompt_tokens, estimate_tokens(entry["body"])
 
 
 def _decode(body: str) -> Any:

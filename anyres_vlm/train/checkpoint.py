@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -22,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from anyres_vlm.durable import sync
 from anyres_vlm.errors import DataError, UsageError
 
 logger = logging.getLogger(__name__)
@@ -62,14 +62,14 @@ def _write_folder(folder: Path, fill: Callable[[Path], None]) -> None:
     try:
         fill(partial)
         for path in [*partial.rglob("*"), partial]:
-            _flush(path)
+            sync(path)
     except BaseException:  # a full disk above all: what was written so far would keep it full
         shutil.rmtree(partial, ignore_errors=True)
         raise
     if folder.exists():
         shutil.rmtree(folder)
     partial.rename(folder)
-    _flush(folder.parent)
+    sync(folder.parent)
 
 
 def save_trainer(folder: Path, state: TrainerState, moments: dict[str, Tensor]) -> None:
@@ -147,11 +147,3 @@ def prune(folder: Path, keep: int) -> None:
 
 def _step(path: Path) -> int:
     return int(path.name.removeprefix(PREFIX))
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -1,6 +1,11 @@
 """A server that speaks OpenAI's chat and batch API, for tests: it answers well, or with the faults that it is told.
 
     python openai_server.py STATE_FOLDER [--faults 429,500,...] [--rate 0.2] [--delay 0.0]
+                            [--once "POST /batches:after:drop" ...]
+
+`--once` spoils the next request of a route, before or after the server has done what was asked, once for each time it
+is given: `drop` cuts the connection, `cut` sends half an answer, `hang` none, `empty` no batches, a number is an HTTP
+status, `later` a 429 for 1.6 seconds. Ids are `ID`.
 
 Prints its port. What it has answered, and so been paid for, is in STATE_FOLDER/answered.jsonl: it survives the clients.
 Faults are drawn from the request's name and how often it was asked, so that a run of tests is one run.
@@ -13,16 +18,24 @@ import asyncio
 import hashlib
 import json
 import random
+import re
 import time
 from collections import Counter
 from pathlib import Path
 
 NAMES = "lantern river pebble willow harbour meadow copper velvet thunder orchard island marble falcon cedar".split()
+NAMES += [
+    "caf\u00e9",
+    "\u732b",
+    "\U0001f415",
+    "line\u2028break",
+    "next\u0085line",
+]  # raw in JSON, as the API sends them
 
 
 class Server:
-    def __init__(self, state: Path, faults: list[str], rate: float, delay: float) -> None:
-        self.state, self.faults, self.rate, self.delay = state, faults, rate, delay
+    def __init__(self, state: Path, faults: list[str], rate: float, delay: float, once: list[list[str]]) -> None:
+        self.state, self.faults, self.rate, self.delay, self.once = state, faults, rate, delay, once
         self.asked: Counter[str] = Counter()
         self.answered = (state / "answered.jsonl").open("a")
         self.files: dict[str, bytes] = {}
@@ -39,7 +52,7 @@ class Server:
                 self.under_way += 1
                 self.most_under_way = max(self.most_under_way, self.under_way)
                 try:
-                    reply = await self.reply(method, path, headers, body)
+                    reply = await self.spoiled(method, path, headers, body)
                 finally:
                     self.under_way -= 1
                 writer.write(reply)
@@ -50,6 +63,27 @@ class Server:
             pass
         finally:
             writer.close()
+
+    async def spoiled(self, method: str, path: str, headers: dict[str, str], body: bytes) -> bytes:
+        """The reply, with what is to happen to this route once."""
+        route = re.sub(r"/(file|batch)-[^/]+", "/ID", path.partition("?")[0].removeprefix("/v1"))
+        now = next((entry for entry in self.once if entry[0] == f"{method} {route}"), None)
+        if now is None:
+            return await self.reply(method, path, headers, body)
+        self.once.remove(now)
+        _, when, what = now
+        reply = await self.reply(method, path, headers, body) if when == "after" else b""
+        with (self.state / "spoiled.txt").open("a") as stream:
+            stream.write(f"{route} {what} {time.time()}\n")
+        if what == "hang":
+            await asyncio.sleep(3600)
+        if what == "later":
+            return http(429, {"error": {"message": "slow down"}}, "retry-after: 1.6\r\n")
+        if what == "empty":
+            return http(200, {"object": "list", "data": [], "has_more": False})
+        if what == "cut":
+            return reply[: len(reply) - 9].replace(b"content-type", b"connection: close\r\ncontent-type", 1)
+        return http(int(what), {"error": {"message": "spoiled"}}) if what.isdecimal() else b""
 
     async def reply(self, method: str, path: str, headers: dict[str, str], body: bytes) -> bytes:
         (self.state / "headers.txt").write_text(json.dumps(headers))
@@ -107,21 +141,21 @@ class Server:
     def submit(self, order: dict) -> dict:
         name = f"batch-{len(self.batches)}"
         good, bad = [], []
-        for line in self.files[order["input_file_id"]].splitlines():
-            request = json.loads(line)
+        for request in map(json.loads, self.files[order["input_file_id"]].splitlines()):
             custom = request["custom_id"]
             self.asked[custom] += 1
             chance = random.Random(f"{custom} {self.asked[custom]}")
             fault = chance.choice(self.faults) if self.faults and chance.random() < self.rate else ""
             if fault == "expired":
-                bad.append({"custom_id": custom, "response": None, "error": {"code": "batch_expired"}})
+                bad.append(result(custom, error={"code": "batch_expired"}))
                 continue
             if fault == "500":
-                bad.append({"custom_id": custom, "response": {"status_code": 500, "body": {}}, "error": None})
+                bad.append(result(custom, response={"status_code": 500, "body": {}}))
                 continue
             body = json.loads(completion(request["body"], custom, fault))
             self.answered.write(json.dumps({"name": custom, "fault": fault}) + "\n")
-            good.append({"custom_id": custom, "response": {"status_code": 200, "body": body}, "error": None})
+            line = result(custom, response={"status_code": 200, "body": body})
+            good += {"cut_json": [line[: len(line) // 2]], "twice": [line, line]}.get(fault, [line])
         self.answered.flush()
         random.Random(name).shuffle(good)
         batch = {"id": name, "object": "batch", "status": "validating", "metadata": order.get("metadata"), "polls": 0}
@@ -129,8 +163,8 @@ class Server:
         batch["completion_window"] = order["completion_window"]
         for key, lines in (("output_file_id", good), ("error_file_id", bad)):
             if lines:
-                batch[key] = f"{name}-{key}"
-                self.files[batch[key]] = "".join(json.dumps(line) + "\n" for line in lines).encode()
+                batch[key] = f"file-{name}-{key}"
+                self.files[batch[key]] = "".join(line + "\n" for line in lines).encode()
         self.batches[name] = batch
         return batch
 
@@ -139,6 +173,11 @@ class Server:
         batch["polls"] += 1
         batch["status"] = "in_progress" if batch["polls"] < 2 else "completed"
         return batch
+
+
+def result(custom: str, response: dict | None = None, error: dict | None = None) -> str:
+    """A line of a batch's result."""
+    return json.dumps({"custom_id": custom, "response": response, "error": error}, ensure_ascii=False)
 
 
 def completion(request: dict, name: str, fault: str) -> bytes:
@@ -150,6 +189,7 @@ def completion(request: dict, name: str, fault: str) -> bytes:
     text = "\n".join(f"Question: What of the {words(2)}?\nAnswer: It is the {words(12)}." for _ in range(pairs))
     message: dict = {"role": "assistant", "content": text or f"A view of the {words(40)}."}
     reason = "stop"
+    usage = {"prompt_tokens": sum(len(m["content"]) // 4 for m in request["messages"]), "completion_tokens": 100}
     match fault:
         case "nonsense":
             message["content"] = "lorem ipsum " * 5
@@ -159,11 +199,13 @@ def completion(request: dict, name: str, fault: str) -> bytes:
             message |= {"content": None, "refusal": "no"}
         case "length":
             reason = "length"
-    usage = {"prompt_tokens": sum(len(m["content"]) // 4 for m in request["messages"]), "completion_tokens": 100}
+        case "dear":  # a token a byte, and the longest answer
+            texts = [m["content"].encode() for m in request["messages"]]
+            usage = {"prompt_tokens": sum(map(len, texts)), "completion_tokens": request["max_tokens"]}
     identity = hashlib.sha256(name.encode()).hexdigest()[:8]
     choice = {"index": 0, "message": message, "finish_reason": reason, "logprobs": None}
     whole = {"id": identity, "object": "chat.completion", "created": 0, "model": request["model"], "choices": [choice]}
-    return json.dumps({**whole, "usage": usage}).encode()
+    return json.dumps({**whole, "usage": usage}, ensure_ascii=False).encode()
 
 
 def http(status: int, content: bytes | dict, more: str = "") -> bytes:
@@ -180,8 +222,10 @@ async def serve() -> None:
     parser.add_argument("--faults", default="")
     parser.add_argument("--rate", type=float, default=1.0)
     parser.add_argument("--delay", type=float, default=0.0)
+    parser.add_argument("--once", type=lambda text: text.rsplit(":", 2), action="append", default=[])
     given = parser.parse_args()
-    server = Server(given.state, [fault for fault in given.faults.split(",") if fault], given.rate, given.delay)
+    faults = [fault for fault in given.faults.split(",") if fault]
+    server = Server(given.state, faults, given.rate, given.delay, given.once)
     listening = await asyncio.start_server(server.connection, "127.0.0.1", 0, limit=1 << 26)
     print(listening.sockets[0].getsockname()[1], flush=True)
     await listening.serve_forever()

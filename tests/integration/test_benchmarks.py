@@ -111,8 +111,19 @@ def test_all_five(checkpoint: Path, data: Path, endpoint: str, tmp_path: Path, c
     }.items():
         capsys.readouterr()
         given, official_file = out / f"{name}.answers.jsonl", data / name / official
-        assert main(["score", name, "--answers", str(given), "--annotations", str(official_file), "--json"]) == 0
+        arguments = ["score", name, "--answers", str(given), "--annotations", str(official_file), "--json"]
+        assert main([*arguments, "--out", str(tmp_path / "scored")]) == 0
         assert json.loads(capsys.readouterr().out)["scores"] == results[name]["scores"]
+        marks = [(folder / f"{name}.marks.jsonl").read_bytes() for folder in (out, tmp_path / "scored")]
+        assert marks[0] == marks[1]
+    # All of it on one page.
+    runs = [str(out), str(tmp_path / "scored")]
+    assert main(["report", *runs, "--out", str(tmp_path / "report.html"), "--examples", "2"]) == 0
+    page = (tmp_path / "report.html").read_text()
+    assert "scored less out: +0.0 points" in page
+    assert "judge gpt-x-0613; published scores are" in page
+    assert page.count("data:image/jpeg") >= 10
+    assert "no picture: " not in page
 
 
 def ask(checkpoint: Path, data: Path, out: Path, *more: str) -> list[str]:

@@ -16,9 +16,10 @@ PACKAGE = Path(anyres_vlm.__file__).parent
 ROOT = "the package itself"  # `from anyres_vlm import __version__`: allowed everywhere
 
 # A part of the package -> the parts that it may import, besides itself.
-FOUNDATION = {"errors", "geometry", "schema", "config", "flops"}
+FOUNDATION = {"errors", "durable", "geometry", "schema", "config", "flops"}
 ALLOWED = {
     "errors": set(),
+    "durable": set(),
     "geometry": {"errors"},
     "schema": {"errors", "geometry"},
     "config": {"errors", "geometry"},

@@ -23,6 +23,7 @@ import pyarrow as pa
 
 from anyres_vlm.data.index.rows import IndexSettings, index_rows
 from anyres_vlm.data.sources.base import Source
+from anyres_vlm.durable import replacing
 from anyres_vlm.errors import DataError
 
 CHUNK = 1024  # rows of a part: about half a second of work, so that the processes end together
@@ -92,14 +93,8 @@ class _Job:
     def run(self, span: tuple[int, int]) -> int:
         """Make one part, which appears complete or not at all. Returns its rows."""
         table = index_rows(self.source, self.settings, *span)
-        target = self.parts.path(*span)
-        unfinished = target.with_name(f"{target.name}.{os.getpid()}")
-        with unfinished.open("wb") as file:
-            with pa.ipc.new_file(file, table.schema) as writer:
-                writer.write_table(table)
-            file.flush()
-            os.fsync(file.fileno())
-        unfinished.replace(target)
+        with replacing(self.parts.path(*span), "wb") as file, pa.ipc.new_file(file, table.schema) as writer:
+            writer.write_table(table)
         return int(table.num_rows)
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import pyarrow.compute as pc
 
 from anyres_vlm.data.index.table import OK, Index
+from anyres_vlm.durable import replacing
 from anyres_vlm.errors import DataError
 
 LISTED = ["id", "row", "status", "reason"]
@@ -20,14 +21,12 @@ def rejects_path(index: Path) -> Path:
 
 def write_rejects(index: Index, path: Path) -> None:
     """One JSON object a line: id, row of the source, kind and reason. Empty where all is well."""
-    unfinished = path.with_name(f".{path.name}.unfinished")
-    with unfinished.open("w", encoding="utf-8") as file:
+    with replacing(path) as file:
         for batch in index.batches(LISTED):
             for reject in batch.filter(pc.not_equal(batch["status"], OK)).to_pylist():
                 kind = reject.pop("status")
                 line = {"id": reject["id"], "row": reject["row"], "kind": kind, "reason": reject["reason"]}
                 file.write(json.dumps(line, ensure_ascii=False) + "\n")
-    unfinished.replace(path)
 
 
 def count_rejects(index: Index) -> dict[str, int]:

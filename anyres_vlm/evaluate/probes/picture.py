@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from anyres_vlm.evaluate.probes.run import THUMBNAIL
 
 
-def draw_probes(scores: Mapping[str, Any], path: Path) -> Path | None:
-    """Draw reading by text height and counting by true count; None without matplotlib or without either probe."""
+def draw_probes(scores: Mapping[str, Any], file: Path | BinaryIO) -> bool:
+    """Draw reading by text height and counting by true count; False without matplotlib or without either probe."""
     if find_spec("matplotlib") is None or not {"reading", "counting"} & scores.keys():
-        return None
+        return False
     import matplotlib  # an optional extra
 
     matplotlib.use("Agg")
@@ -35,6 +35,6 @@ def draw_probes(scores: Mapping[str, Any], path: Path) -> Path | None:
     if reading.lines:
         reading.legend()
     figure.tight_layout()
-    figure.savefig(path, dpi=110)
+    figure.savefig(file, format="png", dpi=110)
     pyplot.close(figure)
-    return path
+    return True

@@ -23,6 +23,8 @@ def written(folder: Path, text: str) -> Path:
         ([{"question_id": 1, "answer": "x"}], Answered("1", "x", raw=False)),
         ([{"questionId": "1", "prediction": "x"}], Answered("1", "x", raw=False)),
         ([{"question_id": "1", "text": "x", "prompt": "p?"}], Answered("1", "x", raw=True, prompt="p?")),
+        ([{"question_id": 1, "text": "x", "image": "a.jpg"}], Answered("1", "x", raw=True, image="a.jpg")),
+        ([{"question_id": 1, "text": "x", "image": 7}], Answered("1", "x", raw=True)),
         ([{"text": "x", "category": "c"}], Answered(None, "x", raw=True, category="c")),
         ({"v1_0": "x"}, Answered("v1_0", "x", raw=False)),
         ([{"question_id": 1, "text": "\ud83d"}], Answered("1", "\ud83d", raw=True)),

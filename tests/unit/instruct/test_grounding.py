@@ -59,6 +59,33 @@ def test_absent_objects(answer: str, absent: list[str]) -> None:
     assert absent_objects([answer], SCENE) == absent
 
 
+@pytest.mark.parametrize(
+    ("caption", "boxes", "answer", "absent"),
+    [
+        # other words for what captions and boxes have
+        ("A batter swings at a pitch.", [], "A man swings a baseball bat before a baseball glove.", ["baseball glove"]),
+        ("A batter and a catcher.", [], "A man swings a baseball bat before a baseball glove.", []),
+        ("A toy on a shelf.", ["teddy bear"], "The bear leans on the wall.", []),
+        ("Two by a wall.", ["motorcycle"], "Both bikes have black seats.", []),
+        ("A snack.", ["hot dog"], "The dog is topped with mustard.", []),
+        ("A man on the phone.", [], "He holds a cell phone.", []),
+        ("Surfing at sunset.", [], "A surfboard cuts the wave.", []),
+        # colours, verbs, compounds
+        ("A dress.", [], "It is orange, and so are her glasses. The glass is empty.", []),
+        ("A bear.", ["bear"], "It bears the cold well, and bear in mind that bears sleep.", []),
+        ("A street.", [], "He waits at the bus stop to book a trip. The apple tree is bare.", []),
+        ("A plate.", ["dog"], "A hot dog lies next to the dog.", ["hot dog"]),
+        # what is not said to be there
+        ("A duck on a road.", ["bird"], "It could be hit by a car or chased by a dog.", []),
+        ("A bag.", [], "One may pack for a journey by train. A bus stands outside.", ["bus"]),
+        ("A pan.", [], "It shines like a clock. There is no fork, but a spoon.", ["spoon"]),
+    ],
+)
+def test_absent_objects_with_other_words(caption: str, boxes: list[str], answer: str, absent: list[str]) -> None:
+    objects = tuple(Object(name, LEFT) for name in boxes)
+    assert absent_objects([answer], Scene("1", "1.jpg", (caption,), objects)) == absent
+
+
 def test_more_absent_objects_than_the_limit_are_a_reject() -> None:
     require_grounded(turns("A horse and a zebra."), SCENE, 2)
     with pytest.raises(Reject, match="neither captions nor boxes have giraffe, horse, zebra"):

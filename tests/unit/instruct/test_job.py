@@ -8,11 +8,12 @@ from pathlib import Path
 
 import pytest
 import yaml
+from transformers import PreTrainedTokenizerFast
 
 from anyres_vlm.errors import UsageError
 from anyres_vlm.instruct.budget import Budget, Spent, dearest, estimate
 from anyres_vlm.instruct.job import Item, Job, choose
-from anyres_vlm.instruct.prompts import KINDS, SHIPPED, load_prompts
+from anyres_vlm.instruct.prompts import KINDS, SHIPPED, Kind, load_prompts
 from anyres_vlm.instruct.scene import Box, Object, Scene
 from anyres_vlm.instruct.settings import Checks, Price, load_settings
 
@@ -90,6 +91,36 @@ def test_an_estimate_is_its_items_sum() -> None:
     assert whole.cost == pytest.approx((whole.prompt_tokens + 2 * whole.completion_tokens) / 1e6)
     assert half.cost == pytest.approx((whole.cost or 0) / 4)
     assert whole.most == pytest.approx(6 * 3 * dearest(ITEM, batched=False)[0])
+
+
+CAPTIONS = (
+    "A man riding a wave on top of a surfboard.",
+    "A couple of people that are standing in the snow with skis.",
+)
+
+
+@pytest.mark.parametrize(
+    ("kind", "boxes", "counted"),  # by o200k_base, GPT-4o's tokenizer, with four tokens a message and three a chat
+    [
+        ("conversation", 0, 534),
+        ("detail", 0, 388),
+        ("detail", 40, 1308),
+        ("reasoning", 7, 605),
+        ("reasoning", 40, 1364),
+    ],
+)
+def test_estimated_tokens_are_near_gpt_4o_s_and_bounds_above_them(kind: Kind, boxes: int, counted: int) -> None:
+    objects = tuple(Object("traffic light", Box(n / 100, 0.25, 0.5 + n / 100, 0.875)) for n in range(boxes))
+    item = Item(JOB, kind, Scene("1", "1.jpg", CAPTIONS, objects))
+    assert item.prompt_tokens == pytest.approx(counted, rel=0.03)
+    assert dearest(item, batched=False)[1] > counted + JOB.longest_answer
+
+
+@pytest.mark.parametrize("text", ["一只棕色的狗" * 50, "🐕\u200d🦺" * 50, "3.14159" * 50])
+def test_no_tokenizer_passes_the_bound(text: str, tiny_tokenizer: PreTrainedTokenizerFast) -> None:
+    told, silent = (Item(JOB, "detail", replace(SCENES[0], captions=said)) for said in ((text,), ()))
+    tokens = len(tiny_tokenizer(text)["input_ids"])  # it knows no such words: about a token a byte
+    assert dearest(told, batched=False)[1] - dearest(silent, batched=False)[1] >= tokens >= len(text)
 
 
 @pytest.mark.parametrize(

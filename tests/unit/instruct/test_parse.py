@@ -78,6 +78,47 @@ def test_what_is_wrong_is_rejected_by_its_kind(text: str, kind: str) -> None:
 @pytest.mark.parametrize(
     "answer",
     [
+        "The dog is located at 0.35, 0.62.",
+        "It fills [120, 30, 200, 400].",
+        "In the image description, a dog runs.",
+        "The second sentence says so.",
+        "Based on the given details, a dog.",
+        "The list of objects includes a dog.",
+        "The bbox covers the dog.",
+        "The annotation shows it.",
+        "They are described as antique.",
+        "As described, the dog runs.",
+        "It is not specified in the notes.",
+    ],
+)
+def test_talk_of_the_input(answer: str) -> None:
+    with pytest.raises(Reject) as caught:
+        said(GOOD.replace("A dog.", answer))
+    assert caught.value.kind == "mentions_input"
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        "I don't have enough information to answer.",
+        "I must decline.",
+        "I am not able to describe the image.",
+        "There is not enough information to determine it.",
+    ],
+)
+def test_answers_that_refuse(answer: str) -> None:
+    with pytest.raises(Reject) as caught:
+        said(GOOD.replace("A dog.", answer))
+    assert caught.value.kind == "refusal"
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        "A list hangs on the fridge; the list says milk.",
+        "The text says STOP, and the price is $0.50, $0.75 or $1.00.",
+        "Players wear the numbers (7, 12), and she takes notes.",
+        "The scene could be described as calm.",
         "The boy says sorry to his sister.",
         "Boxes of pizza are stacked beside a notice.",
         "She describes the scene, and the text on the sign reads STOP.",

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -67,8 +69,15 @@ def test_the_context() -> None:
         ),
         ({"captions": [{"id": 7, "image_id": 9}]}, "KeyError 'caption'"),
         ({"captions": []}, "no captions; expected COCO's captions file"),
-        ({"images": [{"id": 9, "file_name": "b.jpg"}]}, "image {'id': 9, 'file_name': 'b.jpg'} is not as expected"),
-        ({"images": [{**IMAGES[0], "width": 0}]}, "is not as expected"),
+        (
+            {"images": [{"id": 9, "height": 3, "width": 3}]},
+            "image {'id': 9, 'height': 3, 'width': 3} is not as expected",
+        ),
+        ({"images": [{**IMAGES[0], "width": 0}, *IMAGES[1:]]}, "b.jpg has boxes, but no width and height: add them"),
+        ({"images": [{**IMAGES[0], "width": -2}, *IMAGES[1:]]}, "image size -2x100"),
+        ({"images": [*IMAGES, {**IMAGES[0], "file_name": "z.jpg"}]}, "two images have the id 9"),
+        ({"captions": [{"id": 7, "image_id": 9, "caption": None}]}, "expected a text, got None"),
+        ({"categories": [*CATEGORIES, {"id": 17, "name": "cow"}]}, "two categories have the id 17"),
         ({"categories": CATEGORIES[:1]}, "is of category 17, which the file does not name"),
         ({"boxes": BOXES[3:]}, "none of its 1 boxes lies in an image of the captions"),
         ({"boxes": [{**BOXES[0], "bbox": [1, 2]}]}, "not enough values to unpack"),
@@ -78,6 +87,33 @@ def test_broken_coco(tmp_path: Path, changes: dict[str, Any], said: str) -> None
     with pytest.raises(DataError) as caught:
         read_coco(*write(tmp_path, **changes))
     assert said in str(caught.value)
+
+
+def test_what_two_tools_may_write_differently_is_read_alike(tmp_path: Path) -> None:
+    scenes = read_coco(*write(tmp_path))
+    captions, instances = tmp_path / "captions.json", tmp_path / "instances.json"
+    crowd = {"size": [100, 200], "counts": "abc01"}  # run lengths, as of COCO's crowds
+    boxes = [{**box, "segmentation": crowd, "image_id": float(box["image_id"])} for box in BOXES]  # type: ignore[arg-type]
+    write(tmp_path, images=IMAGES * 2, boxes=boxes * 2)  # with all images and boxes twice
+    captions.write_bytes(b"\xef\xbb\xbf" + captions.read_bytes())  # a byte order mark
+    assert read_coco(captions, instances) == scenes
+
+
+def test_sizes_that_coco_does_not_give_are_in_the_images(tmp_path: Path) -> None:
+    scenes = read_coco(*write(tmp_path))
+    captions, instances = write(tmp_path, images=[{"id": 9, "file_name": "b.jpg"}, {**IMAGES[1], "height": 0}])
+    Image.new("RGB", (200, 100)).save(tmp_path / "b.jpg")  # a.jpg has no box, and is not looked at
+    assert read_coco(captions, instances, tmp_path) == scenes
+    with pytest.raises(DataError, match=r"b\.jpg: no such file"):
+        read_coco(captions, instances, tmp_path / "elsewhere")
+
+
+@pytest.mark.parametrize("pack", [gzip.compress, lambda content: b"PK\x03\x04" + content])
+def test_a_packed_file_is_named(tmp_path: Path, pack: Callable[[bytes], bytes]) -> None:
+    captions, _ = write(tmp_path)
+    captions.write_bytes(pack(captions.read_bytes()))
+    with pytest.raises(DataError, match=r"captions\.json: a packed file, expected JSON: unpack it first"):
+        read_coco(captions, None)
 
 
 def test_a_cut_file_is_named(tmp_path: Path) -> None:
@@ -115,6 +151,10 @@ def test_jsonl_and_visual_genome_sizes_from_the_file_or_the_image(tmp_path: Path
         (["[1]"], "record [1] is not as expected"),
         (['{"id": 1}'], "no record has captions, boxes or regions"),
         (['{"captions": ["a"]}'], "KeyError 'image_id'"),
+        (['{"id": null, "captions": ["a"]}'], "expected a text, got None"),
+        (['{"id": 1, "image": 7, "captions": ["a"]}'], "expected a text, got 7"),
+        (['{"id": 1, "captions": [["a"]]}'], "expected a text, got ['a']"),
+        (['{"id": 1, "width": 9, "height": 9, "boxes": [{"category": 3, "box": [1, 1, 1, 1]}]}'], "a text, got 3"),
     ],
 )
 def test_broken_descriptions(tmp_path: Path, lines: list[str], said: str) -> None:

@@ -1,0 +1,66 @@
+"""Files that are whole or not there, under errors and kills."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from anyres_vlm.durable import append, replacing
+
+
+@pytest.mark.parametrize(("mode", "content"), [("w", "new ü"), ("wb", b"new \xff")])
+def test_the_new_file_comes_whole_when_the_block_ends(tmp_path: Path, mode: str, content: str | bytes) -> None:
+    path = tmp_path / "file"
+    path.write_text("old")
+    with replacing(path, mode) as file:
+        file.write(content)
+        file.flush()
+        assert path.read_text() == "old"
+    assert path.read_bytes() == (content.encode() if isinstance(content, str) else content)
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_an_error_leaves_the_old_file_alone(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_text("old")
+
+    def interrupted() -> None:
+        with replacing(path) as file:
+            file.write("half")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert [found.read_text() for found in tmp_path.iterdir()] == ["old"]
+
+
+def test_lines_stay_and_files_are_whole_when_the_process_is_killed(tmp_path: Path) -> None:
+    script = (
+        "import sys; from pathlib import Path; from anyres_vlm.durable import append, replacing\n"
+        "folder = Path(sys.argv[1])\n"
+        "for number in range(10**9):\n"
+        "    append(folder / 'lines', b'%d\\n' % number)\n"
+        "    with replacing(folder / 'whole') as file: file.write(f'{number} ' * 10_000)\n"
+    )
+    process = subprocess.Popen([sys.executable, "-c", script, str(tmp_path)])
+    while not (tmp_path / "whole").exists():
+        time.sleep(0.01)
+    time.sleep(0.2)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    numbers = list(map(int, (tmp_path / "lines").read_text().splitlines()))
+    words = (tmp_path / "whole").read_text().split()
+    assert numbers == list(range(len(numbers)))
+    assert len(words) == 10_000
+    assert set(words) <= {str(numbers[-1]), str(numbers[-1] - 1)}
+
+
+def test_append_makes_the_file(tmp_path: Path) -> None:
+    append(tmp_path / "lines", b"a\n")
+    append(tmp_path / "lines", b"b\n")
+    assert (tmp_path / "lines").read_bytes() == b"a\nb\n"
