@@ -137,11 +137,13 @@ def meaning(model: type[BaseModel], name: str) -> str:
     for one in (model, ModelConfig):
         if note := comments(one).get(name):
             return note
-    raise ValueError(f"{model.__module__}.{model.__name__}.{name}: no comment behind the field says what it means")
+    raise ValueError(
+        f"{model.__module__}.{model.__name__}.{name}: no comment behind or above the field says what it means"
+    )
 
 
 def comments(model: type[BaseModel]) -> dict[str, str]:
-    """The comments behind the fields of a class, by name."""
+    """The comments behind the fields of a class, or on the lines above them, by name."""
     source = inspect.getsource(model)
     notes = {
         token.start[0]: token.string.lstrip("# ")
@@ -150,11 +152,13 @@ def comments(model: type[BaseModel]) -> dict[str, str]:
     }
     (definition,) = ast.parse(source).body
     assert isinstance(definition, ast.ClassDef)
-    return {
-        node.target.id: notes[node.end_lineno or 0]
-        for node in definition.body
-        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and node.end_lineno in notes
-    }
+    found, last = {}, definition.lineno
+    for node in definition.body:
+        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and node.end_lineno is not None:
+            above = " ".join(notes[line] for line in range(last + 1, node.lineno) if line in notes)
+            found[node.target.id] = notes.get(node.end_lineno, above)
+        last = node.end_lineno or last
+    return found
 
 
 def table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:

@@ -97,7 +97,9 @@ def _limitations(tiling: Tiling) -> str:
 def _scores(folder: Path) -> str:
     """The results of benchmarks as a table, or nothing."""
     results = [read_json(path) for path in sorted(folder.glob("*.json")) if path.with_suffix(".answers.jsonl").exists()]
-    rows = [(one["benchmark"], one["score"], f"{one['questions']:,}") for one in results if one["score"] is not None]
+    rows = [
+        (one["benchmark"], one["score"], f"{one['questions']:,}") for one in results if one.get("score") is not None
+    ]
     return table(("benchmark", "score", "questions"), rows) if rows else ""
 
 

@@ -59,10 +59,14 @@ class Silent(Frozen):
     """A model as someone may add it."""
 
     told: int = 0  # what it is for
+    # what stands above
+    # in two lines
+    above: int = 0
     silent: int = 0
 
 
 def test_a_field_without_a_meaning_is_an_error() -> None:
     assert reference.meaning(Silent, "told") == "what it is for"
+    assert reference.meaning(Silent, "above") == "what stands above in two lines"
     with pytest.raises(ValueError, match=r"Silent\.silent: no comment"):
         reference.meaning(Silent, "silent")
