@@ -39,11 +39,12 @@ def init(
 
     from anyres_vlm.geometry import Grid
     from anyres_vlm.starter.choices import MODELS, TINY, Answers
-    from anyres_vlm.starter.write import look_at, train_command, write_files
+    from anyres_vlm.starter.write import look_at, require_free, train_command, write_files
 
     def ask(given: Value | None, option: str, question: str, default: Value) -> Value:
         return given if given is not None else default if yes else _prompt(option, question, default)
 
+    require_free(folder)
     if not data and yes:
         raise UsageError("--yes has no default for the data: give --data PATH")
     asks_images = not data and images is None
@@ -61,8 +62,6 @@ def init(
     count = ask(gpus, "--gpus", "GPUs (0: the CPU)", torch.cuda.device_count() if has_gpu else 0)
     memory = torch.cuda.get_device_properties(0).total_memory / 1e9 if has_gpu else 80.0
     answers = Answers(
-        data=paths,
-        images=images,
         model=ask(model, "--model", f"model ({', '.join(MODELS)} or a checkpoint)", "mistral-7b" if count else TINY),
         grid=str(Grid.parse(ask(grid, "--grid", "largest grid of tiles", "2x2"))),
         gpus=count,

@@ -27,10 +27,8 @@ MAX_LENGTH = 4_096
 
 @dataclass(frozen=True)
 class Answers:
-    """What `anyres init` asks; `gpus` 0 is the CPU."""
+    """What `anyres init` asks beside the data; `gpus` 0 is the CPU."""
 
-    data: tuple[Path, ...]
-    images: Path | None
     model: str
     grid: str
     gpus: int

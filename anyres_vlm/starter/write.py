@@ -50,15 +50,20 @@ def look_at(path: Path, images: Path | None) -> Found:
     return found
 
 
+def require_free(folder: Path) -> None:
+    """Raise `UsageError` for a folder that has one of the files already."""
+    for path in (folder / CONFIG, folder / MIXTURE):
+        if path.exists():
+            raise UsageError(f"{path} exists and is not overwritten: choose another folder, or remove it")
+
+
 def write_files(answers: Answers, sources: list[Found], folder: Path) -> Path:
     """Write both files into a folder that has none of them. Returns the configuration's path.
 
     Raises `UsageError` where one of them exists.
     """
     config, mixture = folder / CONFIG, folder / MIXTURE
-    for path in (config, mixture):
-        if path.exists():
-            raise UsageError(f"{path} exists and is not overwritten: choose another folder, or remove it")
+    require_free(folder)
     words = _words(answers, sources, config, mixture)
     folder.mkdir(parents=True, exist_ok=True)
     mixture.write_text(_fill("mixture.yaml.j2", words), encoding="utf-8")

@@ -46,12 +46,16 @@ def only(findings: Any) -> Finding:
     return finding
 
 
-def test_the_whole_command_on_a_sound_machine(make: Make, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "presets", [(), pytest.param(("zero2", "zero3"), marks=pytest.mark.slow)], ids=["plain", "deepspeed"]
+)
+def test_the_whole_command_on_a_sound_machine(make: Make, tmp_path: Path, presets: tuple[str, ...]) -> None:
     make()
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     command = [sys.executable, "-m", "anyres_vlm", "doctor", "--config", str(tmp_path / "config.yaml")]
+    settings = [f"--set=stage{number}.deepspeed={preset}" for number, preset in enumerate(presets, start=1)]
     done = subprocess.run(
-        [*command, "--output", str(tmp_path / "run"), "--json", "--set", "stage2.deepspeed=zero2"],
+        [*command, "--output", str(tmp_path / "run"), "--json", *settings],
         capture_output=True,
         text=True,
         env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
@@ -62,7 +66,7 @@ def test_the_whole_command_on_a_sound_machine(make: Make, tmp_path: Path) -> Non
     by_check = {finding["check"]: finding["found"] for finding in findings}
     for check in "python packages torch accelerator attention gloo nccl config deepspeed memory disk".split():
         assert by_check[check]
-    assert "step under zero2" in by_check["deepspeed"]
+    assert ("step under zero2, zero3" if presets else "not used") in by_check["deepspeed"]
     assert "4 records, 4 of 4 looked at are good" in by_check["stage1 data"]
     assert not (tmp_path / "run").exists(), "it looks and leaves nothing behind"
 
