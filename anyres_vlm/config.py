@@ -5,8 +5,6 @@ An unknown key fails with the nearest known one; values are validated when the f
 
 from __future__ import annotations
 
-import difflib
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, cast, get_args
@@ -15,6 +13,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from anyres_vlm.errors import UsageError
+from anyres_vlm.explain import did_you_mean, explain
 from anyres_vlm.geometry import Dialect, Grid, Layout, Tiling
 
 StageName = Literal["stage1", "stage2"]
@@ -104,7 +103,7 @@ class DataConfig(Frozen):
 
     path: Path | None = None  # JSON, JSONL, Parquet, tar (files, a folder, a pattern) or a YAML mixture
     images: Path | None = None  # image folder; None is the data's own
-    rendered: Literal["captions", "instructions"] | None = None  # instead of path: pictures of the embedded default
+    rendered: Literal["captions", "instructions", "generated", "academic"] | None = None  # instead of path: drawn
     samples: Positive | None = None  # how many of them
     index: Path | None = None  # where `anyres index` put it or training shall; None is beside the run
     max_bad_fraction: Fraction = 0.01  # cap on records that are left out
@@ -300,13 +299,7 @@ def validated(model: type[Model], content: dict[str, Any], path: Path) -> Model:
     try:
         return model.model_validate(content)
     except ValidationError as error:
-        raise UsageError(f"config {path}: {_explain(error, model)}") from None
-
-
-def did_you_mean(word: object, known: Sequence[str]) -> str:
-    """The end of an error line: the known word that is nearest, or nothing where none is near."""
-    near = difflib.get_close_matches(str(word), known, n=1)
-    return f"; did you mean {near[0]}?" if near else ""
+        raise UsageError(f"config {path}: {explain(error, model)}") from None
 
 
 def _assign(content: dict[str, Any], key: str, value: object) -> None:
@@ -319,30 +312,3 @@ def _assign(content: dict[str, Any], key: str, value: object) -> None:
         if not isinstance(node, dict):
             raise UsageError(f"--set {key}: {parent} is a value, not a section")
     node[last] = value
-
-
-def _explain(error: ValidationError, model: type[BaseModel]) -> str:
-    """The first few faults on one line, an unknown key with the nearest known one."""
-    faults = []
-    for fault in error.errors()[:3]:
-        where = ".".join(str(part) for part in fault["loc"])
-        if fault["type"] == "extra_forbidden":
-            known = _fields(model, fault["loc"][:-1])
-            near = did_you_mean(fault["loc"][-1], known) or f"; known: {', '.join(known)}"
-            faults.append(f"unknown key {where}{near}")
-        elif fault["type"] == "missing":
-            faults.append(f"key {where} is missing")
-        else:
-            choices = re.findall(r"'(.+?)'", str(fault.get("ctx", {}).get("expected", "")))
-            near = did_you_mean(fault["input"], choices)
-            faults.append(f"{where}: {fault['msg']}, got {fault['input']!r}{near}" if where else fault["msg"])
-    return "; ".join(faults)
-
-
-def _fields(model: type[BaseModel], location: Sequence[int | str]) -> list[str]:
-    fields: Mapping[str, Any] = model.model_fields
-    for part in location:
-        if isinstance(part, str):  # a number is a place in a tuple, whose type is found already
-            kind = fields[part].annotation
-            fields = next(kind for kind in (kind, *get_args(kind)) if hasattr(kind, "model_fields")).model_fields
-    return list(fields)

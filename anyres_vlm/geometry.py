@@ -11,7 +11,7 @@ import math
 import re
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from anyres_vlm.errors import UsageError
 
@@ -150,6 +150,12 @@ class TilePlan:
         """Tokens that carry image content: the thumbnail's and the kept part of the grid."""
         return self.side**2 + self.kept_rows * self.kept_cols
 
+    def tile_tokens(self, row: int, col: int) -> int:
+        """Tokens kept of one tile of the grid; over all of them `kept_rows * kept_cols`."""
+        rows = min(row * self.side + self.side, self.kept_top + self.kept_rows) - max(row * self.side, self.kept_top)
+        cols = min(col * self.side + self.side, self.kept_left + self.kept_cols) - max(col * self.side, self.kept_left)
+        return max(rows, 0) * max(cols, 0)
+
     @property
     def newline_tokens(self) -> int:
         """Learned `image_newline` tokens: one behind every kept row under `spatial_unpad`."""
@@ -161,18 +167,28 @@ class TilePlan:
         return self.visual_tokens + self.newline_tokens
 
 
+class CanvasAreas(NamedTuple):
+    """Pixels of a canvas: those that the image keeps of its own, and the rest, enlargement and padding."""
+
+    effective: int
+    waste: int
+
+
+def canvas_areas(size: Size, canvas: Size) -> CanvasAreas:
+    """What an image of this size makes of a canvas."""
+    scale = min(canvas.width / size.width, canvas.height / size.height)
+    effective = min(int(size.width * scale) * int(size.height * scale), size.height * size.width)
+    return CanvasAreas(effective, canvas.height * canvas.width - effective)
+
+
 def choose_canvas(size: Size, tiling: Tiling) -> Size | None:
     """The canvas with the largest effective area, then the least waste, then the first; None without candidates."""
-    best = None
-    best_effective = best_waste = -1
-    area = size.height * size.width
-    for canvas in tiling.canvases:
-        scale = min(canvas.width / size.width, canvas.height / size.height)
-        effective = min(int(size.width * scale) * int(size.height * scale), area)
-        waste = canvas.height * canvas.width - effective
-        if best is None or effective > best_effective or (effective == best_effective and waste < best_waste):
-            best, best_effective, best_waste = canvas, effective, waste
-    return best
+
+    def merit(canvas: Size) -> tuple[int, int]:
+        areas = canvas_areas(size, canvas)
+        return areas.effective, -areas.waste
+
+    return max(tiling.canvases, key=merit, default=None)
 
 
 def plan_tiles(size: Size, tiling: Tiling) -> TilePlan:

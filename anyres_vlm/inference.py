@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,8 +19,8 @@ from anyres_vlm.data.conversation import ConversationTokenizer
 from anyres_vlm.data.images import open_image
 from anyres_vlm.data.tiling import cut_tiles
 from anyres_vlm.errors import UsageError
-from anyres_vlm.geometry import Size, TilePlan, plan_tiles
-from anyres_vlm.model.generation import Decoding, room_for_answer
+from anyres_vlm.geometry import Grid, Size, TilePlan, Tiling, plan_tiles
+from anyres_vlm.model.generation import Decoding, Watch, room_for_answer
 from anyres_vlm.model.pretrained import load_pretrained
 from anyres_vlm.model.vlm import VisionLanguageModel
 from anyres_vlm.schema import IMAGE_TOKEN, ImageRef, Turn, token_repeats
@@ -62,6 +63,7 @@ class Assistant:
     def __init__(self, model: VisionLanguageModel, tokenizer: PreTrainedTokenizerFast) -> None:
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.model = model.eval().to(self.device)
+        self.tiling = model.tiling
         self.tokenizer = tokenizer
         self.conversation = ConversationTokenizer(model.config.template, tokenizer)
 
@@ -79,17 +81,27 @@ class Assistant:
             model.language_model.generation_config.eos_token_id = assistant.conversation.stop_ids
         return assistant
 
+    def with_grid(self, grid: Grid) -> Assistant:
+        """The same model, shown images on other canvases: at most so many tiles, `1x1` for the thumbnail alone."""
+        other, own = copy(self), self.tiling
+        other.tiling = Tiling.from_grid(grid, tile=own.tile, patch=own.patch, layout=own.layout, dialect=own.dialect)
+        return other
+
     def answer(self, turns: Sequence[Turn], images: Sequence[Image.Image | ImageRef], decoding: Decoding) -> Answer:
         """Answer the last turn, the user's. Raises `UsageError` for a prompt that is too long or misses an image."""
         (answer,) = self.answer_many([Conversation(turns, images)], decoding)
         return answer
 
     def stream(
-        self, turns: Sequence[Turn], images: Sequence[Image.Image | ImageRef], decoding: Decoding
+        self,
+        turns: Sequence[Turn],
+        images: Sequence[Image.Image | ImageRef],
+        decoding: Decoding,
+        watch: Watch | None = None,
     ) -> Iterator[str]:
         """The text of `answer` piece by piece, as soon as it is certain."""
         prompt = self._prompt(Conversation(turns, images))
-        return text_pieces(self.tokenizer, (token for _, token in self._tokens([prompt], decoding)))
+        return text_pieces(self.tokenizer, (token for _, token in self._tokens([prompt], decoding, watch)))
 
     def answer_many(
         self,
@@ -136,20 +148,23 @@ class Assistant:
             raise UsageError(
                 f"the conversation has {wanted} {IMAGE_TOKEN}, but {len(conversation.images)} images are given"
             )
-        plans = [self._plan(image) for image in conversation.images]
+        plans = [self.plan(image) for image in conversation.images]
         prompt = self.conversation.prompt(conversation.turns)
         ids = np.repeat(prompt, token_repeats(prompt, plans, self.model.image_token_id)).astype(np.int64)
         room_for_answer(self.model.language_model, len(ids), 1)  # before the first batch, not behind an hour of them
         return _Prompt(number, ids, plans, conversation.images)
 
-    def _plan(self, image: Image.Image | ImageRef) -> TilePlan:
+    def plan(self, image: Image.Image | ImageRef) -> TilePlan:
+        """What an image becomes. Raises `DataError` for one that is broken or has a size that no picture has."""
         if isinstance(image, ImageRef):
-            return plan_image(image, self.model.tiling)
-        return plan_tiles(Size(height=image.height, width=image.width), self.model.tiling)
+            return plan_image(image, self.tiling)
+        return plan_tiles(Size(height=image.height, width=image.width), self.tiling)
 
-    def _tokens(self, prompts: Sequence[_Prompt], decoding: Decoding) -> Iterator[tuple[int, int]]:
+    def _tokens(
+        self, prompts: Sequence[_Prompt], decoding: Decoding, watch: Watch | None = None
+    ) -> Iterator[tuple[int, int]]:
         """New tokens with the place of their prompt."""
-        side = self.model.tiling.tile
+        side = self.tiling.tile
         plans = [plan for prompt in prompts for plan in prompt.plans]
         images = [open_image(i) if isinstance(i, ImageRef) else i for prompt in prompts for i in prompt.images]
         tiles = np.concatenate([np.zeros((0, 3, side, side), np.uint8), *map(cut_tiles, images, plans)])
@@ -160,6 +175,7 @@ class Assistant:
             plans,
             decoding,
             [prompt.number for prompt in prompts],
+            watch,
         )
 
 

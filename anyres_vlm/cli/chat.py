@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import typer
 
-from anyres_vlm.errors import UsageError
+from anyres_vlm.data.headers import read_size
+from anyres_vlm.errors import DataError, UsageError
 
 if TYPE_CHECKING:
     from anyres_vlm.serve.chat import ChatSession
@@ -27,34 +29,65 @@ def chat(
     template: str | None = typer.Option(None, help="Chat template of a checkpoint that has none of its own."),
     as_json: bool = typer.Option(False, "--json", help="Print one JSON object an answer, with token counts."),
 ) -> None:
-    """Ask a checkpoint about images.
+    """Ask a checkpoint about images, in one question or a conversation; it works over a pipe, too.
+
+    In a conversation /image FILE shows another image, /reset begins anew, /save FILE.json keeps it, /help lists these.
 
     Example: anyres chat runs/tiny/stage2/model --image sign.png --prompt "What does it say?"
     """
     # Start-up time: torch and transformers take seconds to import.
     from anyres_vlm.config import template_name
-    from anyres_vlm.data.images import open_image
     from anyres_vlm.inference import Assistant
     from anyres_vlm.model.generation import Decoding
     from anyres_vlm.serve.chat import ChatSession
 
-    pictures = [open_image(path) for path in image]
+    for path in image:
+        read_size(path)  # before the model, which may take minutes to load
     decoding = Decoding(max_new_tokens, temperature, top_p, seed)
-    session = ChatSession(Assistant.load(model, template_name(template)), pictures, decoding)
-    for question in [prompt] if prompt is not None else _questions():
-        _reply(session, question, as_json)
+    session = ChatSession(Assistant.load(model, template_name(template)), decoding)
+    for path in image:
+        session.add_image(path)
+    if prompt is not None:
+        _reply(session, prompt, as_json)
+        return
+    mistakes = sum(not _go_on(session, line, as_json) for line in _lines())
+    if mistakes and not sys.stdin.isatty():
+        raise typer.Exit(1)
 
 
-def _questions() -> Iterator[str]:
-    """Lines of a pipe or of the terminal, until the end of the input."""
+def _lines() -> Iterator[str]:
+    """Lines of a pipe or of the terminal that say something, until the end of the input."""
+    if sys.stdin.isatty():
+        with suppress(ImportError):  # not on Windows
+            import readline  # noqa: F401, editing and history for `input`
     while True:
-        if sys.stdin.isatty():
-            print("you: ", end="", flush=True)
-        line = sys.stdin.readline()
-        if not line:
+        try:
+            line = input("you: " if sys.stdin.isatty() else "")
+        except EOFError:
             return
         if line.strip():
             yield line.strip()
+
+
+def _go_on(session: ChatSession, line: str, as_json: bool) -> bool:
+    """One line of a conversation, which a mistake does not end; whether there was none."""
+    from anyres_vlm.serve.chat_commands import run_command  # start-up time
+
+    try:
+        if line.startswith("/"):
+            print(run_command(session, line), file=sys.stderr, flush=True)
+        else:
+            _reply(session, line, as_json)
+    except BrokenPipeError:  # nobody reads the answers
+        raise
+    except (UsageError, DataError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return False
+    except KeyboardInterrupt:  # ends the answer; without one it ends the chat
+        if not sys.stdin.isatty():
+            raise
+        print("\n(stopped: this question and its answer are forgotten)", file=sys.stderr)
+    return True
 
 
 def _reply(session: ChatSession, question: str, as_json: bool) -> None:
@@ -74,9 +107,7 @@ def _reply(session: ChatSession, question: str, as_json: bool) -> None:
             ),
             flush=True,
         )
-    elif sys.stdout.isatty():
-        for piece in session.stream(question):
-            print(piece, end="", flush=True)
-        print()
-    else:
-        print(session.ask(question).text, flush=True)
+        return
+    for piece in session.stream(question):
+        print(piece, end="", flush=True)
+    print(flush=True)

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import typer
 
 from anyres_vlm import __version__
+from anyres_vlm.cli.ablate import ablate
 from anyres_vlm.cli.chat import chat
 from anyres_vlm.cli.doctor import doctor
 from anyres_vlm.cli.evaluate import evaluate
@@ -26,6 +27,7 @@ from anyres_vlm.cli.report import report
 from anyres_vlm.cli.score import score
 from anyres_vlm.cli.tokens import tokens
 from anyres_vlm.cli.train import train
+from anyres_vlm.cli.web import web
 from anyres_vlm.errors import DataError, Interrupted, UsageError
 
 app = typer.Typer(
@@ -47,7 +49,9 @@ app.command("eval")(evaluate)
 app.command()(score)
 app.command()(probe)
 app.command()(report)
+app.command()(ablate)
 app.command()(chat)
+app.command()(web)
 app.command("import")(import_checkpoint)
 app.command()(export)
 app.add_typer(instruct, name="instruct")

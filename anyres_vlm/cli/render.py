@@ -10,7 +10,9 @@ import typer
 
 def render(
     out: Path = typer.Argument(..., help="Folder that receives data.json and images/."),
-    purpose: Literal["captions", "instructions", "heldout"] = typer.Option("heldout", help="What the records are for."),
+    purpose: Literal["captions", "instructions", "generated", "academic", "heldout"] = typer.Option(
+        "heldout", help="What the records are for; generated and academic are the two halves of instructions apart."
+    ),
     count: int = typer.Option(330, min=1, help="Records to write."),
     seed: int = typer.Option(0, min=0, help="Other seeds give other pictures."),
 ) -> None:

@@ -11,7 +11,17 @@ import typer
 
 from anyres_vlm.data.headers import IMAGE_SUFFIXES, read_size
 from anyres_vlm.errors import DataError, UsageError
-from anyres_vlm.geometry import Dialect, Grid, Layout, Tiling, plan_tiles
+from anyres_vlm.geometry import Dialect, Grid, Layout, Size, Tiling, plan_tiles
+from anyres_vlm.serve.tiling_table import (
+    CANDIDATE_COLUMNS,
+    candidate_rows,
+    describe_plan,
+    explain_choice,
+    format_histogram,
+    format_table,
+)
+
+COLUMNS = ("image", "size", "grid", "tiles", "visual", "newline", "tokens")
 
 
 def tokens(
@@ -26,7 +36,9 @@ def tokens(
 ) -> None:
     """Count the tiles and tokens of images without decoding a pixel.
 
-    Example: anyres tokens photo.jpg --grid 3x3
+    Of one image it shows all candidate canvases, of several a table and a histogram. Sizes are width x height.
+
+    Example: anyres tokens photo.jpg --grid 3x3 --draw tiles.png
     """
     tiling = Tiling.from_grid(Grid.parse(grid), tile=tile, patch=patch, layout=layout, dialect=dialect)
     paths = _find(images)
@@ -36,7 +48,7 @@ def tokens(
     if as_json:
         print(json.dumps(rows, indent=2))
     else:
-        _print(rows)
+        _print(rows, tiling)
     if any("error" in row for row in rows):
         raise typer.Exit(1)
 
@@ -59,6 +71,7 @@ def _find(names: list[str]) -> list[Path]:
 
 
 def _row(path: Path, tiling: Tiling) -> dict[str, Any]:
+    """What `--json` prints of an image."""
     try:
         size = read_size(path)
     except DataError as error:
@@ -77,21 +90,34 @@ def _row(path: Path, tiling: Tiling) -> dict[str, Any]:
     }
 
 
-def _print(rows: list[dict[str, Any]]) -> None:
+def _print(rows: list[dict[str, Any]], tiling: Tiling) -> None:
+    """One image with its candidates, or a table of several and a histogram."""
     good = [row for row in rows if "error" not in row]
     for row in rows:
         if "error" in row:
             typer.echo(f"error: {row['error']}", err=True)
-            continue
-        print(
-            f"{row['path']}: {row['width']}x{row['height']} -> {row['grid'][0]}x{row['grid'][1]} grid, "
-            f"{row['tiles']} tiles, {row['visual_tokens']:,} visual + {row['newline_tokens']} newline = "
-            f"{row['total']:,} tokens"
-        )
-    total = sum(row["total"] for row in good)
+    if len(rows) == len(good) == 1:
+        (row,) = good
+        size = Size(height=row["height"], width=row["width"])
+        print(f"{row['path']}: {describe_plan(plan_tiles(size, tiling))}")
+        if tiling.canvases:
+            print(f"\n{format_table(CANDIDATE_COLUMNS, candidate_rows(size, tiling))}")
+        print(explain_choice(size, tiling))
+        return
+    totals = [row["total"] for row in good]
+    if good:
+        print(format_table(COLUMNS, [_cells(row) for row in good]))
+    if len(good) > 1:
+        print(f"\nimages by tokens\n{format_histogram(totals)}\n")
     print(
-        f"{len(good)} image{'' if len(good) == 1 else 's'}: {sum(row['tiles'] for row in good)} tiles, {total:,} tokens"
+        f"{len(good)} image{'' if len(good) == 1 else 's'}: {sum(row['tiles'] for row in good)} tiles, "
+        f"{sum(totals):,} tokens"
     )
+
+
+def _cells(row: dict[str, Any]) -> tuple[str, ...]:
+    counts = (f"{row[name]:,}" for name in ("tiles", "visual_tokens", "newline_tokens", "total"))
+    return (row["path"], f"{row['width']}x{row['height']}", "x".join(map(str, row["grid"])), *counts)
 
 
 def _draw(paths: list[Path], tiling: Tiling, target: Path) -> None:

@@ -7,7 +7,7 @@ the model's generation config it takes the end tokens; how a token is chosen is 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +20,10 @@ from transformers.generation import LogitsProcessorList, TemperatureLogitsWarper
 from anyres_vlm.errors import UsageError
 from anyres_vlm.model.attention import Documents
 from anyres_vlm.model.kv_cache import ConversationCache
+
+Watch = Callable[
+    [Sequence[int], Tensor], None
+]  # gets each step's tokens, ends too, and what they were chosen of (B, V)
 
 
 @dataclass(frozen=True)
@@ -62,6 +66,7 @@ def generate_tokens(
     lengths: Sequence[int],
     decoding: Decoding,
     numbers: Sequence[int] | None = None,
+    watch: Watch | None = None,
 ) -> Iterator[tuple[int, int]]:
     """New tokens of packed prompts, (1, L, D), as pairs of the conversation's place and the token, without end tokens.
 
@@ -77,6 +82,8 @@ def generate_tokens(
     for step in range(max(rooms)):
         logits = language_model.get_output_embeddings()(hidden).float()
         tokens = choice(logits, rows)
+        if watch is not None:
+            watch(tokens, logits)
         for row, token in zip(rows, tokens, strict=True):
             if row in unfinished and token not in stops:
                 yield row, token

@@ -14,7 +14,7 @@ from anyres_vlm.errors import UsageError
 from anyres_vlm.geometry import TilePlan, Tiling
 from anyres_vlm.model import attention
 from anyres_vlm.model.encoder import Encoder
-from anyres_vlm.model.generation import Decoding, generate_tokens
+from anyres_vlm.model.generation import Decoding, Watch, generate_tokens
 from anyres_vlm.model.loss import summed_loss
 from anyres_vlm.model.merge import merge_tiles
 from anyres_vlm.model.projector import build_projector
@@ -90,11 +90,12 @@ class VisionLanguageModel(nn.Module):
         plans: Sequence[TilePlan],
         decoding: Decoding,
         numbers: Sequence[int] | None = None,
+        watch: Watch | None = None,
     ) -> Iterator[tuple[int, int]]:
         """New tokens of packed prompts (1, L) of these lengths with all their images, see `generate_tokens`."""
         words = self.language_model.get_input_embeddings()
         embedded = self.embed(input_ids, tiles, plans) if plans else words(input_ids)
-        yield from generate_tokens(self.language_model, embedded, lengths, decoding, numbers)
+        yield from generate_tokens(self.language_model, embedded, lengths, decoding, numbers, watch)
 
     def generate(self, input_ids: Tensor, tiles: Tensor, plans: Sequence[TilePlan], decoding: Decoding) -> list[int]:
         """New tokens for one prompt (1, L) with its images, the end token left out."""

@@ -2,22 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 
 from PIL import Image
 
+from anyres_vlm.data.blobs import blob_name
+from anyres_vlm.data.images import open_image
+from anyres_vlm.geometry import TilePlan
 from anyres_vlm.inference import Answer, Assistant
-from anyres_vlm.model.generation import Decoding
-from anyres_vlm.schema import IMAGE_TOKEN, Turn
+from anyres_vlm.model.generation import Decoding, Watch
+from anyres_vlm.schema import IMAGE_TOKEN, ImageRef, Turn
 
 
 class ChatSession:
-    """Keeps the turns so far; the images belong to the first question."""
+    """The turns so far and the images they speak of; an added image belongs to the next question."""
 
-    def __init__(self, assistant: Assistant, images: Sequence[Image.Image], decoding: Decoding) -> None:
-        self.assistant, self.images, self.decoding = assistant, images, decoding
+    def __init__(self, assistant: Assistant, decoding: Decoding) -> None:
+        self.assistant, self.decoding = assistant, decoding
+        self.reset()
+
+    def reset(self) -> None:
+        """Begin a new conversation, without images."""
         self.turns: list[Turn] = []
+        self.images: list[Image.Image] = []
+        self.image_names: list[str] = []
+
+    def add_image(self, image: Path | ImageRef) -> TilePlan:
+        """Show an image with the next question. Raises `DataError` for one that is missing or broken."""
+        reference = ImageRef(str(image), image) if isinstance(image, Path) else image
+        plan = self.assistant.plan(reference)
+        self.images.append(open_image(reference))
+        self.image_names.append(blob_name(reference))
+        return plan
 
     def ask(self, question: str) -> Answer:
         """Answer a question in the light of what was said."""
@@ -26,18 +44,21 @@ class ChatSession:
         self.turns = [*turns, Turn("assistant", answer.text)]
         return answer
 
-    def stream(self, question: str) -> Iterator[str]:
+    def stream(self, question: str, watch: Watch | None = None) -> Iterator[str]:
         """The text of the answer piece by piece; only a whole answer becomes part of the conversation."""
         turns = self._asked(question)
         pieces = []
-        for piece in self.assistant.stream(turns, self.images, self._decoding()):
+        for piece in self.assistant.stream(turns, self.images, self._decoding(), watch):
             pieces.append(piece)
             yield piece
         self.turns = [*turns, Turn("assistant", "".join(pieces))]
 
+    def shown(self) -> int:
+        """How many of the images a question has come with; the others wait for the next."""
+        return sum(turn.text.count(IMAGE_TOKEN) for turn in self.turns)
+
     def _asked(self, question: str) -> list[Turn]:
-        prefix = "" if self.turns else f"{IMAGE_TOKEN}\n" * len(self.images)
-        return [*self.turns, Turn("user", prefix + question)]
+        return [*self.turns, Turn("user", f"{IMAGE_TOKEN}\n" * (len(self.images) - self.shown()) + question)]
 
     def _decoding(self) -> Decoding:
         """Other random numbers in each turn."""

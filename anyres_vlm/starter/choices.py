@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from anyres_vlm.config import RunConfig, did_you_mean, load_config, shipped_config
+from anyres_vlm.config import RunConfig, load_config, shipped_config
 from anyres_vlm.errors import UsageError
+from anyres_vlm.explain import did_you_mean
 
 TINY = "tiny"
 # short name -> shipped configuration

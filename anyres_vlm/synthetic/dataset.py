@@ -16,7 +16,7 @@ from anyres_vlm.synthetic.rendering import KINDS, Kind, Rendering, render
 from anyres_vlm.synthetic.textonly import text_instruction
 from anyres_vlm.synthetic.vocabulary import Split
 
-Purpose = Literal["captions", "instructions", "heldout"]
+Purpose = Literal["captions", "instructions", "generated", "academic", "heldout"]
 
 DATA_FILE = "data.json"
 MANIFEST_FILE = "manifest.json"
@@ -30,8 +30,10 @@ KIND_OF_TASK: dict[Task, Kind] = {
 def write_dataset(folder: Path, purpose: Purpose, count: int, seed: int) -> Path:
     """Write `count` records with their pictures; returns the JSON file. A finished folder of the same call is reused.
 
-    `captions` are for stage 1, `instructions` for stage 2 (one in five without a picture), `heldout` has one brief
-    question a record, the tasks in turn, on pictures with words and combinations that training never shows.
+    `captions` are for stage 1, `instructions` for stage 2 (one in five without a picture); of the same pictures,
+    `generated` has conversations, details and reasons in sentences alone, `academic` questions with brief answers.
+    `heldout` has one brief question a record, the tasks in turn, on pictures with words and combinations that training
+    never shows.
     A folder with anything else in it is left alone and raises UsageError.
     """
     manifest = {"format": FORMAT, "purpose": purpose, "count": count, "seed": seed}
@@ -66,16 +68,25 @@ def picture_seed(seed: int, number: int) -> int:
 
 
 def _training(folder: Path, purpose: Purpose, seed: int, number: int) -> dict[str, Any]:
-    rng = random.Random(f"{purpose}/{seed}/{number}")
+    stage = "captions" if purpose == "captions" else "instructions"
+    rng = random.Random(f"{stage}/{seed}/{number}")
     name = f"{purpose}-{seed}-{number:06d}"
-    if purpose == "instructions" and rng.random() < 0.2:
+    if stage == "instructions" and rng.random() < 0.2:
         return _record(name, None, [text_instruction(rng, "train") for _ in range(rng.randint(1, 3))])
-    offset = 500_000_000 if purpose == "instructions" else 0  # stage 2 sees other pictures than stage 1
+    offset = 500_000_000 if stage == "instructions" else 0  # stage 2 sees other pictures than stage 1
     rendering = render(pick_kind(rng), picture_seed(seed, number + offset), "train")
     image = _save(folder, name, rendering)
     if purpose == "captions":
         return _record(name, image, [("", rendering.caption)])
-    return _record(name, image, converse(rendering, pick_dialogue(rng), rng))
+    kind = pick_dialogue(rng)
+    match purpose:
+        case "generated":
+            dialogue = converse(rendering, kind, rng, brief_share=0)
+        case "academic":
+            dialogue = converse(rendering, "conversation", rng, brief_share=1)
+        case _:
+            dialogue = converse(rendering, kind, rng)
+    return _record(name, image, dialogue)
 
 
 def _heldout(folder: Path, seed: int, number: int, task: Task) -> dict[str, Any]:

@@ -30,14 +30,17 @@ def pick_dialogue(rng: random.Random) -> DialogueKind:
     return rng.choices(kinds, (70, 12, 18))[0]
 
 
-def converse(rendering: Rendering, kind: DialogueKind, rng: random.Random) -> Dialogue:
-    """Turns of one kind: 3 to 8 questions, a detailed description, or an answer with its reasons."""
+def converse(rendering: Rendering, kind: DialogueKind, rng: random.Random, brief_share: float = 0.6) -> Dialogue:
+    """Turns of one kind: 3 to 8 questions, a detailed description, or an answer with its reasons.
+
+    `brief_share` of the questions ask for brief answers; the others are answered in sentences.
+    """
     if kind == "detail":
         return [(rng.choice(DETAIL_WORDINGS), rendering.detail)]
     if kind == "reasoning" and rendering.reasoning:
         return [rng.choice(rendering.reasoning)]
     asked = rng.sample(rendering.questions, min(len(rendering.questions), rng.randint(3, 8)))
-    brief = [rng.random() < 0.6 for _ in asked]
+    brief = [rng.random() < brief_share for _ in asked]
     return [
         (f"{item.question} {BRIEFLY}", item.answer) if short else (item.question, item.sentence)
         for item, short in zip(asked, brief, strict=True)

@@ -305,3 +305,16 @@ def test_a_plan_takes_microseconds() -> None:
     calls = 50
     seconds = min(timeit.repeat(lambda: plan_tiles(size, tiling), number=calls, repeat=400)) / calls
     assert seconds < 20e-6, f"{seconds * 1e6:.1f} us a call"
+
+
+@given(sides, sides, grids, layouts, encoders, st.sampled_from(DIALECTS))
+def test_each_tile_keeps_what_a_mask_keeps(
+    height: int, width: int, grid: Grid, layout: str, encoder: tuple[int, int], dialect: Dialect
+) -> None:
+    patch, side = encoder
+    tiling = Tiling.from_grid(grid, tile=patch * side, patch=patch, layout=layout, dialect=dialect)
+    plan = plan_tiles(Size(height=height, width=width), tiling)
+    mask = np.zeros((plan.grid.rows * side, plan.grid.cols * side), bool)
+    mask[plan.kept_top : plan.kept_top + plan.kept_rows, plan.kept_left : plan.kept_left + plan.kept_cols] = True
+    for row, col in itertools.product(range(plan.grid.rows), range(plan.grid.cols)):
+        assert plan.tile_tokens(row, col) == mask[row * side :, col * side :][:side, :side].sum()

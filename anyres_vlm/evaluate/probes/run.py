@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from types import ModuleType
@@ -11,6 +10,7 @@ from typing import Any
 
 from anyres_vlm.evaluate.probes import counting, hallucination, reading, spatial
 from anyres_vlm.evaluate.probes.case import Reply
+from anyres_vlm.geometry import Grid
 from anyres_vlm.inference import Assistant, Conversation
 from anyres_vlm.model.generation import Decoding
 from anyres_vlm.schema import IMAGE_TOKEN, Turn
@@ -47,21 +47,10 @@ def run_probes(
     results = {}
     for name in names:
         results[name] = _ask(assistant, name, name, count, seed, batch_tokens, progress)
-        if name == "reading" and assistant.model.tiling.canvases:
-            with thumbnail_alone(assistant):
-                results[THUMBNAIL] = _ask(assistant, name, THUMBNAIL, count, seed, batch_tokens, progress)
+        if name == "reading" and assistant.tiling.canvases:
+            thumbnail = assistant.with_grid(Grid(1, 1))
+            results[THUMBNAIL] = _ask(thumbnail, name, THUMBNAIL, count, seed, batch_tokens, progress)
     return results
-
-
-@contextmanager
-def thumbnail_alone(assistant: Assistant) -> Iterator[None]:
-    """The same model, shown no tiles."""
-    config = assistant.model.config
-    assistant.model.configure(config.model_copy(update={"grid": "1x1", "pinpoints": None}))
-    try:
-        yield
-    finally:
-        assistant.model.configure(config)
 
 
 def _ask(
@@ -73,7 +62,7 @@ def _ask(
     batch_tokens: int,
     progress: Callable[[str, int], None],
 ) -> Probed:
-    side = 2 * assistant.model.tiling.tile  # fills a 2x2 canvas pixel by pixel
+    side = 2 * assistant.tiling.tile  # fills a 2x2 canvas pixel by pixel
     replies: list[Reply] = []
     drawn = PROBES[name].cases(side, count, seed)
     while cases := list(islice(drawn, AT_ONCE)):

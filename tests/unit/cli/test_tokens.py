@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from PIL import ExifTags, Image
 from anyres_vlm import __version__
 from anyres_vlm.cli.main import main
 from anyres_vlm.geometry import Grid, Size, Tiling, plan_tiles
+from anyres_vlm.serve.tiling_table import format_histogram
 
 SCRIPT = Path(__file__).parents[3] / "tools" / "count_tokens.py"
 
@@ -98,17 +100,68 @@ def test_orientation_is_applied(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert (row["width"], row["height"], row["total"]) == (480, 640, 2352)
 
 
-def test_plain_output_is_a_line_an_image_and_a_total(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    one, two = save(tmp_path / "one.png", 640, 480), save(tmp_path / "two.png", 672, 672)
-    assert anyres("tokens", one, two) == 0
-    first, second, total = capsys.readouterr().out.splitlines()
-    assert str(one) in first
-    assert "2,304 visual" in first
-    assert "2,340 tokens" in first
-    assert str(two) in second
-    assert "2,928 tokens" in second
-    assert "5,268 tokens" in total
-    assert "10 tiles" in total
+def test_one_image_is_a_line_and_the_choice_explained(photo: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert anyres("tokens", photo) == 0
+    first, empty, names, *candidates, why = capsys.readouterr().out.splitlines()
+    assert first == f"{photo}: 640x480 -> 2x2 grid, 5 tiles, 2,304 visual + 36 newline = 2,340 tokens"
+    assert empty == ""
+    assert names.split()[0] == "canvas"
+    # by hand: at 0.7 of its size the photo has 448 x 336 pixels, at 0.525 336 x 252; 672 x 672 keeps all 307,200
+    assert [line.split() for line in candidates] == [
+        ["672x336", "1x2", "150,528", "49.0%", "75,264", "33.3%"],
+        ["336x672", "2x1", "84,672", "27.6%", "141,120", "62.5%"],
+        ["672x672", "2x2", "307,200", "100.0%", "144,384", "32.0%", "chosen"],
+        ["1008x336", "1x3", "150,528", "49.0%", "188,160", "55.6%"],
+        ["336x1008", "3x1", "84,672", "27.6%", "254,016", "75.0%"],
+    ]
+    assert why == "672x672 keeps most of the image."
+
+
+@pytest.mark.parametrize(
+    ("size", "flags", "why"),
+    [
+        ((184, 161), ["--dialect", "llava"], "336x672 is the first, for dialect llava, of 2 that keep most"),
+        ((184, 161), ["--dialect", "hf"], "672x336 is the first, for dialect hf, of 2 that keep most"),
+        ((640, 480), ["--grid", "3x3"], "672x672 wastes least of the 6 that keep most of the image"),
+        ((640, 480), ["--grid", "1x2"], "672x336 keeps most of the image"),
+        ((640, 480), ["--grid", "1x1"], "There is no candidate canvas: the image is its thumbnail alone"),
+    ],
+)
+def test_why_a_canvas_was_chosen(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], size: tuple[int, int], flags: list[str], why: str
+) -> None:
+    assert anyres("tokens", save(tmp_path / "a.png", *size), *flags) == 0
+    printed = capsys.readouterr().out
+    assert printed.splitlines()[-1].startswith(why)
+    assert printed.count("  chosen") == ("1x1" not in flags)
+
+
+def test_several_images_are_a_table_and_a_histogram(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name, width, height in [("a", 640, 480), ("b", 640, 480), ("c", 672, 672), ("d", 480, 640)]:
+        save(tmp_path / f"{name}.png", width, height)
+    assert anyres("tokens", tmp_path) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split() == ["image", "size", "grid", "tiles", "visual", "newline", "tokens"]
+    assert lines[3].split() == [str(tmp_path / "c.png"), "672x672", "2x2", "5", "2,880", "48", "2,928"]
+    assert lines[6] == "images by tokens"
+    assert [line.split() for line in lines[7:10]] == [
+        ["2,340", "2", "#" * 40],
+        ["2,352", "1", "#" * 20],
+        ["2,928", "1", "#" * 20],
+    ]
+    assert lines[-1] == "4 images: 20 tiles, 9,960 tokens"
+
+
+def test_a_histogram_of_many_values_counts_each_once() -> None:
+    values = [number * number for number in range(100)]
+    bars = [line.replace(",", "").split() for line in format_histogram(values).splitlines()]
+    assert len(bars) <= 12
+    edges = [(int(low), int(high)) for low, _, high, *_ in bars]
+    assert edges[0][0] == 0
+    assert edges[-1][1] >= 99 * 99
+    assert all(low == before + 1 for (_, before), (low, _) in pairwise(edges))
+    for (low, high), bar in zip(edges, bars, strict=True):
+        assert int(bar[3]) == len([value for value in values if low <= value <= high])
 
 
 def test_unreadable_files_are_reported_and_the_others_counted(
@@ -127,7 +180,7 @@ def test_unreadable_files_are_reported_and_the_others_counted(
         assert row["error"].startswith(row["path"])
     assert anyres("tokens", *bad, photo) == 1
     printed = capsys.readouterr()
-    assert "2,340 tokens" in printed.out
+    assert "1 image: 5 tiles, 2,340 tokens" in printed.out
     for path in bad:
         assert f"error: {path}: " in printed.err
     assert "Traceback" not in printed.err
@@ -163,7 +216,7 @@ def test_nothing_found_is_an_error_of_its_own(
     assert anyres("tokens", tmp_path / name, file) == 1
     said = capsys.readouterr()
     assert f"error: {tmp_path / name}: {reason}" in said.err
-    assert "1 image:" in said.out
+    assert "1 image: 3 tiles" in said.out
 
 
 @pytest.mark.parametrize(

@@ -179,18 +179,20 @@ def test_yes_and_no_are_first_words(said: str, meaning: bool | None) -> None:
     assert yes_or_no(said) is meaning
 
 
-def test_the_thumbnail_is_asked_without_tiles_and_the_model_is_left_as_it_was(tiny_bases: Path) -> None:
+def test_the_thumbnail_is_asked_without_tiles_and_the_model_is_left_as_it_was(
+    tiny_bases: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     bases = {"llm": str(tiny_bases / "llm"), "encoder": {"name": str(tiny_bases / "vit")}, "template": "tiny"}
     assistant = Assistant(*build_model(ModelConfig.model_validate(bases), seed=0))
     before, seen = assistant.model.tiling, []
-    answer_many = assistant.answer_many
+    answer_many = Assistant.answer_many
 
     def watched(*arguments, **options):
         answers = answer_many(*arguments, **options)
         seen.append({answer.image_tokens for answer in answers})
         return answers
 
-    assistant.answer_many = watched  # type: ignore[method-assign]
+    monkeypatch.setattr(Assistant, "answer_many", watched)
     found = run_probes(assistant, ["reading"], 1, 0, 8192, lambda *_: None)
     assert list(found) == ["reading", THUMBNAIL]
     assert seen == [{4 + 16 + 4}, {4}]  # 2x2 patches a tile, four tiles with a newline a row; the thumbnail alone

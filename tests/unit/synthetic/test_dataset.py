@@ -16,6 +16,7 @@ from anyres_vlm.data.sources import read_records
 from anyres_vlm.errors import UsageError
 from anyres_vlm.geometry import Grid, Size, Tiling, plan_tiles
 from anyres_vlm.synthetic.dataset import KIND_OF_TASK, write_dataset
+from anyres_vlm.synthetic.dialogue import BRIEFLY
 from anyres_vlm.synthetic.prose import passages, talk, transcript
 from anyres_vlm.synthetic.rendering import render
 from anyres_vlm.synthetic.textonly import text_instruction
@@ -61,6 +62,24 @@ def test_a_finished_folder_is_reused_and_an_interrupted_one_is_made_anew(tmp_pat
     assert not (tmp_path / "b").exists()
     assert len(json.loads(write_dataset(tmp_path / "b", "captions", 5, seed=1).read_text())) == 5
     assert {entry.name for entry in tmp_path.iterdir()} == {"a", "b"}
+
+
+def test_generated_and_academic_are_the_halves_of_instructions(tmp_path: Path) -> None:
+    both, generated, academic = (
+        read_records(write_dataset(tmp_path / purpose, purpose, 60, seed=1), None, 0.0)
+        for purpose in ("instructions", "generated", "academic")
+    )
+    for records in zip(both, generated, academic, strict=True):
+        pictures = [[image.path.read_bytes() for image in record.images] for record in records]
+        assert pictures[0] == pictures[1] == pictures[2]
+        if not pictures[0]:
+            assert records[0].turns == records[1].turns == records[2].turns
+            continue
+        asked, brief = ([BRIEFLY in turn.text for turn in record.turns[::2]] for record in records[1:])
+        assert not any(asked)
+        assert all(brief)
+    asked = [BRIEFLY in turn.text for record in both if record.images for turn in record.turns[::2]]
+    assert 0.3 < sum(asked) / len(asked) < 0.7
 
 
 @pytest.mark.parametrize("name", ["thesis.txt", "data.json", "manifest.json"])

@@ -1,0 +1,93 @@
+"""`anyres ablate`: a grid of runs from one YAML file, and the table of what each choice made of it."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from dataclasses import asdict
+from functools import wraps
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import typer
+
+from anyres_vlm.cli.evaluate import evaluate
+from anyres_vlm.cli.probe import probe
+from anyres_vlm.errors import DataError, UsageError
+
+if TYPE_CHECKING:
+    from anyres_vlm.ablate.jobs import Job
+    from anyres_vlm.ablate.run import SweepRun
+
+MEASURES = typer.Typer(rich_markup_mode=None, pretty_exceptions_enable=False)
+"""The commands that may measure, which here only read their options."""
+MEASURES.command("eval")(wraps(evaluate)(lambda **options: None))
+MEASURES.command("probe")(wraps(probe)(lambda **options: None))
+
+
+def ablate(
+    config: Path = typer.Argument(..., help="YAML file of the sweep, such as configs/ablation_tiny.yaml."),
+    out: Path | None = typer.Option(None, help="Folder of the sweep; without it runs/NAME-OF-CONFIG."),
+    table: bool = typer.Option(False, "--table", help="Train nothing: the table of what is finished."),
+    dry_run: bool = typer.Option(False, "--dry-run", help="Only list the runs, and what they share."),
+) -> None:
+    """Train and measure every combination of a sweep. Started again it goes on; started twice, two share the work.
+
+    Example: anyres ablate configs/ablation_tiny.yaml
+    """
+    # Start-up time.
+    from anyres_vlm.ablate.cell import expand
+    from anyres_vlm.ablate.run import SweepRun
+    from anyres_vlm.ablate.sweep import read_sweep
+    from anyres_vlm.train.interruption import catch_signals
+
+    sweep = read_sweep(config)
+    for measure in sweep.measure:
+        _check(measure.run, has_data=measure.rendered is not None)
+    cells = expand(sweep)
+    with catch_signals() as signalled:
+        run = SweepRun(sweep, out or Path("runs") / config.stem, signalled.is_set)
+        jobs = run.jobs(cells)
+        if dry_run:
+            for job in jobs:
+                shared = "".join(f"  behind stage 1 {need.folder.name}" for need in job.needs)
+                print(f"{'done' if job.is_done() else 'open'}  {job.folder.name}{shared}")
+            return
+        failed = [] if table or all(job.is_done() for job in jobs) else _work(run, jobs)
+    _report(run)
+    if failed:
+        raise DataError(f"{len(failed)} of {len(jobs)} runs failed, the first one {failed[0].folder}: see its log.txt")
+
+
+def _work(run: SweepRun, jobs: list[Job]) -> list[Job]:
+    # Start-up time: children take over what is imported here, which takes seconds.
+    import anyres_vlm.evaluate.probes.run
+    import anyres_vlm.train.run  # noqa: F401
+    from anyres_vlm.ablate.jobs import work
+
+    return work(jobs, run.pause)
+
+
+def _report(run: SweepRun) -> None:
+    from anyres_vlm.ablate.markdown import markdown
+    from anyres_vlm.ablate.picture import draw_table
+    from anyres_vlm.ablate.table import make_table
+    from anyres_vlm.evaluate.answer_log import write_durably
+
+    made = make_table(run)
+    run.out.mkdir(parents=True, exist_ok=True)
+    write_durably(run.out / "table.json", json.dumps(asdict(made), indent=1).encode() + b"\n")
+    write_durably(run.out / "table.md", markdown(made).encode())
+    drawn = draw_table(made, run.out / "table.png")
+    print(markdown(made))
+    print(f"table: {run.out / 'table.md'}, {run.out / 'table.json'}" + ("" if drawn is None else f", {drawn}"))
+
+
+def _check(command: str, has_data: bool) -> None:
+    """Raises `UsageError` for a measure that its command would refuse, before hours of training."""
+    words = [*shlex.split(command), "--model", "MODEL", "--json", *(["--data", "DATA"] if has_data else [])]
+    try:
+        MEASURES(words, prog_name="anyres")
+    except SystemExit as end:  # always: typer ends what it was called for, and has said what there is to say
+        if end.code:
+            raise UsageError(f"measure {command!r} is no command of anyres, as said above") from None

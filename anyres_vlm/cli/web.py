@@ -1,0 +1,30 @@
+"""`anyres web`: a checkpoint in the browser."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+
+import typer
+
+from anyres_vlm.errors import UsageError
+
+
+def web(
+    model: str = typer.Argument(..., help="Checkpoint folder, ours or LlavaNext's, or a hub id."),
+    host: str = typer.Option("127.0.0.1", help="Address to listen on; 0.0.0.0 lets other machines in, unasked."),
+    port: int = typer.Option(7860, min=1, max=65535, help="Port to listen on."),
+    max_upload_mb: int = typer.Option(20, "--max-upload-mb", min=1, help="Largest image file, in MB."),
+    template: str | None = typer.Option(None, help="Chat template of a checkpoint that has none of its own."),
+) -> None:
+    """Show images' tiles, chat about them and compare grids in the browser; nothing leaves this machine.
+
+    Example: anyres web runs/tiny/stage2/model --port 8000
+    """
+    if find_spec("gradio") is None:
+        raise UsageError("the web page needs gradio: pip install 'anyres-vlm[web]', or use anyres chat")
+    # Start-up time: torch, transformers and gradio take seconds to import.
+    from anyres_vlm.config import template_name
+    from anyres_vlm.inference import Assistant
+    from anyres_vlm.serve.web import WebPage, serve_page
+
+    serve_page(WebPage(Assistant.load(model, template_name(template)), model), host, port, max_upload_mb)
