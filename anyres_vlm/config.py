@@ -98,6 +98,10 @@ class AugmentConfig(Frozen):
     probability: Annotated[float, Field(ge=0, le=1)] = 0.5  # of each change, for each sample
 
 
+PictureKind = Literal["scene", "sign", "receipt", "table", "chart", "page"]
+"""What the renderer draws."""
+
+
 class DataConfig(Frozen):
     """A source of any kind (see `open_source`) with its image folder, or so many rendered samples of the default."""
 
@@ -105,6 +109,7 @@ class DataConfig(Frozen):
     images: Path | None = None  # image folder; None is the data's own
     rendered: Literal["captions", "instructions", "generated", "academic"] | None = None  # instead of path: drawn
     samples: Positive | None = None  # how many of them
+    kinds: Annotated[tuple[PictureKind, ...], Field(min_length=1)] | None = None  # rendered alike often; None: the mix
     index: Path | None = None  # where `anyres index` put it or training shall; None is beside the run
     max_bad_fraction: Fraction = 0.01  # cap on records that are left out
     tiling_mode: TilingMode = "fast"  # `exact`: the pixels of transformers' processor, at 1.7 times the cost
@@ -121,6 +126,8 @@ class DataConfig(Frozen):
             raise ValueError("give either `path` (of the data) or `rendered`, not both and not neither")
         if (self.rendered is None) != (self.samples is None):
             raise ValueError("`samples` goes with `rendered`, and `rendered` needs it")
+        if self.kinds is not None and self.rendered is None:
+            raise ValueError("`kinds` goes with `rendered`: other data comes as it is")
         return self
 
 

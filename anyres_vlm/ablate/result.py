@@ -11,8 +11,8 @@ from statistics import fmean
 from typing import Any
 
 from anyres_vlm.ablate.sweep import Measure
+from anyres_vlm.durable import replacing
 from anyres_vlm.errors import DataError, UsageError
-from anyres_vlm.evaluate.answer_log import write_durably
 
 RESULT_FILE = "result.json"
 
@@ -39,7 +39,8 @@ def read_scores(cell: Path) -> Scores:
 
 def write_scores(cell: Path, about: dict[str, Any], scores: Scores) -> None:
     """Replace the file as a whole."""
-    write_durably(cell / RESULT_FILE, json.dumps({**about, "scores": scores}, indent=1).encode() + b"\n")
+    with replacing(cell / RESULT_FILE) as file:
+        file.write(json.dumps({**about, "scores": scores}, indent=1) + "\n")
 
 
 def numbers(measure: Measure, scores: Any) -> dict[str, float | None]:

@@ -72,12 +72,13 @@ def _report(run: SweepRun) -> None:
     from anyres_vlm.ablate.markdown import markdown
     from anyres_vlm.ablate.picture import draw_table
     from anyres_vlm.ablate.table import make_table
-    from anyres_vlm.evaluate.answer_log import write_durably
+    from anyres_vlm.durable import replacing
 
     made = make_table(run)
     run.out.mkdir(parents=True, exist_ok=True)
-    write_durably(run.out / "table.json", json.dumps(asdict(made), indent=1).encode() + b"\n")
-    write_durably(run.out / "table.md", markdown(made).encode())
+    for name, text in (("table.json", json.dumps(asdict(made), indent=1) + "\n"), ("table.md", markdown(made))):
+        with replacing(run.out / name) as file:
+            file.write(text)
     drawn = draw_table(made, run.out / "table.png")
     print(markdown(made))
     print(f"table: {run.out / 'table.md'}, {run.out / 'table.json'}" + ("" if drawn is None else f", {drawn}"))

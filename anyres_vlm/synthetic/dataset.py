@@ -5,14 +5,16 @@ from __future__ import annotations
 import json
 import random
 import shutil
+from collections.abc import Sequence
 from itertools import cycle
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from anyres_vlm.config import PictureKind
 from anyres_vlm.errors import UsageError
 from anyres_vlm.synthetic.dialogue import BRIEFLY, Dialogue, converse, pick_dialogue, pick_kind
 from anyres_vlm.synthetic.facts import Task
-from anyres_vlm.synthetic.rendering import KINDS, Kind, Rendering, render
+from anyres_vlm.synthetic.rendering import KINDS, Rendering, render
 from anyres_vlm.synthetic.textonly import text_instruction
 from anyres_vlm.synthetic.vocabulary import Split
 
@@ -21,22 +23,25 @@ Purpose = Literal["captions", "instructions", "generated", "academic", "heldout"
 DATA_FILE = "data.json"
 MANIFEST_FILE = "manifest.json"
 FORMAT = 2  # raised whenever the same arguments would give other data
-KIND_OF_TASK: dict[Task, Kind] = {
+KIND_OF_TASK: dict[Task, PictureKind] = {
     task: task if task in KINDS else "scene"  # the tasks of documents are named as their kinds
     for task in get_args(Task)
 }
 
 
-def write_dataset(folder: Path, purpose: Purpose, count: int, seed: int) -> Path:
+def write_dataset(
+    folder: Path, purpose: Purpose, count: int, seed: int, kinds: Sequence[PictureKind] | None = None
+) -> Path:
     """Write `count` records with their pictures; returns the JSON file. A finished folder of the same call is reused.
 
     `captions` are for stage 1, `instructions` for stage 2 (one in five without a picture); of the same pictures,
     `generated` has conversations, details and reasons in sentences alone, `academic` questions with brief answers.
     `heldout` has one brief question a record, the tasks in turn, on pictures with words and combinations that training
-    never shows.
+    never shows. Training pictures are of `kinds`, one as likely as another; without them in the default's mix.
     A folder with anything else in it is left alone and raises UsageError.
     """
     manifest = {"format": FORMAT, "purpose": purpose, "count": count, "seed": seed}
+    manifest |= {} if kinds is None else {"kinds": list(kinds)}
     if _read_manifest(folder) == manifest:
         return folder / DATA_FILE
     _refuse_foreign(folder)
@@ -47,7 +52,7 @@ def write_dataset(folder: Path, purpose: Purpose, count: int, seed: int) -> Path
     records = [
         _heldout(partial, seed, number, next(tasks))
         if purpose == "heldout"
-        else _training(partial, purpose, seed, number)
+        else _training(partial, purpose, seed, number, kinds)
         for number in range(count)
     ]
     (partial / DATA_FILE).write_text(json.dumps(records, indent=1) + "\n", encoding="utf-8")
@@ -67,14 +72,16 @@ def picture_seed(seed: int, number: int) -> int:
     return seed * 1_000_000_000 + number
 
 
-def _training(folder: Path, purpose: Purpose, seed: int, number: int) -> dict[str, Any]:
+def _training(
+    folder: Path, purpose: Purpose, seed: int, number: int, kinds: Sequence[PictureKind] | None
+) -> dict[str, Any]:
     stage = "captions" if purpose == "captions" else "instructions"
     rng = random.Random(f"{stage}/{seed}/{number}")
     name = f"{purpose}-{seed}-{number:06d}"
     if stage == "instructions" and rng.random() < 0.2:
         return _record(name, None, [text_instruction(rng, "train") for _ in range(rng.randint(1, 3))])
     offset = 500_000_000 if stage == "instructions" else 0  # stage 2 sees other pictures than stage 1
-    rendering = render(pick_kind(rng), picture_seed(seed, number + offset), "train")
+    rendering = render(pick_kind(rng, kinds), picture_seed(seed, number + offset), "train")
     image = _save(folder, name, rendering)
     if purpose == "captions":
         return _record(name, image, [("", rendering.caption)])
@@ -133,4 +140,5 @@ def _read_manifest(folder: Path) -> dict[str, Any] | None:
         content = json.loads((folder / MANIFEST_FILE).read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError, UnicodeDecodeError, json.JSONDecodeError):
         return None
-    return content if isinstance(content, dict) and content.keys() == {"format", "purpose", "count", "seed"} else None
+    known = {"format", "purpose", "count", "seed"}
+    return content if isinstance(content, dict) and content.keys() - {"kinds"} == known else None

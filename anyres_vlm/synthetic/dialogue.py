@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from typing import Literal
 
-from anyres_vlm.synthetic.rendering import KINDS, Kind, Rendering
+from anyres_vlm.config import PictureKind
+from anyres_vlm.synthetic.rendering import KINDS, Rendering
 
 DialogueKind = Literal["conversation", "detail", "reasoning"]
 Dialogue = list[tuple[str, str]]  # (question, answer) in turn
@@ -19,8 +21,10 @@ DETAIL_WORDINGS = (
 _KIND_WEIGHTS = (45, 15, 10, 10, 10, 10)  # in the order of KINDS: half of the pictures are scenes
 
 
-def pick_kind(rng: random.Random) -> Kind:
-    """A kind of picture in the mix of the embedded default."""
+def pick_kind(rng: random.Random, kinds: Sequence[PictureKind] | None = None) -> PictureKind:
+    """One of the kinds of picture; without any, a kind in the mix of the embedded default."""
+    if kinds is not None:
+        return rng.choice(kinds)
     return rng.choices(KINDS, _KIND_WEIGHTS)[0]
 
 

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import random
 from dataclasses import dataclass
-from typing import Literal
+from typing import get_args
 
 from PIL import Image
 
+from anyres_vlm.config import PictureKind
 from anyres_vlm.synthetic import documents, scenes
 from anyres_vlm.synthetic.drawing import GlyphMark, ObjectMark, Sheet
 from anyres_vlm.synthetic.facts import Facts, Question
 from anyres_vlm.synthetic.vocabulary import Split
 
-Kind = Literal["scene", "sign", "receipt", "table", "chart", "page"]
-KINDS: tuple[Kind, ...] = ("scene", "sign", "receipt", "table", "chart", "page")
+KINDS: tuple[PictureKind, ...] = get_args(PictureKind)
 
 _DRAW = {
     "scene": scenes.draw_scene,
@@ -30,7 +30,7 @@ _DRAW = {
 class Rendering:
     """A picture, sentences about it, questions with exact answers, and the marks of what is drawn where."""
 
-    kind: Kind
+    kind: PictureKind
     image: Image.Image
     caption: str
     detail: str
@@ -40,7 +40,7 @@ class Rendering:
     objects: tuple[ObjectMark, ...]
 
 
-def render(kind: Kind, seed: int, split: Split) -> Rendering:
+def render(kind: PictureKind, seed: int, split: Split) -> Rendering:
     """Draw one picture. The same arguments give the same pixels and sentences on every machine."""
     sheet, facts = _draw(kind, random.Random(f"{kind}/{seed}/{split}"), split)
     return Rendering(
@@ -55,5 +55,5 @@ def render(kind: Kind, seed: int, split: Split) -> Rendering:
     )
 
 
-def _draw(kind: Kind, rng: random.Random, split: Split) -> tuple[Sheet, Facts]:
+def _draw(kind: PictureKind, rng: random.Random, split: Split) -> tuple[Sheet, Facts]:
     return _DRAW[kind](rng, split)

@@ -55,4 +55,5 @@ def _locate(data: DataConfig, output: Path, seed: int) -> tuple[Path, Path | Non
         assert data.path is not None, "validated by the configuration"
         return data.path, data.images
     assert data.samples is not None, "validated by the configuration"
-    return write_dataset(output / "data" / data.rendered, data.rendered, data.samples, seed), None
+    folder = output / "data" / data.rendered
+    return write_dataset(folder, data.rendered, data.samples, seed, data.kinds), None

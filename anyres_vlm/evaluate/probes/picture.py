@@ -21,11 +21,14 @@ def draw_probes(scores: Mapping[str, Any], file: Path | BinaryIO) -> bool:
 
     figure, (reading, counting) = pyplot.subplots(1, 2, figsize=(12, 4))
     for name, label, colour in (("reading", "AnyRes", "tab:blue"), (THUMBNAIL, "thumbnail alone", "tab:orange")):
-        rows = scores.get(name, {}).get("height", {})
-        heights = [int(height) for height in rows]
-        for measure, style in (("words", "-"), ("characters", ":")):
-            shares = [row[measure] for row in rows.values()]
-            reading.plot(heights, shares, style, marker="o", color=colour, label=f"{label}, {measure}")
+        for factor, measure, title, style in (
+            ("known height", "words", "known words", "--"),
+            ("height", "words", "new words", "-"),
+            ("height", "characters", "characters of new words", ":"),
+        ):
+            if rows := scores.get(name, {}).get(factor):
+                heights, shares = [int(height) for height in rows], [row[measure] for row in rows.values()]
+                reading.plot(heights, shares, style, marker="o", color=colour, label=f"{label}, {title}")
     reading.set(xlabel="height of a capital in the picture (pixels)", ylabel="share read", ylim=(0, 1))
     by_count = {int(true): row for true, row in scores.get("counting", {}).items() if true != "all"}
     counting.bar(list(by_count), [row["accuracy"] for row in by_count.values()], color="tab:blue")

@@ -1,4 +1,4 @@
-"""Reading one word: by its height, rotation, typeface and how much of it is covered."""
+"""Reading one word: by its height, rotation, typeface and how much of it is covered; by height known words, too."""
 
 from __future__ import annotations
 
@@ -12,36 +12,41 @@ from PIL import Image, ImageDraw
 
 from anyres_vlm.evaluate.probes.case import GROUND, Case, Reply, draws
 from anyres_vlm.synthetic.drawing import FACES, font
-from anyres_vlm.synthetic.vocabulary import HELDOUT_WORDS, RGB
+from anyres_vlm.synthetic.vocabulary import HELDOUT_WORDS, RGB, words_of
 
 HEIGHTS = (5, 6, 8, 10, 12, 16, 20, 24)  # pixels of a capital in the picture, which AnyRes shows at its own size
 ROTATIONS = (5, 15, 30, 45, 90)  # degrees, either way
 COVERED = (0.15, 0.3, 0.45)  # share of the word's width behind thin bars of the board's colour
 USUAL = 14  # height where something else varies
-FACTORS = ("height", "rotation", "face", "covered")
+FACTORS = ("height", "known height", "rotation", "face", "covered")
+KNOWN_WORDS = frozenset(words_of("shop", "train") + words_of("notice", "train"))  # of the signs of training
 BOARDS = ("red", "green", "blue", "purple", "brown", "gray")
 BAR = 3  # pixels of width
 
 
 def cases(side: int, count: int, seed: int) -> Iterator[Case]:
-    """`count` words a value of each factor, the others at rest; words are those that no training picture shows."""
+    """`count` words a value of each factor, the others at rest.
+
+    Words are those that no training picture shows, which have to be spelled, but for `known height`: words of training
+    in pictures that are new.
+    """
     rest = {"height": USUAL, "rotation": 0, "face": FACES[0], "covered": 0.0}
-    sweeps = {"height": HEIGHTS, "rotation": ROTATIONS, "face": FACES, "covered": COVERED}
+    sweeps = {"height": HEIGHTS, "known height": HEIGHTS, "rotation": ROTATIONS, "face": FACES, "covered": COVERED}
     for factor in FACTORS:
         for value in sweeps[factor]:
             for number in range(count):
                 rng = draws(f"reading {factor} {value}", seed, number)
-                facts = {"factor": factor, **rest, factor: value}
+                facts = {"factor": factor, **rest, factor.removeprefix("known "): value}
                 if factor != "face":
                     facts["face"] = rng.choice(FACES)
-                word = rng.choice(_words(side, facts))
+                word = rng.choice(_fitting(KNOWN_WORDS if factor == "known height" else HELDOUT_WORDS, side, facts))
                 yield Case(draw_sign(rng, side, word, facts), "What does the sign say?", word, facts)
 
 
-def _words(side: int, facts: dict[str, Any]) -> list[str]:
+def _fitting(words: frozenset[str], side: int, facts: dict[str, Any]) -> list[str]:
     shape = font(facts["face"], _font_size(facts["face"], facts["height"]))
-    fitting = [word for word in sorted(HELDOUT_WORDS) if shape.getlength(word) < side - 16]
-    return fitting or [min(HELDOUT_WORDS, key=lambda word: (len(word), word))]
+    fitting = [word for word in sorted(words) if shape.getlength(word) < side - 16]
+    return fitting or [min(words, key=lambda word: (len(word), word))]
 
 
 def _font_size(face: str, height: int) -> int:
@@ -77,11 +82,12 @@ def score(replies: Sequence[Reply]) -> dict[str, Any]:
     table: dict[str, Any] = {}
     for factor in FACTORS:
         rows = [reply for reply in replies if reply.facts["factor"] == factor]
-        values = dict.fromkeys(reply.facts[factor] for reply in rows)
+        varied = factor.removeprefix("known ")
+        values = dict.fromkeys(reply.facts[varied] for reply in rows)
         table[factor] = {
             str(value): {
-                "words": mean(read(r.said, r.answer) == 1 for r in rows if r.facts[factor] == value),
-                "characters": mean(read(r.said, r.answer) for r in rows if r.facts[factor] == value),
+                "words": mean(read(r.said, r.answer) == 1 for r in rows if r.facts[varied] == value),
+                "characters": mean(read(r.said, r.answer) for r in rows if r.facts[varied] == value),
             }
             for value in values
         }

@@ -82,6 +82,18 @@ def test_generated_and_academic_are_the_halves_of_instructions(tmp_path: Path) -
     assert 0.3 < sum(asked) / len(asked) < 0.7
 
 
+def test_pictures_of_chosen_kinds(tmp_path: Path) -> None:
+    path = write_dataset(tmp_path / "a", "captions", 40, seed=1, kinds=("sign", "page"))
+    beginnings = Counter(
+        re.match(r"A (page|\w+ sign) ", r.turns[1].text)[1][-4:] for r in read_records(path, None, 0.0)
+    )
+    assert beginnings.keys() == {"sign", "page"}
+    assert min(beginnings.values()) > 8
+    stamp = path.stat().st_mtime_ns
+    assert write_dataset(tmp_path / "a", "captions", 40, seed=1, kinds=("sign", "page")).stat().st_mtime_ns == stamp
+    assert write_dataset(tmp_path / "a", "captions", 40, seed=1).stat().st_mtime_ns != stamp
+
+
 @pytest.mark.parametrize("name", ["thesis.txt", "data.json", "manifest.json"])
 def test_a_folder_with_other_things_is_left_alone(tmp_path: Path, name) -> None:
     (tmp_path / name).write_text("{}")
