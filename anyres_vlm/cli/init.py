@@ -69,7 +69,7 @@ def init(
     )
     config = write_files(answers, sources, folder)
     print(f"wrote:  {config}, {config.with_name('mixture.yaml')}")
-    print(f"check:  anyres doctor --config {config}")
+    print(f"check:  anyres doctor --config {config} --output {config.parent / 'run'}")
     print(f"next:   {train_command(answers, config)}")
 
 
