@@ -5,16 +5,15 @@ An unknown key fails with the nearest known one; values are validated when the f
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import NoneType, UnionType
-from typing import Annotated, Any, Literal, TypeVar, Union, cast, get_args, get_origin
+from typing import Annotated, Any, Literal, TypeVar, cast, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from anyres_vlm.errors import UsageError
+from anyres_vlm.explain import did_you_mean, explain
 from anyres_vlm.geometry import Dialect, Grid, Layout, Tiling
 
 StageName = Literal["stage1", "stage2"]
@@ -37,8 +36,8 @@ class Frozen(BaseModel):
 class EncoderConfig(Frozen):
     """Vision encoder: a CLIP of transformers or a vision transformer of timm, by hub id, folder or `embedded:` name."""
 
-    kind: Literal["clip", "timm"] = "clip"
-    name: str
+    kind: Literal["clip", "timm"] = "clip"  # whose: a CLIP of transformers, or a plain vision transformer of timm
+    name: str  # hub id, folder, `embedded:` name, or timm's own name
     layer: int | Annotated[tuple[int, ...], Field(min_length=1)] = -2  # several are concatenated in this order
     tile: Positive | None = None  # timm only: tile side in pixels; None is the model's own
 
@@ -52,14 +51,14 @@ class EncoderConfig(Frozen):
 class ModelConfig(Frozen):
     """What the model is made of and how images are cut for it."""
 
-    llm: str
-    encoder: EncoderConfig
-    projector: Literal["linear", "mlp2x_gelu"] = "mlp2x_gelu"
-    template: TemplateName
-    grid: str = "2x2"
+    llm: str  # causal language model by hub id, folder or `embedded:` name
+    encoder: EncoderConfig  # what sees the tiles
+    projector: Literal["linear", "mlp2x_gelu"] = "mlp2x_gelu"  # from the encoder's width to the language model's
+    template: TemplateName  # how a conversation is written
+    grid: str = "2x2"  # largest grid of tiles, ROWSxCOLUMNS; 1x1 is the thumbnail alone
     pinpoints: tuple[tuple[Positive, Positive], ...] | None = None  # pixels; replaces `grid`
-    layout: Layout = "spatial_unpad"
-    dialect: Dialect = "hf"
+    layout: Layout = "spatial_unpad"  # flat keeps the tokens of padding
+    dialect: Dialect = "hf"  # counts as transformers does, or as the original code
 
     @model_validator(mode="after")
     def _grid_is_readable(self) -> ModelConfig:
@@ -76,7 +75,7 @@ class ModelConfig(Frozen):
 class CheckpointConfig(Frozen):
     """A LlavaNext checkpoint to start from, by folder or hub id. What is None is the checkpoint's own."""
 
-    checkpoint: str
+    checkpoint: str  # LlavaNext folder or hub id; replaces llm, encoder and projector
     template: TemplateName | None = None
     grid: str | None = None
     pinpoints: tuple[tuple[Positive, Positive], ...] | None = None
@@ -96,7 +95,7 @@ class AugmentConfig(Frozen):
 
     color: Annotated[float, Field(ge=0, le=0.4)] = 0.2  # brightness, contrast and saturation, by up to this share
     jpeg_quality: Annotated[int, Field(ge=40, le=100)] = 70  # the lowest that compression uses; 100 is hardly seen
-    probability: Annotated[float, Field(ge=0, le=1)] = 0.5
+    probability: Annotated[float, Field(ge=0, le=1)] = 0.5  # of each change, for each sample
 
 
 PictureKind = Literal["scene", "sign", "receipt", "table", "chart", "page"]
@@ -106,15 +105,15 @@ PictureKind = Literal["scene", "sign", "receipt", "table", "chart", "page"]
 class DataConfig(Frozen):
     """A source of any kind (see `open_source`) with its image folder, or so many rendered samples of the default."""
 
-    path: Path | None = None
-    images: Path | None = None
-    rendered: Literal["captions", "instructions", "generated", "academic"] | None = None
-    samples: Positive | None = None
+    path: Path | None = None  # JSON, JSONL, Parquet, tar (files, a folder, a pattern) or a YAML mixture
+    images: Path | None = None  # image folder; None is the data's own
+    rendered: Literal["captions", "instructions", "generated", "academic"] | None = None  # instead of path: drawn
+    samples: Positive | None = None  # how many of them
     kinds: Annotated[tuple[PictureKind, ...], Field(min_length=1)] | None = None  # rendered alike often; None: the mix
     index: Path | None = None  # where `anyres index` put it or training shall; None is beside the run
-    max_bad_fraction: Fraction = 0.01
+    max_bad_fraction: Fraction = 0.01  # cap on records that are left out
     tiling_mode: TilingMode = "fast"  # `exact`: the pixels of transformers' processor, at 1.7 times the cost
-    augment: AugmentConfig | None = None
+    augment: AugmentConfig | None = None  # photometric changes; None is none
 
     @field_validator("path", "images", "index")
     @classmethod
@@ -135,9 +134,9 @@ class DataConfig(Frozen):
 class LoraSettings(Frozen):
     """Low-rank adapters trained in place of the language model; rank and alpha are those of LLaVA-1.5's LoRA recipe."""
 
-    rank: Positive = 128
+    rank: Positive = 128  # of each adapter
     alpha: Positive = 256  # an adapter's output counts alpha / rank times
-    dropout: Fraction = 0.0
+    dropout: Fraction = 0.0  # on what goes into an adapter
     learning_rate: Rate | None = None  # None is the stage's; LLaVA's is 2e-4 beside the projector's 2e-5
     target_modules: Annotated[tuple[str, ...], Field(min_length=1)] | None = None  # None: all linear ones, not the head
 
@@ -145,21 +144,21 @@ class LoraSettings(Frozen):
 class StageConfig(Frozen):
     """One stage of the recipe. `batch_size` counts samples an optimizer step, `capacity` the tokens of a pack."""
 
-    data: DataConfig
-    learning_rate: Rate
+    data: DataConfig  # what the stage learns from
+    learning_rate: Rate  # highest, after the warm-up
     vision_lr: Rate | None = None  # None keeps the encoder frozen
     lora: LoraSettings | None = None  # stage 2 only; None trains the whole language model
-    batch_size: Positive
-    epochs: Positive = 1
-    max_length: Positive = 4096
-    capacity: Positive = 16384
+    batch_size: Positive  # samples an optimizer step
+    epochs: Positive = 1  # times that every sample is seen
+    max_length: Positive = 4096  # tokens of the longest sample; longer ones are rejects
+    capacity: Positive = 16384  # tokens of a pack
     packs_per_step: Positive | None = None  # None follows from batch_size
-    warmup_ratio: Fraction = 0.03
-    eta_min: Annotated[float, Field(ge=0)] = 0.0
-    weight_decay: Annotated[float, Field(ge=0)] = 0.0
-    max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
+    warmup_ratio: Fraction = 0.03  # share of the steps in which the rate rises from 0
+    eta_min: Annotated[float, Field(ge=0)] = 0.0  # rate at the end of the cosine
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0  # AdamW's
+    max_grad_norm: Annotated[float, Field(gt=0)] = 1.0  # gradients are clipped to it
     template: TemplateName | None = None  # None is the model's; stage 1 of LLaVA uses `plain`
-    activation_checkpointing: bool = False
+    activation_checkpointing: bool = False  # recompute activations: less memory, more time
     deepspeed: str | None = None  # a shipped preset such as zero2, or a JSON file; None is one whole model a rank
 
     @model_validator(mode="after")
@@ -174,8 +173,8 @@ class StageConfig(Frozen):
 class CacheConfig(Frozen):
     """Where features of the frozen encoder are kept, and how many bytes of them (10^9 a GB) over all encoders."""
 
-    folder: Path
-    max_gb: Annotated[float, Field(gt=0)] = 50.0
+    folder: Path  # shared by runs and encoders
+    max_gb: Annotated[float, Field(gt=0)] = 50.0  # of all that it holds
 
     @model_validator(mode="before")
     @classmethod
@@ -191,17 +190,17 @@ class CacheConfig(Frozen):
 class RunConfig(Frozen):
     """A whole two-stage run."""
 
-    model: ModelConfig | CheckpointConfig
-    stage1: StageConfig
-    stage2: StageConfig
-    seed: int = 0
-    precision: Literal["fp32", "bf16"] = "bf16"
+    model: ModelConfig | CheckpointConfig  # base models, or a checkpoint
+    stage1: StageConfig  # feature alignment: trains the projector
+    stage2: StageConfig  # visual instruction tuning: trains the language model, too
+    seed: int = 0  # of everything that is drawn
+    precision: Literal["fp32", "bf16"] = "bf16"  # of the computation; weights and moments are fp32
     workers: Annotated[int, Field(ge=0)] = 0  # loader processes
     trackers: tuple[Literal["wandb", "trackio"], ...] = ()  # beside TensorBoard, which always writes
     cache_features: CacheConfig | None = None  # a folder or a section; None encodes every tile anew
     save_every: Positive = 500  # optimizer steps between checkpoints
     save_minutes: Annotated[float, Field(gt=0)] | None = None  # and minutes at most
-    keep_checkpoints: Positive = 2
+    keep_checkpoints: Positive = 2  # the newest so many
     rank_timeout_minutes: Annotated[float, Field(gt=0)] = 30.0  # that others wait for one; rank 0 may index that long
     max_skipped_steps: Annotated[int, Field(ge=0)] = 10  # whose loss or gradient is not finite
 
@@ -248,7 +247,8 @@ def find_preset(name: str) -> Path:
         if path.is_file():
             return path
     known = ", ".join(sorted(path.stem for path in presets.glob("*.json")))
-    raise UsageError(f"--deepspeed {name}: expected a JSON file or one of {known}")
+    near = did_you_mean(name, known.split(", "))
+    raise UsageError(f"--deepspeed {name}: expected a JSON file or one of {known}{near}")
 
 
 def load_config(path: Path, overrides: Sequence[str] = (), flags: Mapping[str, object] | None = None) -> RunConfig:
@@ -284,7 +284,7 @@ def template_name(text: str | None) -> TemplateName | None:
     """A template named on the command line. Raises `UsageError` for a name that is none."""
     names = get_args(TemplateName)
     if text is not None and text not in names:
-        raise UsageError(f"--template {text!r}: expected one of {', '.join(names)}")
+        raise UsageError(f"--template {text!r}: expected one of {', '.join(names)}{did_you_mean(text, names)}")
     return cast(TemplateName | None, text)
 
 
@@ -306,7 +306,7 @@ def validated(model: type[Model], content: dict[str, Any], path: Path) -> Model:
     try:
         return model.model_validate(content)
     except ValidationError as error:
-        raise UsageError(f"config {path}: {_explain(error, model)}") from None
+        raise UsageError(f"config {path}: {explain(error, model)}") from None
 
 
 def _assign(content: dict[str, Any], key: str, value: object) -> None:
@@ -319,35 +319,3 @@ def _assign(content: dict[str, Any], key: str, value: object) -> None:
         if not isinstance(node, dict):
             raise UsageError(f"--set {key}: {parent} is a value, not a section")
     node[last] = value
-
-
-def _explain(error: ValidationError, model: type[BaseModel]) -> str:
-    """The first few faults on one line, an unknown key with the nearest known one; it may be why another is missing."""
-    faults = []
-    for fault in sorted(error.errors(), key=lambda fault: fault["type"] != "extra_forbidden")[:3]:
-        where = ".".join(str(part) for part in fault["loc"])
-        if fault["type"] == "extra_forbidden":
-            known = _fields(model, fault["loc"][:-1])
-            near = difflib.get_close_matches(str(fault["loc"][-1]), known, n=1)
-            faults.append(
-                f"unknown key {where}; " + (f"did you mean {near[0]}?" if near else f"known: {', '.join(known)}")
-            )
-        elif fault["type"] == "missing":
-            faults.append(f"key {where} is missing")
-        else:
-            faults.append(f"{where}: {fault['msg']}, got {fault['input']!r}" if where else fault["msg"])
-    return "; ".join(faults)
-
-
-def _fields(model: type[BaseModel], location: Sequence[int | str]) -> list[str]:
-    """The keys of the model that lies there, inside of models, mappings and tuples."""
-    kind: Any = model
-    for part in location:
-        kind = kind.model_fields[part].annotation if hasattr(kind, "model_fields") else _entry(kind)
-        while get_origin(kind) in (Annotated, Union, UnionType):
-            kind = next(kind for kind in get_args(kind) if kind is not NoneType)
-    return list(kind.model_fields)
-
-
-def _entry(kind: Any) -> Any:
-    return get_args(kind)[1 if get_origin(kind) is dict else 0]

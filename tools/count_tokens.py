@@ -1,12 +1,16 @@
 #!/usr/bin/env python3
 """Count the tiles and visual tokens of images from their headers: `anyres tokens`, straight from a clone."""
 
+import gc
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from anyres_vlm.cli.main import main
-
 if __name__ == "__main__":
-    sys.exit(main(["tokens", *sys.argv[1:]]))
+    gc.set_threshold(100_000)  # imports leave no garbage; with the last line a sixth of the time of one image
+    from anyres_vlm.cli.main import main
+
+    status = main(["tokens", *sys.argv[1:]])
+    gc.freeze()  # what is left goes with the process
+    sys.exit(status)

@@ -10,6 +10,8 @@ from typing import Any, Literal
 
 import typer
 
+from anyres_vlm.geometry import Dialect, Layout
+
 
 def index(
     data: Path = typer.Argument(..., help="Records: LLaVA JSON or JSONL, or another source that training takes."),
@@ -18,8 +20,8 @@ def index(
     config: Path | None = typer.Option(None, help="YAML file; without it the embedded default, configs/tiny.yaml."),
     stage: Literal["1", "2"] = typer.Option("2", help="Whose template, longest sample and cap on rejects hold."),
     grid: str | None = typer.Option(None, help="Largest grid of tiles, ROWSxCOLUMNS; 1x1 is the thumbnail alone."),
-    layout: str | None = typer.Option(None, help="spatial_unpad or flat."),
-    dialect: str | None = typer.Option(None, help="hf or llava."),
+    layout: Layout | None = typer.Option(None, help="spatial_unpad or flat."),
+    dialect: Dialect | None = typer.Option(None, help="hf or llava."),
     settings: list[str] = typer.Option([], "--set", metavar="KEY=VALUE", help="Override a key of the config."),
     max_bad_fraction: float | None = typer.Option(
         None, min=0.0, max=1.0, help="Cap on rejects, instead of the config's."

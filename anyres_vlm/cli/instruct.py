@@ -16,7 +16,9 @@ if TYPE_CHECKING:  # start-up time
     from anyres_vlm.instruct.prompts import Kind
 
 instruct = typer.Typer(
-    help="Make instruction data from captions and boxes through an OpenAI-compatible endpoint.", no_args_is_help=True
+    help="Make instruction data from captions and boxes through an OpenAI-compatible endpoint.\n\n"
+    "Example: anyres instruct mix configs/instruct/mix.yaml --out runs/mix",
+    no_args_is_help=True,
 )
 
 
@@ -84,7 +86,10 @@ def replay(
     images: Path | None = typer.Option(None, help="Image folder, for the report's pictures."),
     as_json: bool = typer.Option(False, "--json", help="Print the summary as one JSON object."),
 ) -> None:
-    """Build the data set again from the raw log alone, to the same bytes, without a request."""
+    """Build the data set again from the raw log alone, to the same bytes, without a request.
+
+    Example: anyres instruct replay runs/instruct/responses.jsonl --out runs/again
+    """
     _require_extra()
     from anyres_vlm.instruct.build import build  # start-up time
     from anyres_vlm.instruct.ledger import read_ledger

@@ -13,11 +13,13 @@ import typer
 from anyres_vlm import __version__
 from anyres_vlm.cli.ablate import ablate
 from anyres_vlm.cli.chat import chat
+from anyres_vlm.cli.doctor import doctor
 from anyres_vlm.cli.estimate import estimate
 from anyres_vlm.cli.evaluate import evaluate
 from anyres_vlm.cli.export import export
 from anyres_vlm.cli.import_checkpoint import import_checkpoint
 from anyres_vlm.cli.index import index
+from anyres_vlm.cli.init import init
 from anyres_vlm.cli.instruct import instruct
 from anyres_vlm.cli.plan import plan
 from anyres_vlm.cli.probe import probe
@@ -31,12 +33,14 @@ from anyres_vlm.errors import DataError, Interrupted, UsageError
 
 app = typer.Typer(
     name="anyres",
-    help="Train, evaluate and serve AnyRes high-resolution vision-language models of the LLaVA-NeXT family.",
-    add_completion=False,
+    help="Train, evaluate and serve AnyRes high-resolution vision-language models of the LLaVA-NeXT family.\n\n"
+    "Example: anyres train --max-steps 20",
     no_args_is_help=True,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
+app.command()(doctor)
+app.command()(init)
 app.command()(tokens)
 app.command()(index)
 app.command()(plan)

@@ -10,7 +10,6 @@ from typing import Any
 import typer
 
 from anyres_vlm.data.headers import IMAGE_SUFFIXES, read_size
-from anyres_vlm.data.images import open_image
 from anyres_vlm.errors import DataError, UsageError
 from anyres_vlm.geometry import Dialect, Grid, Layout, Size, Tiling, plan_tiles
 from anyres_vlm.serve.tiling_table import (
@@ -124,6 +123,7 @@ def _cells(row: dict[str, Any]) -> tuple[str, ...]:
 def _draw(paths: list[Path], tiling: Tiling, target: Path) -> None:
     if len(paths) != 1:
         raise UsageError(f"--draw draws one image, got {len(paths)}: name a single file")
-    from anyres_vlm.serve.tiling_picture import draw_tiling  # start-up time: only this option draws
+    from anyres_vlm.data.images import open_image  # start-up time: only this option draws
+    from anyres_vlm.serve.tiling_picture import draw_tiling
 
     draw_tiling(open_image(paths[0]), tiling).save(target, format="PNG")

@@ -7,6 +7,7 @@ from typing import Literal
 
 import typer
 
+from anyres_vlm.geometry import Dialect, Layout
 from anyres_vlm.train.interruption import catch_signals
 
 
@@ -14,8 +15,8 @@ def train(
     config: Path | None = typer.Option(None, help="YAML file; without it the embedded default, configs/tiny.yaml."),
     stage: Literal["1", "2", "all"] = typer.Option("all", help="1 aligns the projector, 2 tunes the language model."),
     grid: str | None = typer.Option(None, help="Largest grid of tiles, ROWSxCOLUMNS; 1x1 is the thumbnail alone."),
-    layout: str | None = typer.Option(None, help="spatial_unpad or flat."),
-    dialect: str | None = typer.Option(None, help="hf or llava."),
+    layout: Layout | None = typer.Option(None, help="spatial_unpad or flat."),
+    dialect: Dialect | None = typer.Option(None, help="hf or llava."),
     output: Path | None = typer.Option(None, help="Folder of the run; without it runs/NAME-OF-CONFIG."),
     resume: Literal["auto", "never"] = typer.Option("auto", help="auto goes on with what the output folder holds."),
     max_steps: int | None = typer.Option(None, min=1, help="Optimizer steps a stage at most."),

@@ -48,10 +48,10 @@ SPOKEN = {"human": "human", "user": "human", "gpt": "gpt", "assistant": "gpt", "
 class SetFiles(Frozen):
     """Where a set lies. `annotations` are VQAv2's answers or RefCOCO's boxes; `image_name` takes an image's number."""
 
-    data: Path
-    annotations: Path | None = None
-    images: Path | None = None
-    image_name: str | None = None
+    data: Path  # its official file
+    annotations: Path | None = None  # what the set keeps apart from it
+    images: Path | None = None  # folder
+    image_name: str | None = None  # of an image's number, such as {:012}.jpg
     volume: Positive | None = None  # conversations drawn of it, in place of the preset's; of generated ones a kind's
 
     @field_validator("image_name")
@@ -66,9 +66,9 @@ class SetFiles(Frozen):
 class MixConfig(Frozen):
     """The file of `anyres instruct mix`. Paths are seen from its folder. Without a preset, everything is taken."""
 
-    sources: Annotated[dict[SetName, SetFiles], Field(min_length=1)]
-    preset: Preset | None = None
-    seed: Annotated[int, Field(ge=0)] = 0
+    sources: Annotated[dict[SetName, SetFiles], Field(min_length=1)]  # by name
+    preset: Preset | None = None  # volumes of each set
+    seed: Annotated[int, Field(ge=0)] = 0  # of what is drawn
 
 
 def mix(config: Path, out: Path, preset: str | None) -> dict[str, tuple[int, int | None]]:

@@ -17,9 +17,9 @@ Above = Annotated[float, Field(gt=0)]
 class Price(Frozen):
     """US dollars a million tokens; a batch costs `batch` times that."""
 
-    input: Amount
-    output: Amount
-    batch: Rate = 0.5
+    input: Amount  # of a prompt
+    output: Amount  # of an answer
+    batch: Rate = 0.5  # share that a batch costs
 
     def cost(self, prompt_tokens: int, completion_tokens: int, batched: bool) -> float:
         """US dollars."""
@@ -40,10 +40,10 @@ class Checks(Frozen):
 class Limits(Frozen):
     """How fast an endpoint is asked, and how patiently."""
 
-    concurrency: Positive = 32
-    requests_per_minute: Above | None = None
-    tokens_per_minute: Above | None = None
-    timeout_s: Above = 120.0
+    concurrency: Positive = 32  # requests under way at once
+    requests_per_minute: Above | None = None  # None is no limit
+    tokens_per_minute: Above | None = None  # None is no limit
+    timeout_s: Above = 120.0  # of a request
     retries: Annotated[int, Field(ge=0)] = 6  # of a request that got no answer
     longest_wait_s: Above = 600.0  # an endpoint that asks for more ends the run
     poll_s: Above = 30.0  # between looks at a batch
@@ -52,15 +52,15 @@ class Limits(Frozen):
 class Settings(Frozen):
     """The whole configuration. `parameters` go to the endpoint as they are and are part of what a request is."""
 
-    model: str | None = None
+    model: str | None = None  # to ask for; --model replaces it
     base_url: str | None = None  # None is the client's own
     key_variable: str = "OPENAI_API_KEY"  # the environment variable that holds the key
-    parameters: Mapping[str, Any] = Field({"temperature": 0.7, "max_tokens": 1024})
+    parameters: Mapping[str, Any] = Field({"temperature": 0.7, "max_tokens": 1024})  # sent with every request
     prompts: Path | None = None  # a folder of KIND.yaml files in place of the shipped ones
     seed: Annotated[int, Field(ge=0)] = 0  # chooses the images of each kind
-    limits: Limits = Limits()
-    checks: Checks = Checks()
-    prices: Mapping[str, Price] = Field({})
+    limits: Limits = Limits()  # how fast it is asked
+    checks: Checks = Checks()  # what is rejected
+    prices: Mapping[str, Price] = Field({})  # by model
 
     @model_validator(mode="after")
     def _answers_end(self) -> Settings:

@@ -8,13 +8,14 @@ from pathlib import Path
 import yaml
 
 from anyres_vlm.errors import DataError
-from anyres_vlm.geometry import Grid
+from anyres_vlm.geometry import Grid, Tiling
 from anyres_vlm.model.files import HUB_ID, read_json
 from anyres_vlm.model.stock import stock_obstacle
 from anyres_vlm.model.vlm import VisionLanguageModel
 
 CARD_FILE = "README.md"
 EVALUATION = "## Evaluation"
+NOT_EVALUATED = "No result is recorded: `anyres eval`, then `anyres export`, which puts it here."
 STOCK_USE = """With transformers:
 
 ```python
@@ -51,21 +52,27 @@ def write_card(folder: Path, model: VisionLanguageModel, sections: Sequence[str]
         table(("", ""), facts.items()),
         *(section.rstrip() + "\n" for section in sections),
         f"## How to load it\n\n{stock}\nIn the terminal: `anyres chat FOLDER --image IMAGE --prompt QUESTION`\n",
+        f"## Limitations\n\n{_limitations(tiling)}",
+        f"## Licence\n\nThe weights derive from {' and '.join(named)} and from the data: what all of their licences "
+        "allow holds. The head of this file states none: put `license:` there before you publish.\n",
+        f"{EVALUATION}\n\n{NOT_EVALUATED}\n",  # the last: an export replaces it
     ]
     (folder / CARD_FILE).write_text("\n".join(text), encoding="utf-8")
 
 
 def carry_card(source: Path, target: Path, model: VisionLanguageModel) -> None:
-    """Give an exported folder its source's card, or a new one, with the accuracies that were written beside the source.
+    """Give an exported folder its source's card, or a new one, with the results that were written beside the source.
 
-    `anyres eval --out FILE` writes them; every JSON file beside the model's folder that holds some is taken.
+    `anyres eval` writes those of benchmarks into `eval` there; of held-out questions, any JSON file beside the model's
+    folder that has some is taken.
     """
     if (source / CARD_FILE).exists():
         (target / CARD_FILE).write_bytes((source / CARD_FILE).read_bytes())
     else:
         write_card(target, model, [])
     path = target / CARD_FILE
-    if found := _accuracies(source.resolve().parent):
+    beside = source.resolve().parent
+    if found := "\n".join(filter(None, (_scores(beside / "eval"), _accuracies(beside)))):
         text = path.read_text(encoding="utf-8").split(f"\n{EVALUATION}\n")[0].rstrip()
         path.write_text(f"{text}\n\n{EVALUATION}\n\n{found}", encoding="utf-8")
 
@@ -74,6 +81,26 @@ def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     """A Markdown table, with the line end behind it."""
     lines = [head, ["---"] * len(head), *rows]
     return "".join(f"| {' | '.join(map(str, line))} |\n" for line in lines)
+
+
+def _limitations(tiling: Tiling) -> str:
+    largest = max(tiling.canvases, key=lambda canvas: canvas.height * canvas.width, default=None)
+    side = f"{tiling.tile}x{tiling.tile}" if largest is None else f"{largest.width}x{largest.height}"
+    return (
+        f"- Images are shrunk to what fits, at most {side} pixels: words of a few pixels there cannot be read.\n"
+        "- It may name what is not in the picture, miscount, mistake sides and misread, all in fluent words. "
+        "`anyres probe` measures how often.\n"
+        "- It carries the biases of its base models and of the data, in their languages alone.\n"
+    )
+
+
+def _scores(folder: Path) -> str:
+    """The results of benchmarks as a table, or nothing."""
+    results = [read_json(path) for path in sorted(folder.glob("*.json")) if path.with_suffix(".answers.jsonl").exists()]
+    rows = [
+        (one["benchmark"], one["score"], f"{one['questions']:,}") for one in results if one.get("score") is not None
+    ]
+    return table(("benchmark", "score", "questions"), rows) if rows else ""
 
 
 def _accuracies(folder: Path) -> str:

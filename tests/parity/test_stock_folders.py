@@ -237,11 +237,24 @@ def test_stage_2_trains_from_it_and_the_result_is_stock(folder, tmp_path, capsys
         "| steps | 2 |",
         "| learning rate | 0.0006 |",
         "| grids | 1x2, 2x1, 2x2, 3x1, 1x3",
+        "| supervised tokens |",
+        "## Limitations",
+        "at most 56x56 pixels",
+        "## Licence",
+        "## Evaluation\n\nNo result is recorded",
     ):
         assert line in card
+    (run / "stage2" / "eval").mkdir()
+    result = {"benchmark": "pope", "score": 85.5, "questions": 9000}
+    (run / "stage2" / "eval" / "pope.json").write_text(json.dumps(result))
+    (run / "stage2" / "eval" / "pope.answers.jsonl").touch()
     (run / "stage2" / "heldout.json").write_text('{"accuracy": {"sign": 0.25, "all": 0.5}, "answers": []}')
     assert main(["export", str(tuned), str(tmp_path / "out")]) == 0
-    assert "| sign | 25.0% |\n| all | 50.0% |" in (tmp_path / "out" / "README.md").read_text()
+    exported = (tmp_path / "out" / "README.md").read_text()
+    assert "| sign | 25.0% |\n| all | 50.0% |" in exported
+    assert "| pope | 85.5 | 9,000 |" in exported
+    assert "No result is recorded" not in exported
+    assert "## Licence" in exported
     capsys.readouterr()
     assert main(["chat", str(tuned), "--prompt", "what?", "--max-new-tokens", "2", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["prompt"] == "what?"

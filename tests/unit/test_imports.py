@@ -16,13 +16,14 @@ PACKAGE = Path(anyres_vlm.__file__).parent
 ROOT = "the package itself"  # `from anyres_vlm import __version__`: allowed everywhere
 
 # A part of the package -> the parts that it may import, besides itself.
-FOUNDATION = {"errors", "durable", "geometry", "schema", "config", "flops"}
+FOUNDATION = {"errors", "durable", "geometry", "schema", "explain", "config", "flops"}
 ALLOWED = {
     "errors": set(),
     "durable": set(),
     "geometry": {"errors"},
     "schema": {"errors", "geometry"},
-    "config": {"errors", "geometry"},
+    "explain": set(),
+    "config": {"errors", "geometry", "explain"},
     "flops": {"errors"},
     "synthetic": FOUNDATION,
     "data": FOUNDATION,
@@ -33,9 +34,12 @@ ALLOWED = {
     "serve": FOUNDATION | {"data", "model", "inference"},
     "estimate": FOUNDATION | {"data", "model", "train"},
     "instruct": FOUNDATION | {"data"},
+    "starter": FOUNDATION | {"data", "model"},
+    "doctor": FOUNDATION | {"data", "model", "train"},
     "ablate": FOUNDATION | {"synthetic", "train", "evaluate"},
     "cli": FOUNDATION
-    | {"data", "model", "synthetic", "inference", "train", "evaluate", "serve", "estimate", "instruct", "ablate"},
+    | {"data", "model", "synthetic", "inference", "train", "evaluate", "serve", "instruct"}
+    | {"ablate", "doctor", "estimate", "starter"},
     "__main__": {"cli"},
 }
 ENGINE_LIBRARIES = {"accelerate", "deepspeed"}  # only train/engine/ knows them

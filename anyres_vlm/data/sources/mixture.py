@@ -36,13 +36,13 @@ DENSE = 4  # rows to read for each one that is wanted, before single reads are b
 class Part(Frozen):
     """One source of a mixture; without a share, all of its rows once."""
 
-    path: Path
-    images: Path | None = None
-    fraction: Rate | None = None
-    first: Positive | None = None
-    random: Positive | None = None
-    weight: Annotated[float, Field(gt=0, le=1000)] | None = None
-    seed: Annotated[int, Field(ge=0)] = 0
+    path: Path  # JSON, JSONL, Parquet or tar, seen from the mixture's folder
+    images: Path | None = None  # image folder; None is the data's own
+    fraction: Rate | None = None  # share of its rows, drawn at random
+    first: Positive | None = None  # its first so many rows
+    random: Positive | None = None  # so many of its rows, drawn at random
+    weight: Annotated[float, Field(gt=0, le=1000)] | None = None  # 2.5 takes all rows twice and a random half once more
+    seed: Annotated[int, Field(ge=0)] = 0  # of what is drawn
 
     @model_validator(mode="after")
     def _one_share(self) -> Part:
@@ -55,7 +55,7 @@ class Part(Frozen):
 class Mixture(Frozen):
     """The content of a mixture file."""
 
-    sources: tuple[Part, ...]
+    sources: tuple[Part, ...]  # one behind another
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,0 +1,84 @@
+"""`anyres init`: a configuration for one's own data, after a few questions."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TypeVar
+
+import typer
+
+from anyres_vlm.errors import UsageError
+
+Value = TypeVar("Value", str, int, float)
+
+
+def init(
+    folder: Path = typer.Argument(Path(), help="Folder to write config.yaml and mixture.yaml into; made if need be."),
+    data: list[Path] = typer.Option(
+        [], help="Conversations: LLaVA JSON or JSONL, Parquet, tar shards or a folder of these; may be repeated."
+    ),
+    images: Path | None = typer.Option(None, help="Image folder of the data; without it, the data's own folder."),
+    model: str | None = typer.Option(
+        None, help="tiny, vicuna-7b, mistral-7b, llama3-8b, vicuna-13b, yi-34b, or a LlavaNext checkpoint."
+    ),
+    grid: str | None = typer.Option(None, help="Largest grid of tiles, ROWSxCOLUMNS; 1x1 is the thumbnail alone."),
+    gpus: int | None = typer.Option(None, min=0, help="GPUs of the run; 0 is the CPU."),
+    memory_gb: float | None = typer.Option(None, "--memory-gb", min=0, help="Memory of one GPU in GB."),
+    yes: bool = typer.Option(False, "--yes", "-y", help="Ask nothing: take the default of what is not given."),
+) -> None:
+    """Write a commented config and mixture for data of one's own; what no option answers is asked.
+
+    The data is opened and counted, some records and their images are looked at, and the template follows from the
+    model. Files that exist are not touched.
+
+    Example: anyres init runs/mine --data data.json --images images --model mistral-7b --gpus 8 --memory-gb 80
+    """
+    # Start-up time: torch takes seconds to import.
+    import torch
+
+    from anyres_vlm.geometry import Grid
+    from anyres_vlm.starter.choices import MODELS, TINY, Answers
+    from anyres_vlm.starter.write import look_at, require_free, train_command, write_files
+
+    def ask(given: Value | None, option: str, question: str, default: Value) -> Value:
+        return given if given is not None else default if yes else _prompt(option, question, default)
+
+    require_free(folder)
+    if not data and yes:
+        raise UsageError("--yes has no default for the data: give --data PATH")
+    asks_images = not data and images is None
+    paths = tuple(data) or (Path(_prompt("--data", "conversations (JSON, JSONL, Parquet, tar or a folder)", None)),)
+    if asks_images and (answer := ask(None, "--images", "image folder (empty: the data's own)", "")):
+        images = Path(answer)
+    sources = [look_at(path.expanduser(), None if images is None else images.expanduser()) for path in paths]
+    for source in sources:
+        looked = source.peek
+        print(
+            f"data:   {source.path}: {source.kind}, {source.records:,} records; of {looked.looked} looked at "
+            f"{looked.looked - len(looked.bad)} are good, {looked.with_images} have images"
+        )
+    has_gpu = torch.cuda.is_available()
+    count = ask(gpus, "--gpus", "GPUs (0: the CPU)", torch.cuda.device_count() if has_gpu else 0)
+    memory = torch.cuda.get_device_properties(0).total_memory / 1e9 if has_gpu else 80.0
+    answers = Answers(
+        model=ask(model, "--model", f"model ({', '.join(MODELS)} or a checkpoint)", "mistral-7b" if count else TINY),
+        grid=str(Grid.parse(ask(grid, "--grid", "largest grid of tiles", "2x2"))),
+        gpus=count,
+        memory_gb=ask(memory_gb, "--memory-gb", "memory of one GPU in GB", round(memory)) if count else 0.0,
+    )
+    config = write_files(answers, sources, folder)
+    print(f"wrote:  {config}, {config.with_name('mixture.yaml')}")
+    print(f"check:  anyres doctor --config {config} --output {config.parent / 'run'}")
+    print(f"next:   {train_command(answers, config)}")
+
+
+def _prompt(option: str, question: str, default: Value | None) -> Value:
+    """Ask; the default's type is the answer's. Raises `UsageError` where nobody answers."""
+    try:
+        answer: Value = typer.prompt(question, default=default, show_default=default != "", err=True)
+    except typer.Abort:
+        if sys.stdin.isatty():
+            raise
+        raise UsageError(f"no answer to {option}: give it, or --yes for the defaults") from None
+    return answer

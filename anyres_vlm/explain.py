@@ -1,0 +1,49 @@
+"""What is wrong with a configuration, or with a word of a closed choice, in words."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Sequence
+from types import NoneType, UnionType
+from typing import Annotated, Any, Union, get_args, get_origin
+
+from pydantic import BaseModel, ValidationError
+
+
+def did_you_mean(word: object, known: Sequence[str]) -> str:
+    """The end of an error line: the known word that is nearest, or nothing where none is near."""
+    near = difflib.get_close_matches(str(word), known, n=1)
+    return f"; did you mean {near[0]}?" if near else ""
+
+
+def explain(error: ValidationError, model: type[BaseModel]) -> str:
+    """The first few faults on one line, an unknown key with the nearest known one; it may be why another is missing."""
+    faults = []
+    for fault in sorted(error.errors(), key=lambda fault: fault["type"] != "extra_forbidden")[:3]:
+        where = ".".join(str(part) for part in fault["loc"])
+        if fault["type"] == "extra_forbidden":
+            known = _fields(model, fault["loc"][:-1])
+            near = did_you_mean(fault["loc"][-1], known) or f"; known: {', '.join(known)}"
+            faults.append(f"unknown key {where}{near}")
+        elif fault["type"] == "missing":
+            faults.append(f"key {where} is missing")
+        else:
+            choices = re.findall(r"'(.+?)'", str(fault.get("ctx", {}).get("expected", "")))
+            near = did_you_mean(fault["input"], choices)
+            faults.append(f"{where}: {fault['msg']}, got {fault['input']!r}{near}" if where else fault["msg"])
+    return "; ".join(faults)
+
+
+def _fields(model: type[BaseModel], location: Sequence[int | str]) -> list[str]:
+    """The keys of the model that lies there, inside of models, mappings and tuples."""
+    kind: Any = model
+    for part in location:
+        kind = kind.model_fields[part].annotation if hasattr(kind, "model_fields") else _entry(kind)
+        while get_origin(kind) in (Annotated, Union, UnionType):
+            kind = next(kind for kind in get_args(kind) if kind is not NoneType)
+    return list(kind.model_fields)
+
+
+def _entry(kind: Any) -> Any:
+    return get_args(kind)[1 if get_origin(kind) is dict else 0]

@@ -1,0 +1,1 @@
+"""A configuration of one's own, from a few answers."""

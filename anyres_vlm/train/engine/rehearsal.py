@@ -1,0 +1,83 @@
+"""What many ranks need, tried in one process: a group that sums, and a step under a DeepSpeed preset."""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+from typing import Literal, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch._C._distributed_c10d import TCPStore
+
+from anyres_vlm.model.vlm import VisionLanguageModel
+from anyres_vlm.schema import Batch
+
+PATIENCE = timedelta(seconds=60)
+
+
+def open_group(backend: Literal["gloo", "nccl"], device: torch.device) -> float:
+    """Open a group of this process alone, over TCP, and sum in it. Returns seconds. Raises `RuntimeError`."""
+    began = time.perf_counter()
+    with _group(backend):
+        ones = torch.ones(4, device=device)
+        dist.all_reduce(ones)
+        if ones.tolist() != [1.0] * 4:
+            raise RuntimeError(f"{backend} summed four ones of one process to {ones.tolist()}")
+    return time.perf_counter() - began
+
+
+def try_presets(presets: Sequence[Path], *, bf16: bool) -> str:
+    """One optimizer step of a small layer under each preset. Returns the name of DeepSpeed's accelerator.
+
+    Raises `ImportError` without DeepSpeed, `UsageError` for a preset that no run could use, `RuntimeError` for a step
+    that is not finite, and what DeepSpeed raises.
+    """
+    has_device = torch.accelerator.is_available()
+    if not has_device:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # as the engine does
+    os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed asks for what a launcher would have set
+    from deepspeed.accelerator import get_accelerator  # optional: the extra `deepspeed`
+
+    from anyres_vlm.train.engine.zero import ZeroBackend, fill_preset
+
+    device = torch.accelerator.current_accelerator() if has_device else torch.device("cpu")
+    number = torch.ones(1, 8, device=device, dtype=torch.bfloat16 if bf16 else torch.float32)
+    with _group("nccl" if torch.cuda.is_available() else "gloo"):  # one for all: DeepSpeed keeps the first
+        for preset in presets:
+            layer = _Layer().to(device)
+            settings = fill_preset(preset, bf16=bf16, max_grad_norm=1.0)
+            optimizer = torch.optim.AdamW(layer.parameters(), lr=1e-3)
+            backend = ZeroBackend(cast(VisionLanguageModel, layer), optimizer, settings, is_main=True)
+            backend.micro_step(cast(Batch, number), 1.0, is_last=True)
+            if not math.isfinite(norm := backend.update()):
+                raise RuntimeError(f"a step under {preset.stem} has a gradient norm of {norm}")
+    return str(get_accelerator().device_name())
+
+
+class _Layer(nn.Linear):
+    """Stands for the model: its forward is a loss."""
+
+    cached_features = None
+
+    def __init__(self) -> None:
+        super().__init__(8, 8)
+
+    def forward(self, numbers: Tensor) -> Tensor:
+        return super().forward(numbers).float().square().sum()
+
+
+@contextmanager
+def _group(backend: Literal["gloo", "nccl"]) -> Iterator[None]:
+    store = TCPStore("127.0.0.1", 0, 1, is_master=True, timeout=PATIENCE)
+    dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=PATIENCE)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
