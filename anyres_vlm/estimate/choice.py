@@ -61,12 +61,8 @@ def _way(stage: StageMemory, sharding: Sharding, recomputes: bool, usable: float
     alone = stage.without_packs(sharding)
     if sharding.stage == 3 and stage.config.cache_features is not None:
         return Way(sharding, recomputes, alone.peak, None, None, "cache_features does not go with ZeRO-3")
-    if alone.start > usable:
-        after = f"and {alone.training / GB:.1f} GB later without a pack"
-        reason = f"at the start every rank holds the whole model in fp32, {alone.start / GB:.1f} GB, {after}"
-        return Way(sharding, recomputes, alone.peak, None, None, reason)
-    if alone.training > usable:
-        reason = f"weights, gradients and optimizer alone take {alone.training / GB:.1f} GB"
+    if alone.peak > usable:
+        reason = f"weights, gradients and optimizer alone take {alone.peak / GB:.1f} GB"
         return Way(sharding, recomputes, alone.peak, None, None, reason)
     largest = stage.largest(sharding, recomputes, usable)
     memory = stage.at(sharding, recomputes, stage.capacity)

@@ -43,8 +43,8 @@ class RankMemory:
     """Bytes on one rank's device, but for `host`.
 
     `buckets` of gradients, `gathered` weights, `activations` that autograd keeps and what is `working` on them are
-    there during a micro-step; `update` is what the optimizer step takes for a moment; `start` is the whole model in
-    fp32, which comes to the device before it is split. On the host it is read whole by every rank, too.
+    there during a micro-step; `update` is what the optimizer step takes for a moment. On the host every rank first
+    reads the whole model in fp32; what comes to the device is cast and split.
     """
 
     weights: float
@@ -56,7 +56,6 @@ class RankMemory:
     activations: float
     working: float
     update: float
-    start: float
     host: float
 
     @property
@@ -65,15 +64,10 @@ class RankMemory:
         return self.weights + self.masters + self.moments + self.gradients
 
     @property
-    def training(self) -> float:
-        """The most that is there at a time once training has begun."""
-        micro_step = self.buckets + self.gathered + self.activations + self.working
-        return self.resting + max(micro_step, self.update)
-
-    @property
     def peak(self) -> float:
         """The most that is there at any time."""
-        return max(self.start, self.training)
+        micro_step = self.buckets + self.gathered + self.activations + self.working
+        return self.resting + max(micro_step, self.update)
 
 
 def numbers_of(sharding: Sharding, precision: str) -> Numbers:
@@ -100,7 +94,6 @@ def rank_memory(
         activations=step.held,
         working=step.peak - step.held,
         update=_update(count, sharding, item, mine, fused),
-        start=FP32 * count.total,
         host=max(FP32 * count.total, _host(count, sharding, item, ranks)),
     )
 

@@ -60,7 +60,6 @@ def _stage_lines(estimate: StageEstimate, machines: Machines) -> Iterator[str]:
         for name, words in PARTS.items():
             yield f"    {words:38} {getattr(chosen.memory, name) / GB:8.2f}"
         yield f"    {'the optimizer step, for a moment':38} {chosen.memory.update / GB:8.2f}"
-        yield f"    {'start: whole model in fp32':38} {chosen.memory.start / GB:8.2f}"
         yield f"    {'at the most':38} {chosen.memory.peak / GB:8.2f}"
     yield (
         f"    {plan.steps:,} steps of {plan.packs_per_step} packs, {plan.efficiency:.1%} full, straggler factor "

@@ -97,7 +97,7 @@ class Engine:
         if not is_initialized():  # one process without a launcher is a world of its own
             init_process_group(store=HashStore(), rank=0, world_size=1)
             os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed asks for what a launcher would have set
-        self._backend = ZeroBackend(model.to(self._accelerator.device), optimizer, settings, is_main=self.is_main)
+        self._backend = ZeroBackend(model, optimizer, settings, self._accelerator.device, is_main=self.is_main)
 
     def seed(self, seed: int, step: int) -> None:
         """Seed what the next optimizer step draws on this rank (dropout), on every device."""

@@ -47,14 +47,14 @@ def try_presets(presets: Sequence[Path], *, bf16: bool) -> str:
 
     from anyres_vlm.train.engine.zero import ZeroBackend, fill_preset
 
-    device = torch.accelerator.current_accelerator() if has_device else torch.device("cpu")
+    device = torch.device(str(torch.accelerator.current_accelerator()) if has_device else "cpu")
     number = torch.ones(1, 8, device=device, dtype=torch.bfloat16 if bf16 else torch.float32)
     with _group("nccl" if torch.cuda.is_available() else "gloo"):  # one for all: DeepSpeed keeps the first
         for preset in presets:
-            layer = _Layer().to(device)
+            layer = _Layer()
             settings = fill_preset(preset, bf16=bf16, max_grad_norm=1.0)
             optimizer = torch.optim.AdamW(layer.parameters(), lr=1e-3)
-            backend = ZeroBackend(cast(VisionLanguageModel, layer), optimizer, settings, is_main=True)
+            backend = ZeroBackend(cast(VisionLanguageModel, layer), optimizer, settings, device, is_main=True)
             backend.micro_step(cast(Batch, number), 1.0, is_last=True)
             if not math.isfinite(norm := backend.update()):
                 raise RuntimeError(f"a step under {preset.stem} has a gradient norm of {norm}")

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import deepspeed
+import torch
 import torch.distributed as dist
 from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 from torch import Tensor, nn
@@ -52,22 +53,41 @@ def _agree(path: Path, settings: dict[str, Any], ours: dict[str, Any], prefix: s
         settings[key] = value
 
 
+def split(model: nn.Module, settings: dict[str, Any]) -> None:
+    """Bring the parameters one after the other from the host to their ranks, cast before, as DeepSpeed does for all.
+
+    Left to itself, DeepSpeed first moves the whole model to every device, where 34B parameters have no room.
+    """
+    for parameter in model.parameters():
+        if settings["bf16"]["enabled"]:
+            parameter.data = parameter.data.to(torch.bfloat16)
+    deepspeed.zero.Init(module=model, config_dict_or_path=settings)
+
+
 class ZeroBackend:
     """Forward, backward and update through a DeepSpeed engine. Every method is called on all ranks together."""
 
     def __init__(
-        self, model: VisionLanguageModel, optimizer: AdamW, settings: dict[str, Any], *, is_main: bool
+        self,
+        model: VisionLanguageModel,
+        optimizer: AdamW,
+        settings: dict[str, Any],
+        device: torch.device,
+        *,
+        is_main: bool,
     ) -> None:
         self._module, self._is_main = model, is_main
         # On a CPU it would compile this for a minute, with a compiler that may not be there, for inference alone.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         # DeepSpeed casts floating buffers with the weights: rotary frequencies in bf16 would bend long sequences.
         buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+        if settings.get("zero_optimization", {}).get("stage") == 3:
+            split(model, settings)
         self._engine, self._zero, *_ = deepspeed.initialize(
             model=model, optimizer=optimizer, config=settings, dist_init_required=False
         )
         for name, buffer in model.named_buffers():
-            buffer.data = buffers[name].to(buffer.device)
+            buffer.data = buffers[name].to(device)
         self._is_stage_3 = self._engine.zero_optimization_stage() == 3
         if self._is_stage_3 and model.cached_features is not None:
             raise UsageError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +78,7 @@ def test_nothing_fits_and_the_reason_is_said(index: Path, capsys: pytest.Capture
     for stage in found["stages"]:
         assert (stage["chosen"], stage["hours"]) == (None, None)
         assert "nothing fits" in stage["reason"]
-        assert "the whole model in fp32, 28.3 GB" in stage["reason"]
+        assert re.search(r"zero3_offload.*: weights, gradients and optimizer alone take \d", stage["reason"])
 
 
 def test_published_runs_imply_a_possible_mfu(capsys: pytest.CaptureFixture[str]) -> None:

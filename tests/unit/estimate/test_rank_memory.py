@@ -40,10 +40,10 @@ def test_zero_splits_what_it_says_it_splits() -> None:
 
 def test_the_busiest_phase_decides() -> None:
     update = memory(Sharding("z3", stage=3, subgroup=10**9), 1)
-    assert update.training == update.resting + 4e6  # the copy of the gradients
+    assert update.peak == update.resting + 4e6  # the copy of the gradients
     step = StepBytes(forward=3_000_000, held=2_000_000, backward=9_000_000)
     busy = memory(Sharding("z3", stage=3, subgroup=10**9), 1, step=step)
-    assert busy.training == busy.resting + 9e6
+    assert busy.peak == busy.resting + 9e6
     assert busy.activations == 2e6
 
 
