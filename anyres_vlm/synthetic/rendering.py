@@ -23,6 +23,7 @@ _DRAW = {
     "table": documents.draw_table,
     "chart": documents.draw_chart,
     "page": documents.draw_page,
+    "word": documents.draw_word,
 }
 
 
