@@ -124,7 +124,7 @@ def test_the_same_arguments_give_the_same_picture() -> None:
         assert first.image.tobytes() != render(kind, 5, "heldout").image.tobytes()
         digest.update(first.caption.encode())
     # Sentences, unlike pixels, do not hang on the version of FreeType: they must not drift between machines.
-    assert digest.hexdigest()[:16] == "c2b04822a5b7da70"
+    assert digest.hexdigest()[:16] == "0399ed1c9c980e27"
 
 
 def test_all_canvases_are_used() -> None:
