@@ -98,8 +98,8 @@ class AugmentConfig(Frozen):
     probability: Annotated[float, Field(ge=0, le=1)] = 0.5  # of each change, for each sample
 
 
-PictureKind = Literal["scene", "sign", "receipt", "table", "chart", "page", "word"]
-"""What the renderer draws; words are no part of the default's mix."""
+PictureKind = Literal["scene", "sign", "receipt", "table", "chart", "page"]
+"""What the renderer draws."""
 
 
 class DataConfig(Frozen):

@@ -18,7 +18,7 @@ DETAIL_WORDINGS = (
     "What do you see?",
     "Give a full description of the picture.",
 )
-_KIND_WEIGHTS = (45, 15, 10, 10, 10, 10, 0)  # in the order of KINDS: half of the pictures are scenes
+_KIND_WEIGHTS = (45, 15, 10, 10, 10, 10)  # in the order of KINDS: half of the pictures are scenes
 
 
 def pick_kind(rng: random.Random, kinds: Sequence[PictureKind] | None = None) -> PictureKind:

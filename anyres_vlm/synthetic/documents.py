@@ -1,4 +1,4 @@
-"""Pictures to be read: signs, single words, receipts, tables, bar charts and pages of text."""
+"""Pictures to be read: signs, receipts, tables, bar charts and pages of text."""
 
 from __future__ import annotations
 
@@ -52,23 +52,6 @@ def draw_sign(rng: random.Random, split: Split) -> tuple[Sheet, Facts]:
             f"The sign says {text}, so it has {len(words)} word{'s' * (len(words) > 1)}.",
         )
     )
-    return sheet, facts
-
-
-def draw_word(rng: random.Random, split: Split) -> tuple[Sheet, Facts]:
-    """One word of any size, legible or not, anywhere on a board."""
-    word = _words(rng, split, rng.choice(("shop", "notice")), 1)[0]
-    sheet = Sheet(rng.randint(150, 186), rng.randint(150, 186), rng.choice(PAPERS))
-    colour, face = rng.choice([name for name in RGB if name not in ("yellow", "orange")]), rng.choice(FACES)
-    sheet.pen.rectangle((4, 4, sheet.width - 5, sheet.height - 5), fill=RGB[colour])
-    size = fitting_size([word], face, sheet.width - 22, rng.randint(7, 33), 6)
-    left = rng.uniform(10, sheet.width - 10 - text_width(word, face, size))
-    sheet.text(left, rng.uniform(size + 6, sheet.height - 12), word, face, size, (255, 255, 255))
-    facts = Facts(
-        caption=f"A {colour} sign that says {word}.",
-        detail=f"The picture shows a {colour} sign. It says {word}.",
-    )
-    facts.ask(rng, "sign", ["What does the sign say?", "What is written on the sign?"], word, f"The sign says {word}.")
     return sheet, facts
 
 

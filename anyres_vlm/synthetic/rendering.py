@@ -23,7 +23,6 @@ _DRAW = {
     "table": documents.draw_table,
     "chart": documents.draw_chart,
     "page": documents.draw_page,
-    "word": documents.draw_word,
 }
 
 
