@@ -58,7 +58,7 @@ def write_sweep(bases: Path, folder: Path) -> Path:
 
 def start(sweep: Path, out: Path) -> subprocess.Popen[str]:
     words = [sys.executable, "-m", "anyres_vlm", "ablate", str(sweep), "--out", str(out)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}  # sums depend on it
     return subprocess.Popen(
         words, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, env=environment, start_new_session=True
     )

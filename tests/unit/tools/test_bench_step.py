@@ -53,6 +53,7 @@ def test_loss_is_measured_in_small(capsys: pytest.CaptureFixture[str]) -> None:
     assert result["memory_share"] < 0.5
 
 
+@pytest.mark.slow
 def test_the_loop_s_shares_add_up() -> None:
     few = [f"stage{stage}.{key}" for stage in (1, 2) for key in ("batch_size=1", "max_length=600", "capacity=700")]
     figures = bench_step_loop.run(argparse.Namespace(steps=bench_step_loop.WARM_UP + 2, settings=few))

@@ -36,6 +36,7 @@ def assert_near(rows: list[dict[str, Any]]) -> None:
             assert predicted == pytest.approx(measured, rel=TOLERANCE), f"{part} of {row}"
 
 
+@pytest.mark.slow
 def test_memory_of_a_model_split_over_two_ranks() -> None:
     rows = check("--quick")
     assert [(row["preset"], row["ranks"]) for row in rows] == [("zero3", 2)]
