@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -22,6 +22,7 @@ from generation import (
     require_whole,
     run_killed,
     run_killed_at_random,
+    start_server,
     write_scenes,
 )
 from PIL import Image
@@ -37,6 +38,22 @@ EVERY_FAULT = "slow,429,500,drop,drop_body,cut_json,nonsense,refusal,refusal_fie
 @pytest.fixture(autouse=True)
 def _key(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
+
+
+@pytest.fixture
+def serve(tmp_path: Path) -> Iterator[Callable[..., str]]:
+    """Starts a server with the given arguments; gives its base URL."""
+    processes = []
+
+    def start(*arguments: object) -> str:
+        process, url = start_server(tmp_path, *arguments)
+        processes.append(process)
+        return url
+
+    yield start
+    for process in processes:
+        process.kill()
+        process.wait()
 
 
 @pytest.mark.parametrize(
