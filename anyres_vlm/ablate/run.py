@@ -25,7 +25,7 @@ from anyres_vlm.ablate.command import POLL_S, run_command
 from anyres_vlm.ablate.jobs import Job
 from anyres_vlm.ablate.result import measure_key, numbers, read_scores, write_scores
 from anyres_vlm.ablate.sweep import Measure, Sweep
-from anyres_vlm.config import StageName
+from anyres_vlm.config import PictureKind, StageName
 from anyres_vlm.errors import DataError, Interrupted
 from anyres_vlm.synthetic.dataset import DATA_FILE, Purpose, write_dataset
 from anyres_vlm.train.options import CONFIG_FILE, model_folder
@@ -90,7 +90,7 @@ class SweepRun:
     def _train(self, cell: Cell, stage: StageName, folder: Path, lock: int) -> None:
         data = cell.config.stage(stage).data
         if data.rendered is not None and data.samples is not None:
-            _link(folder / "data" / data.rendered, self._rendered(data.rendered, data.samples, cell.seed))
+            _link(folder / "data" / data.rendered, self._rendered(data.rendered, data.samples, cell.seed, data.kinds))
         config = folder / CONFIG_FILE
         config.write_text(yaml.safe_dump(cell.config.model_dump(mode="json"), sort_keys=False), encoding="utf-8")
         words = ["train", "--config", str(config), "--output", str(folder), "--stage", stage.removeprefix("stage")]
@@ -109,11 +109,11 @@ class SweepRun:
         except ValueError:
             raise DataError(f"anyres {measure.run} printed no JSON: {text[:200]!r}") from None
 
-    def _rendered(self, purpose: Purpose, count: int, seed: int) -> Path:
+    def _rendered(self, purpose: Purpose, count: int, seed: int, kinds: tuple[PictureKind, ...] | None = None) -> Path:
         """Rendered data, shared by the cells."""
-        folder = self.out / "data" / f"{purpose}-{count}-seed{seed}"
+        folder = self.out / "data" / "-".join([purpose, *(kinds or ()), str(count), f"seed{seed}"])
         with claim(folder.with_name(f".{folder.name}.claim"), wait=True):
-            write_dataset(folder, purpose, count, seed)
+            write_dataset(folder, purpose, count, seed, kinds)
         return folder
 
     def _anyres(self, words: Sequence[str], launch: str | None, folder: Path, lock: int) -> str:

@@ -38,6 +38,7 @@ def write_sweep(bases: Path, folder: Path) -> Path:
             "model.encoder.name": f"{bases}/vit",
             "stage1.data.samples": 30,
             "stage2.data.samples": 40,
+            "stage2.data.kinds": ["scene", "sign"],
             "stage1.max_length": 512,
             "stage1.capacity": 512,
             "save_every": 1,
@@ -123,7 +124,9 @@ def assert_cells_are_what_they_say(out: Path) -> None:
         config = load_config(cell / "stage2" / "config.yaml")
         assert config.seed == 4
         assert config.stage2.data.rendered == ("academic" if name == "mix_academic" else "instructions")
-        assert (cell / "data" / str(config.stage2.data.rendered) / "data.json").exists()
+        data = cell / "data" / str(config.stage2.data.rendered)
+        assert data.is_symlink(), "what is rendered is shared, and not rendered again by the run"
+        assert (data / "data.json").exists()
         assert not (cell / "stage2" / "checkpoints").exists()
     weights = {name: load_file(cell / "stage2" / "model" / "model.safetensors") for name, cell in cells.items()}
     projector = "multi_modal_projector.linear_1.weight"
