@@ -21,9 +21,8 @@ from anyres_vlm.errors import UsageError
 from anyres_vlm.model.attention import Documents
 from anyres_vlm.model.kv_cache import ConversationCache
 
-Watch = Callable[
-    [Sequence[int], Tensor], None
-]  # gets each step's tokens, ends too, and what they were chosen of (B, V)
+Watch = Callable[[Sequence[int], Tensor], None]
+"""Gets each step's tokens, end tokens too, and the logits that they were chosen of, (B, V)."""
 
 
 @dataclass(frozen=True)

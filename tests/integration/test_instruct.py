@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -22,7 +22,6 @@ from generation import (
     require_whole,
     run_killed,
     run_killed_at_random,
-    start_server,
     write_scenes,
 )
 from PIL import Image
@@ -40,22 +39,6 @@ def _key(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
 
 
-@pytest.fixture
-def serve(tmp_path: Path) -> Iterator[Callable[..., str]]:
-    """Starts a server with the given arguments; gives its base URL."""
-    processes = []
-
-    def start(*arguments: object) -> str:
-        process, url = start_server(tmp_path, *arguments)
-        processes.append(process)
-        return url
-
-    yield start
-    for process in processes:
-        process.kill()
-        process.wait()
-
-
 @pytest.mark.parametrize(
     ("counts", "rate", "kills", "spared"),
     [
@@ -67,7 +50,7 @@ def test_faults_and_kills_lose_and_double_nothing(
     tmp_path: Path, serve: Callable[..., str], counts: tuple[int, int, int], rate: float, kills: int, spared: int
 ) -> None:
     write_scenes(tmp_path, max(counts))
-    url = serve("--faults", EVERY_FAULT, "--rate", rate)
+    url = serve("--faults", EVERY_FAULT, "--rate", rate, "--delay", 0.02)  # else it may end between two looks
     command = arguments(tmp_path, url, "conversation={},detail={},reasoning={}".format(*counts))
     run_killed(command, tmp_path / "out" / "responses.jsonl", kills, every=sum(counts) // (kills + 1))
     summary = require_whole(tmp_path, sum(counts), resent=kills * CONCURRENCY)

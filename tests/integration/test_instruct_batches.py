@@ -7,7 +7,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -17,7 +17,6 @@ from generation import (
     require_whole,
     run_killed,
     run_killed_at_random,
-    start_server,
     write_scenes,
 )
 
@@ -30,22 +29,6 @@ ROUTES = ("POST /files", "POST /batches", "GET /batches/ID", "GET /files/ID/cont
 @pytest.fixture(autouse=True)
 def _key(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OPENAI_API_KEY", "sk-test")
-
-
-@pytest.fixture
-def serve(tmp_path: Path) -> Iterator[Callable[..., str]]:
-    """Starts a server with the given arguments; gives its base URL."""
-    processes = []
-
-    def start(*arguments: object) -> str:
-        process, url = start_server(tmp_path, *arguments)
-        processes.append(process)
-        return url
-
-    yield start
-    for process in processes:
-        process.kill()
-        process.wait()
 
 
 def test_batches_with_faults_and_kills(tmp_path: Path, serve: Callable[..., str]) -> None:
