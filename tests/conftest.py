@@ -16,12 +16,15 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from anyres_vlm.config import TemplateName
+from anyres_vlm.config import ModelConfig, TemplateName
 from anyres_vlm.data.checks import plan_image
 from anyres_vlm.data.conversation import ConversationTokenizer
 from anyres_vlm.data.loader import Loaded, load
+from anyres_vlm.data.templates import TEMPLATES
 from anyres_vlm.errors import DataError
 from anyres_vlm.geometry import Tiling
+from anyres_vlm.model.hub import build_model
+from anyres_vlm.model.pretrained import save_pretrained
 from anyres_vlm.schema import Record, Sample
 
 CORPUS = [
@@ -78,6 +81,16 @@ def tiny_bases(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: PreTrai
         )
         LlamaForCausalLM(text).save_pretrained(folder / "llm")
     tiny_tokenizer.save_pretrained(folder / "llm")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tiny_bases: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with both bases, as training saves it."""
+    bases = {"llm": str(tiny_bases / "llm"), "encoder": {"name": str(tiny_bases / "vit")}, "template": "tiny"}
+    model, tokenizer = build_model(ModelConfig.model_validate(bases), seed=0)
+    folder = tmp_path_factory.mktemp("checkpoint")
+    save_pretrained(model, model.state_dict(), tokenizer, TEMPLATES["tiny"].jinja, folder)
     return folder
 
 

@@ -40,7 +40,7 @@ class WebPage:
 
     def begin(self, files: list[str] | None) -> tuple[str, Messages, None, str]:
         """The images as the model sees them, and a new conversation about them."""
-        return tiles_view(_references(files), self.assistant.tiling, candidates=False), [], None, ""
+        return tiles_view(_references(files), self.assistant.tiling, candidates=False), *_cleared()
 
     def explore(self, files: list[str] | None, grid: str, dialect: Dialect, layout: Layout) -> str:
         """The images under any grid, dialect and layout, with the canvases that were not chosen."""
@@ -131,8 +131,10 @@ class WebPage:
         )
         stop.click(None, cancels=[asked], queue=False)
         begun = [messages, session, alternatives]
-        gr.on([begin.click, messages.clear], lambda: ([], None, ""), None, begun, cancels=[asked])
-        files.change(_plain(self.begin), files, [tiles, *begun], cancels=[asked])
+        cleared = gr.on([begin.click, messages.clear], _cleared, None, begun, cancels=[asked])
+        changed = files.change(_plain(self.begin), files, [tiles, *begun], cancels=[asked])
+        for event in (cleared, changed):  # again, behind what a cancelled answer may still have sent
+            event.then(_cleared, None, begun, **MODEL)
 
     def _compare_tab(self, files: gr.File) -> None:
         question = gr.Textbox(label="Question", max_length=QUESTION_LENGTH, elem_id="compared")
@@ -210,6 +212,11 @@ def _decoding() -> tuple[gr.Slider, gr.Slider]:
             gr.Slider(1, 1024, value=256, step=1, label="Tokens of an answer at most"),
             gr.Slider(0, 2, value=0, step=0.1, label="Temperature; 0 takes the likeliest token"),
         )
+
+
+def _cleared() -> tuple[Messages, None, str]:
+    """A new conversation."""
+    return [], None, ""
 
 
 def _session(assistant: Assistant, decoding: Decoding, files: list[str] | None) -> ChatSession:

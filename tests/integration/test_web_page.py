@@ -20,13 +20,9 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from anyres_vlm.config import ModelConfig
-from anyres_vlm.data.templates import TEMPLATES
 from anyres_vlm.geometry import Grid, Size, Tiling, count_tokens
 from anyres_vlm.inference import Assistant
 from anyres_vlm.model.generation import Decoding
-from anyres_vlm.model.hub import build_model
-from anyres_vlm.model.pretrained import save_pretrained
 from anyres_vlm.schema import Turn
 
 pytestmark = pytest.mark.browser
@@ -40,15 +36,6 @@ new MutationObserver(() => {
     if (answers.length) window.said.push(answers[answers.length - 1].innerText);
 }).observe(document.body, {subtree: true, childList: true, characterData: true});
 """
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tiny_bases: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    bases = {"llm": str(tiny_bases / "llm"), "encoder": {"name": str(tiny_bases / "vit")}, "template": "tiny"}
-    model, tokenizer = build_model(ModelConfig.model_validate(bases), seed=0)
-    folder = tmp_path_factory.mktemp("checkpoint")
-    save_pretrained(model, model.state_dict(), tokenizer, TEMPLATES["tiny"].jinja, folder)
-    return folder
 
 
 @pytest.fixture(scope="module")
