@@ -48,6 +48,7 @@ Mix = tuple[Ints, Ints]  # tokens and tiles, (N,) each
 
 COSTS = {"7B": CostModel(), "0.5B": CostModel(4.4e-5, 385.0)}
 PACKS = 64  # an optimizer step
+QUICK = {"samples": 200_000, "repeats": 3}
 COMMON = ((480, 640),) * 40 + ((640, 480),) * 15 + ((427, 640),) * 12 + ((375, 500),) * 10 + ((640, 427),) * 6
 COMMON += ((500, 375),) * 5 + ((612, 612),) * 2 + ((360, 640),) * 3  # (height, width)
 POOL = 2000  # distinct random sizes a kind
@@ -196,9 +197,6 @@ def figures(plan: Plan) -> dict[str, float]:
     rank = np.argsort(np.argsort(mean))
     found["spearman"] = float(np.corrcoef(rank, np.arange(steps))[0, 1])
     return found
-
-
-QUICK = {"samples": 200_000, "repeats": 3}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
