@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from benchmarks import add_quick, of_peer
 from torch import Tensor
 from transformers import (
     CLIPVisionConfig,
@@ -40,6 +41,7 @@ from anyres_vlm.model.generation import Decoding
 from anyres_vlm.model.vlm import VisionLanguageModel
 
 LEAST_ROUNDS = 5
+QUICK = {"new_tokens": 16}
 TILE = 336
 IMAGE_TOKEN, PAD_TOKEN = 3, 0
 ONE_IMAGE = [(20, Size(height=672, width=672))]
@@ -87,6 +89,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=LEAST_ROUNDS, help=f"alternating rounds ({LEAST_ROUNDS} or more)")
     parser.add_argument("--new-tokens", type=int, default=64, help="tokens of each answer (64)")
     parser.add_argument("--json", action="store_true", help="print the figures as one JSON object")
+    add_quick(parser, QUICK)
     arguments = parser.parse_args()
     figures = run(arguments.shape or list(SHAPES), arguments.rounds, arguments.new_tokens)
     if arguments.json:
@@ -107,7 +110,8 @@ def run(shapes: Sequence[str], rounds: int, new_tokens: int) -> dict[str, Any]:
         for title, sizes in (("one image", ONE_IMAGE), ("batch", BATCH)):
             prompts = make_prompts(ours, sizes, SHAPES[name].vocabulary)
             results.append({"shape": name, "prompts": title, **compare(ours, stock, prompts, new_tokens, rounds)})
-    return {"rounds": rounds, "new_tokens": new_tokens, "results": results}
+    ratios = {f"{row['shape']}, {row['prompts']}": row.pop("ratios") for row in results}
+    return {"rounds": rounds, "new_tokens": new_tokens, "results": results, "ratios": ratios}
 
 
 def show(figures: dict[str, Any]) -> None:
@@ -229,6 +233,7 @@ def compare(
         "stock_tokens_per_second": count / seconds["stock"],
         "ours_tokens_per_second": count / seconds["ours"],
         "ratio": seconds["stock"] / seconds["ours"],
+        "ratios": of_peer(times["stock"], times["ours"]),
         "stock_first_token_s": seconds["stock_first"],
         "ours_first_token_s": seconds["ours_first"],
     }

@@ -32,6 +32,7 @@ import numba
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from benchmarks import of_peer
 from numpy.typing import NDArray
 
 from anyres_vlm.cli.plan import write_plan
@@ -47,6 +48,7 @@ Mix = tuple[Ints, Ints]  # tokens and tiles, (N,) each
 
 COSTS = {"7B": CostModel(), "0.5B": CostModel(4.4e-5, 385.0)}
 PACKS = 64  # an optimizer step
+QUICK = {"samples": 200_000, "repeats": 3}
 COMMON = ((480, 640),) * 40 + ((640, 480),) * 15 + ((427, 640),) * 12 + ((375, 500),) * 10 + ((640, 427),) * 6
 COMMON += ((500, 375),) * 5 + ((612, 612),) * 2 + ((360, 640),) * 3  # (height, width)
 POOL = 2000  # distinct random sizes a kind
@@ -209,7 +211,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     stage2, captions = stage2_mix(arguments.samples), captions_mix(arguments.samples)
     cases = [("stage 2", stage2, 16_384, name) for name in COSTS]
     cases += [("stage 2", stage2, 8192, "7B"), ("captions", captions, 16_384, "7B")]
-    rows = []
+    rows, ratios = [], {}
     for name, mix, capacity, model in cases:
         methods = make_methods(mix, capacity, COSTS[model])
         plans = {method: make() for method, make in methods.items()}  # compiles too
@@ -228,10 +230,13 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
             row = {"mix": name, "capacity": capacity, "cost": model, "method": method, "bound": bound, **figures(plan)}
             row |= {"seconds": median[method], "of_next_fit": median[method] / median["next fit"]}
             rows.append({**row, "of_compiled_next_fit": median[method] / median["compiled nf"]})
+        case = f"{name} {capacity} {model}"
+        ratios[f"{case}, speed"] = of_peer(seconds["next fit"], seconds["anyres"])
+        ratios[f"{case}, packs"] = [plans["next fit"].num_packs / plans["anyres"].num_packs]
     tokens, tiles = stage2
     mean = {"mean_tokens": float(tokens.mean()), "mean_tiles": float(tiles.mean())}
     timed = "index file to plan file" if arguments.whole else "planning"
-    return {"samples": arguments.samples, "timed": timed, **mean, "rows": rows}
+    return {"samples": arguments.samples, "timed": timed, **mean, "rows": rows, "ratios": ratios}
 
 
 def make_methods(mix: Mix, capacity: int, cost: CostModel) -> dict[str, Callable[[], Plan]]:

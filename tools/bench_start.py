@@ -18,6 +18,9 @@ import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
+
+from benchmarks import add_quick, of_peer
 
 ROOT = Path(__file__).resolve().parent.parent
 HELP_LIMIT_S, COUNT_LIMIT_S = 0.4, 0.25  # of the wall clock, on a machine with a core to spare
@@ -44,8 +47,11 @@ def measure(command: Sequence[str]) -> tuple[float, float]:
     return wall, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
 
-def run(runs: int, image: Path) -> dict[str, dict[str, float | None]]:
-    """Median and least wall and CPU seconds by command; the first process of each fills caches and is not counted."""
+def run(runs: int, image: Path) -> dict[str, Any]:
+    """`commands`: median and least wall and CPU seconds; the first process of each fills caches and is not counted.
+
+    `ratios`: the CPU time of Python doing nothing to theirs, a value a round.
+    """
     table = commands(image)
     taken: dict[str, list[tuple[float, float]]] = {name: [] for name in table}
     for _ in range(runs + 1):
@@ -61,7 +67,9 @@ def run(runs: int, image: Path) -> dict[str, dict[str, float | None]]:
             "least_cpu_s": min(cpu),
             "limit_s": limit,
         }
-    return figures
+    bare, *others = taken
+    cpu_s = {name: [cpu for _, cpu in rows[1:]] for name, rows in taken.items()}
+    return {"commands": figures, "ratios": {name: of_peer(cpu_s[bare], cpu_s[name]) for name in others}}
 
 
 def main() -> None:
@@ -70,6 +78,7 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=9, help="processes of each command")
     parser.add_argument("--image", type=Path, help="image to count; without it, a JPEG of 640x480 made for the purpose")
     parser.add_argument("--json", action="store_true", help="print the figures as one JSON object")
+    add_quick(parser, {"runs": 5})
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         image = arguments.image
@@ -83,7 +92,7 @@ def main() -> None:
         print(json.dumps(figures, indent=2))
         return
     print(f"{'median (least) of ' + str(arguments.runs):<30}{'wall s':>16}{'CPU s':>16}{'limit':>8}")
-    for name, row in figures.items():
+    for name, row in figures["commands"].items():
         columns = "".join(f"{row[f'{clock}_s']:>8.3f} ({row[f'least_{clock}_s']:.3f})" for clock in ("wall", "cpu"))
         print(f"{name:<30}{columns}{row['limit_s'] or '':>8}")
 

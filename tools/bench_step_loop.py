@@ -19,6 +19,7 @@ from anyres_vlm.train.engine.plain import PlainBackend
 from anyres_vlm.train.options import RunOptions
 from anyres_vlm.train.run import train
 
+QUICK = {"steps": 20}
 WARM_UP = 5  # steps that are not counted: the first ones allocate
 
 
@@ -61,7 +62,8 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     work = {name: clock.around(getattr(PlainBackend, name)) for name in ("micro_step", "update")}
     with tempfile.TemporaryDirectory() as folder, patch.multiple(PlainBackend, **work):
         train(config, RunOptions(Path(folder), ("stage1", "stage2"), max_steps=arguments.steps), note)
-    return {stage: _shares(rows[WARM_UP - 1 :]) for stage, rows in marks.items()}
+    stages = {stage: _shares(rows[WARM_UP - 1 :]) for stage, rows in marks.items()}
+    return {"stages": stages, "ratios": {f"{stage}, work alone": [row["work"]] for stage, row in stages.items()}}
 
 
 def _shares(rows: list[tuple[float, float, float]]) -> dict[str, float]:
@@ -80,6 +82,6 @@ def _shares(rows: list[tuple[float, float, float]]) -> dict[str, float]:
 def show(figures: dict[str, Any]) -> None:
     """Print a line a stage."""
     print("stage   steps  s a step  forward, backward, optimizer  wait for data  loop; targets: wait 1%, loop 2%")
-    for stage, row in figures.items():
+    for stage, row in figures["stages"].items():
         shares = f"{row['work']:28.2%}  {row['wait']:13.2%}  {row['loop']:4.2%}"
         print(f"{stage}  {row['steps']:5}  {row['step_s']:8.3f}  {shares}")

@@ -16,11 +16,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from bench_step_memory import peak_mb
+from benchmarks import of_peer
 from torch import Tensor, nn
 
 from anyres_vlm.model.loss import next_token_targets, summed_loss
 from anyres_vlm.schema import IGNORE_INDEX
 
+QUICK = {"tokens": 4096}
 ATOL = 1e-5  # of loss and gradients, relative to their largest entry
 
 
@@ -54,6 +56,10 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         "peak_mb": peak,
         "memory_share": peak["anyres"] / peak["dense"],
         "differs": differs,
+        "ratios": {
+            "speed": of_peer(seconds["dense"], seconds["anyres"]),
+            "memory": of_peer([peak["dense"]], [peak["anyres"]]),
+        },
     }
 
 

@@ -17,8 +17,10 @@ import torch
 from bench_step_memory import peak_mb
 from bench_step_samples import SHAPES
 from bench_step_ways import OURS, STOCK, Pass, Ways
+from benchmarks import of_peer
 
 LOSS_RTOL, GRADIENT_RTOL = 1e-5, 1e-4  # relative; a gradient to its largest entry
+QUICK = {"samples": 8, "runs": 3}
 TARGETS = {"wide_vocab": (5.0, 6.0, 5.0), "like_7b": (1.25, 1.6, 2.0)}
 
 
@@ -36,7 +38,19 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     torch.set_num_threads(arguments.threads)
     shapes = {name: _measure(name, arguments) for name in arguments.shape or SHAPES}
     settings = {key: getattr(arguments, key) for key in ("samples", "runs", "seed", "threads")}
-    return {**settings, "torch": torch.__version__, "shapes": shapes}
+    return {**settings, "torch": torch.__version__, "shapes": shapes, "ratios": _ratios(shapes)}
+
+
+def _ratios(shapes: dict[str, Any]) -> dict[str, list[float]]:
+    """Time of a round and peak memory, of every way beside ours."""
+    found = {}
+    for shape, result in shapes.items():
+        ours = result["ways"][OURS]
+        for name in STOCK:
+            row = result["ways"][name]
+            found[f"{shape}, {name}, speed"] = of_peer(row["seconds"], ours["seconds"])
+            found[f"{shape}, {name}, memory"] = of_peer([row["peak_mb"]], [ours["peak_mb"]])
+    return found
 
 
 def _measure(shape: str, arguments: argparse.Namespace) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from benchmarks import of_peer
 from einops import rearrange
 from numpy.typing import NDArray
 from PIL import Image
@@ -51,6 +52,7 @@ PHOTOGRAPHS = (  # in the wheels of scikit-image and scikit-learn
 QUALITY = 90
 ENLARGE_AT_MOST = 2  # a small photograph, enlarged more, would be softer than a large one is; it is repeated instead
 LEAST_ROUNDS = 5
+QUICK = {"pictures": 1, "rounds": LEAST_ROUNDS}
 
 Tiles = NDArray[np.uint8]
 Tiler = Callable[[bytes, TilePlan], Tiles]
@@ -81,7 +83,8 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     pictures = {size: [_picture(next(photographs), size) for _ in range(arguments.pictures)] for size in SIZES}
     tilers = _tilers()
     flat = [picture for group in pictures.values() for picture in group]
-    times = _measure(tilers, flat, arguments.rounds)
+    rounds = _measure(tilers, flat, arguments.rounds)
+    times = {name: [statistics.median(values) for values in lists] for name, lists in rounds.items()}
     rows = []
     for index, size in enumerate(SIZES):
         group = slice(index * arguments.pictures, (index + 1) * arguments.pictures)
@@ -94,6 +97,9 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         "sizes": rows,
         "mix": _ratios({name: sum(values) for name, values in times.items()}),
         "pixels": _differences(tilers, flat),
+        "ratios": _ratios_by_round(
+            {name: [sum(each) for each in zip(*lists, strict=True)] for name, lists in rounds.items()}
+        ),
     }
 
 
@@ -187,8 +193,8 @@ def _ours(mode: Any, data: bytes, plan: TilePlan) -> Tiles:
     return tile_image(data, plan, "benchmark picture", mode)
 
 
-def _measure(tilers: dict[str, Tiler], pictures: list[Picture], rounds: int) -> dict[str, list[float]]:
-    """CPU ms of each picture, the median of the rounds behind one that warms up."""
+def _measure(tilers: dict[str, Tiler], pictures: list[Picture], rounds: int) -> dict[str, list[list[float]]]:
+    """CPU ms of each picture in the rounds behind one that warms up."""
     times: dict[str, list[list[float]]] = {name: [[] for _ in pictures] for name in tilers}
     for _ in range(rounds + 1):
         for index, picture in enumerate(pictures):
@@ -196,7 +202,7 @@ def _measure(tilers: dict[str, Tiler], pictures: list[Picture], rounds: int) -> 
                 start = time.process_time()
                 tiler(picture.data, picture.plan)
                 times[name][index].append(1000 * (time.process_time() - start))
-    return {name: [statistics.median(values[1:]) for values in lists] for name, lists in times.items()}
+    return {name: [values[1:] for values in lists] for name, lists in times.items()}
 
 
 def _ratios(ms: dict[str, float]) -> dict[str, Any]:
@@ -208,6 +214,15 @@ def _ratios(ms: dict[str, float]) -> dict[str, Any]:
         "fast_pil": ms["pil"] / ms["fast"],
     }
     return {"ms": ms, "ratio": ratio}
+
+
+def _ratios_by_round(ms: dict[str, list[float]]) -> dict[str, list[float]]:
+    torchvision = list(map(min, ms["torchvision"], ms["torchvision_pillow"]))
+    return {
+        f"{mode} to {name}": of_peer(peer, ms[mode])
+        for mode in ("fast", "exact")
+        for name, peer in (("torchvision", torchvision), ("PIL", ms["pil"]))
+    }
 
 
 def _differences(tilers: dict[str, Tiler], pictures: list[Picture]) -> dict[str, Any]:

@@ -16,6 +16,7 @@ def test_both_loops_run_over_all_records(tokenizer: str, capsys: pytest.CaptureF
     result = bench_indexing.run(arguments)
     rates = [result[f"{name}_images_per_second"] for name in ("bare", "index")]
     assert result["ratio"] == pytest.approx(rates[1] / rates[0], rel=0.1)
+    assert result["ratios"]["bare loop"] == [pytest.approx(result["ratio"], rel=0.1)]
     assert result["text_tokens_a_record"] > 50
     bench_indexing.show(result)
     assert "ratio:" in capsys.readouterr().out

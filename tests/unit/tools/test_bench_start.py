@@ -29,7 +29,7 @@ def test_start_up_imports_nothing_heavy(tmp_path: Path, command: str) -> None:
 def test_start_up_figures_are_of_real_processes(tmp_path: Path) -> None:
     image = tmp_path / "image.jpg"
     Image.new("RGB", (64, 48)).save(image)
-    figures = bench_start.run(1, image)
+    figures = bench_start.run(1, image)["commands"]
     least = figures["python -c pass"]["cpu_s"]
     assert least is not None
     for row in figures.values():

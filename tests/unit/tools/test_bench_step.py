@@ -51,14 +51,15 @@ def test_loss_is_measured_in_small(capsys: pytest.CaptureFixture[str]) -> None:
     bench_step_loss.show(result)
     assert "times as fast with" in capsys.readouterr().out
     assert result["memory_share"] < 0.5
+    assert result["ratios"]["memory"] == [pytest.approx(1 / result["memory_share"])]
 
 
 @pytest.mark.slow
 def test_the_loop_s_shares_add_up() -> None:
     few = [f"stage{stage}.{key}" for stage in (1, 2) for key in ("batch_size=1", "max_length=600", "capacity=700")]
     figures = bench_step_loop.run(argparse.Namespace(steps=bench_step_loop.WARM_UP + 2, settings=few))
-    assert figures.keys() == {"stage1", "stage2"}
-    for row in figures.values():
+    assert figures["stages"].keys() == {"stage1", "stage2"}
+    for row in figures["stages"].values():
         assert row["steps"] == 2
         assert 0 < row["loop"] < 1
         assert 0.3 < row["work"] < 1

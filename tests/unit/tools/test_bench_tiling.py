@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import statistics
 from pathlib import Path
 
 import bench_tiling
@@ -49,6 +50,8 @@ def test_ratios_and_pixels(photos: Path, monkeypatch: pytest.MonkeyPatch, capsys
     ms, ratio = result["mix"]["ms"], result["mix"]["ratio"]
     assert ratio["fast_torchvision"] == min(ms["torchvision"], ms["torchvision_pillow"]) / ms["fast"]
     assert ratio["fast_pil"] > 1 < ratio["exact_torchvision"]
+    assert [len(rounds) for rounds in result["ratios"].values()] == [5] * 4
+    assert statistics.median(result["ratios"]["fast to PIL"]) == pytest.approx(ratio["fast_pil"], rel=0.3)
     assert result["pixels"]["exact to torchvision"]["max"] == 0
     assert 0 < result["pixels"]["fast to torchvision"]["mean"] < 1
     bench_tiling.show(result)
