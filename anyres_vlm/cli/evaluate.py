@@ -83,8 +83,7 @@ def evaluate(
         grader.connect()  # a key that is missing shows now, not behind hours of answers
     # Start-up time: torch and transformers take seconds to import.
     from anyres_vlm.evaluate.benchmarks import make_benchmark
-    from anyres_vlm.evaluate.runner import Run
-    from anyres_vlm.evaluate.runner import evaluate as run_benchmark
+    from anyres_vlm.evaluate.runner import Run, evaluate as run_benchmark
     from anyres_vlm.inference import BATCH_TOKENS, Assistant
     from anyres_vlm.serve.progress import RowProgress
 

@@ -11,8 +11,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 from transformers.image_processing_utils import get_patch_output_size
 from transformers.models.llava_next.processing_llava_next import LlavaNextProcessor
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -64,7 +65,7 @@ def imported_parts(source: str) -> set[str]:
         package, _, rest = module.partition(".")
         if package == "anyres_vlm":
             part = rest.partition(".")[0]
-            parts.add(part if part in ALLOWED else ROOT if hasattr(anyres_vlm, part) or not part else f"unknown {part}")
+            parts.add(part if part in ALLOWED else ROOT if part in {"", "__version__"} else f"unknown {part}")
     return parts
 
 
@@ -109,6 +110,7 @@ def test_the_package_is_what_the_table_says() -> None:
         ("if TYPE_CHECKING:\n    import anyres_vlm.serve.web as web", {"serve"}),
         ("import torch\nfrom pathlib import Path", set()),
         ("from anyres_vlm.elsewhere import thing", {"unknown elsewhere"}),
+        ("from anyres_vlm import Assistant", {"unknown Assistant"}),  # which would hide where it is from
     ],
 )
 def test_every_form_of_import_is_seen(source: str, parts: set[str]) -> None:
@@ -123,3 +125,19 @@ def test_importing_is_light(module: str) -> None:
     loaded = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert loaded.stdout.split() == [], f"importing {module} imports {loaded.stdout}"
     assert loaded.stderr == ""
+
+
+def test_the_public_surface_is_what_the_type_checker_sees() -> None:
+    """Each name comes from the module that the block under TYPE_CHECKING imports it from."""
+    tree = ast.parse((PACKAGE / "__init__.py").read_text(encoding="utf-8"))
+    (block,) = [node for node in tree.body if isinstance(node, ast.If)]
+    typed = {}
+    for node in block.body:
+        assert isinstance(node, ast.ImportFrom)
+        typed |= {alias.name: node.module for alias in node.names}
+    assert sorted(typed) == anyres_vlm.__all__
+    for name, module in typed.items():
+        assert getattr(anyres_vlm, name) is getattr(importlib.import_module(str(module)), name)
+    assert set(anyres_vlm.__all__) <= set(dir(anyres_vlm))
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = anyres_vlm.nothing

@@ -10,8 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from anyres_vlm.data.sources import scan
 from anyres_vlm.data.sources.scan import scan_rows
