@@ -21,6 +21,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 import typer.main
 from pydantic import BaseModel
 
+from anyres_vlm.ablate.sweep import Sweep
 from anyres_vlm.cli.main import app
 from anyres_vlm.config import ModelConfig, RunConfig
 from anyres_vlm.data.sources.mixture import Mixture
@@ -34,6 +35,7 @@ FILES = {
     Mixture: "A mixture of sources: `data.path: FILE.yaml`",
     Settings: "Instruction data: `anyres instruct generate --config FILE`",
     MixConfig: "Sets to mix: `anyres instruct mix FILE`",
+    Sweep: "A sweep: `anyres ablate FILE`",
 }
 KINDS = {"string": "text", "boolean": "true or false", "null": "null", "object": "mapping", None: "any value"}
 BOUNDS = {"minimum": ">=", "exclusiveMinimum": ">", "maximum": "<=", "exclusiveMaximum": "<"}
@@ -100,19 +102,20 @@ def sections(model: type[BaseModel]) -> dict[type[BaseModel], list[str]]:
     def walk(part: type[BaseModel], path: str) -> None:
         found.setdefault(part, []).append(path)
         for name, field in part.model_fields.items():
-            for inner in models_in(field.annotation):
-                walk(inner, f"{path}.{name}".lstrip("."))
+            for inner, below in models_in(field.annotation):
+                walk(inner, f"{path}.{name}{below}".lstrip("."))
 
     walk(model, "")
     return found
 
 
-def models_in(annotation: Any) -> Iterator[type[BaseModel]]:
-    """The models that an annotation speaks of."""
+def models_in(annotation: Any) -> Iterator[tuple[type[BaseModel], str]]:
+    """The models that an annotation speaks of, and the keys of mappings on the way to each."""
     if inspect.isclass(annotation) and issubclass(annotation, BaseModel):
-        yield annotation
+        yield annotation, ""
+    key = ".NAME" if get_origin(annotation) is dict else ""
     for part in get_args(annotation):
-        yield from models_in(part)
+        yield from ((model, key + below) for model, below in models_in(part))
 
 
 def kind(schema: dict[str, Any]) -> str:

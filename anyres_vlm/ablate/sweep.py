@@ -19,10 +19,10 @@ Seeds = Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)]
 class Published(Frozen):
     """What a choice did elsewhere: a benchmark's score with the baseline's choice and with the variant's."""
 
-    benchmark: str
-    baseline: float
-    variant: float
-    source: str
+    benchmark: str  # its name
+    baseline: float  # score with the baseline's choice
+    variant: float  # score with this one
+    source: str  # where it is printed
 
     @property
     def delta(self) -> float:
@@ -33,11 +33,11 @@ class Published(Frozen):
 class Variant(Frozen):
     """One value of an axis. `seeds` are fewer than the sweep's, if any."""
 
-    set: Settings = {}  # noqa: RUF012, for pydantic copies defaults
-    skip_stage1: bool = False
-    seeds: Seeds | None = None
-    published: tuple[Published, ...] = ()
-    note: str | None = None
+    set: Settings = Field({})  # of a run, by dotted key, as --set takes them
+    skip_stage1: bool = False  # stage 2 on an untrained projector
+    seeds: Seeds | None = None  # fewer than the sweep's
+    published: tuple[Published, ...] = ()  # what the same choice did elsewhere
+    note: str | None = None  # below the table, such as why nothing is published
 
 
 class Measure(Frozen):
@@ -47,10 +47,11 @@ class Measure(Frozen):
     each times `scale`. With `rendered`, so many held-out questions are drawn once and become --data.
     """
 
-    run: str
+    run: str  # such as `eval heldout`
+    # columns by title: a dotted path into the command's JSON, or several
     numbers: Annotated[dict[str, str | Annotated[tuple[str, ...], Field(min_length=1)]], Field(min_length=1)]
-    scale: float = 100
-    rendered: Positive | None = None
+    scale: float = 100  # times each number
+    rendered: Positive | None = None  # questions to draw for --data
 
     @field_validator("run")
     @classmethod
@@ -63,12 +64,13 @@ class Measure(Frozen):
 class Sweep(Frozen):
     """A whole sweep. The first variant of each axis is the baseline's; relative to this file lies `base` alone."""
 
-    base: Path
-    set: Settings = {}  # noqa: RUF012, for pydantic copies defaults
-    seeds: Seeds
+    base: Path  # a run's configuration, beside this file
+    set: Settings = Field({})  # in every run, by dotted key
+    seeds: Seeds  # of weights, order and pictures
+    # variants by title in axes by title; the first is the baseline's
     axes: Annotated[dict[str, Annotated[dict[str, Variant], Field(min_length=2)]], Field(min_length=1)]
-    combine: Literal["one_at_a_time", "grid"] = "one_at_a_time"
-    measure: Annotated[tuple[Measure, ...], Field(min_length=1)]
+    combine: Literal["one_at_a_time", "grid"] = "one_at_a_time"  # grid: every combination of variants
+    measure: Annotated[tuple[Measure, ...], Field(min_length=1)]  # of each model
     launch: str | None = None  # before `anyres train`, such as torchrun --nproc-per-node 8 -m; None is one process
 
     @model_validator(mode="after")
