@@ -1,0 +1,71 @@
+"""What is fuzzed: a way to make inputs and a check of what the project does with one."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis.strategies import SearchStrategy
+from watch import watched
+
+
+@dataclass(frozen=True)
+class Target:
+    """`check` gets an input and an empty folder: True for accepted, False for a clean refusal; a fault raises."""
+
+    inputs: SearchStrategy[Any]
+    check: Callable[[Any, Path], bool]
+    coverage: bool = False  # the inputs are bytes for a parser of our own: atheris can guide itself by its branches
+
+
+@dataclass
+class Tally:
+    """What became of the inputs."""
+
+    accepted: int = 0
+    rejected: int = 0
+    failures: int = 0
+    faults: dict[str, str] = field(default_factory=dict)  # the error of each kind of fault -> its first input
+
+    @property
+    def tried(self) -> int:
+        return self.accepted + self.rejected + self.failures
+
+    def add(self, target: Target, value: Any) -> None:
+        """Try one input under the watch; a fault is counted, not raised."""
+        with tempfile.TemporaryDirectory() as folder:
+            try:
+                with watched(Path(folder)):
+                    accepted = target.check(value, Path(folder))
+            except Exception as error:
+                self.failures += 1
+                self.faults.setdefault(f"{type(error).__name__}: {error}"[:300], repr(value))
+            else:
+                self.accepted += accepted
+                self.rejected += not accepted
+
+
+def explore(target: Target, examples: int, seconds: float = float("inf"), fixed: bool = False) -> Tally:
+    """The outcomes of up to `examples` inputs from Hypothesis, the same each time if `fixed`."""
+    tally, end = Tally(), time.monotonic() + seconds
+
+    @settings(
+        max_examples=examples,
+        database=None,
+        deadline=None,
+        derandomize=fixed,
+        phases=[Phase.generate],
+        suppress_health_check=list(HealthCheck),
+    )
+    @given(target.inputs)
+    def try_one(value: Any) -> None:
+        if time.monotonic() < end:
+            tally.add(target, value)
+
+    try_one()
+    return tally
