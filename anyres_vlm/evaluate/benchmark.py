@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+from anyres_vlm.data.sources.base import path_inside
 from anyres_vlm.errors import DataError, UsageError
 from anyres_vlm.evaluate.answers import Answered, read_json
 from anyres_vlm.schema import ImageRef
@@ -117,9 +118,7 @@ class ImageFolders:
 
     def find(self, name: str, where: str) -> ImageRef:
         """A picture by its file's name; one that is in no folder is expected in the first."""
-        if not name or "\0" in name or name.startswith("/") or ".." in name.split("/"):
-            raise DataError(f"{where}: image {name!r} is not the name of a file in the image folder")
-        paths = [folder / name for folder in self.folders]
+        paths = [path_inside(folder, name, where) for folder in self.folders]
         path = next((path for path in paths if path.exists()), paths[0])
         return ImageRef(str(path), path)
 
