@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -119,7 +120,7 @@ class ImageFolders:
     def find(self, name: str, where: str) -> ImageRef:
         """A picture by its file's name; one that is in no folder is expected in the first."""
         paths = [path_inside(folder, name, where) for folder in self.folders]
-        path = next((path for path in paths if path.exists()), paths[0])
+        path = next((path for path in paths if os.path.exists(path)), paths[0])  # False for names too long
         return ImageRef(str(path), path)
 
 

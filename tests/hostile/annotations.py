@@ -11,7 +11,7 @@ from typing import Any
 from hypothesis import strategies as st
 from images import TILING, encoded, photo
 from target import Target
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from anyres_vlm.data.conversation import ConversationTokenizer
@@ -21,7 +21,7 @@ from anyres_vlm.data.index.rows import IndexSettings
 from anyres_vlm.data.sources.base import Source
 from anyres_vlm.data.sources.kinds import open_single
 from anyres_vlm.errors import DataError, UsageError
-from anyres_vlm.evaluate.answers import read_answers
+from anyres_vlm.evaluate.answers import Answered, read_answers
 from anyres_vlm.evaluate.benchmark import Benchmark
 from anyres_vlm.evaluate.benchmarks import make_benchmark
 from anyres_vlm.instruct.coco import read_coco
@@ -34,7 +34,20 @@ RECORD = {
     "conversations": [{"from": "human", "value": "<image>\nwhat?"}, {"from": "gpt", "value": "a star"}],
 }
 DEEP = "[" * 900 + "]" * 900  # what Python's parser still takes
-ODD_TEXTS = ["", "\0", "\ud800", "..", "/etc/passwd", "../a.png", "a.png", "<image>", "</s>", "x" * 5000, "\u2028", "1e9"]
+ODD_TEXTS = [
+    "",
+    "\0",
+    "\ud800",
+    "..",
+    "/etc/passwd",
+    "../a.png",
+    "a.png",
+    "<image>",
+    "</s>",
+    "x" * 5000,
+    "\u2028",
+    "1e9",
+]
 ODD_NUMBERS = [0, -1, 10**30, 2**63, float("nan"), float("inf"), 1.5, True]
 
 
@@ -45,8 +58,6 @@ def settings() -> IndexSettings:
     words = {word: number for number, word in enumerate([*special, *sorted(pre_tokenizers.ByteLevel.alphabet())])}
     tokenizer = Tokenizer(models.BPE(words, []))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    from tokenizers import decoders
-
     tokenizer.decoder = decoders.ByteLevel()
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
@@ -125,7 +136,21 @@ BENCHMARKS: dict[str, tuple[Benchmark, str, Any]] = {
     "gqa": (
         make_benchmark("gqa", None, None),
         "testdev_balanced_questions.json",
-        {"2": {"imageId": "a", "question": "what?", "answer": "a", "isBalanced": True, "groups": {}, "types": {}}},
+        {
+            "2": {
+                "imageId": "a",
+                "question": "what?",
+                "answer": "a",
+                "isBalanced": True,
+                "groups": {"global": None, "local": ""},
+                "types": {"structural": "verify", "semantic": "obj"},
+                "semanticStr": "",
+                "semantic": [],
+                "entailed": [],
+                "equivalent": [],
+                "fullAnswer": "a",
+            }
+        },
     ),
     "textvqa": (
         make_benchmark("textvqa", False, None),
@@ -184,6 +209,19 @@ def check_benchmark(given: tuple[str, str], folder: Path) -> bool:
             benchmark.score(annotations, read_answers(said), partial=True)
     except (DataError, UsageError) as error:
         _check_message(error)
+        return _is_scored(benchmark, folder / file)
+    return True
+
+
+def _is_scored(benchmark: Benchmark, file: Path) -> bool:
+    """Whether answers made elsewhere are, where the questions cannot be asked."""
+    try:
+        annotations = benchmark.annotations(file)
+        if not annotations:
+            return False
+        benchmark.score(annotations, [Answered(name, "yes", raw=True) for name in ("2", "v1_0")], partial=True)
+    except (DataError, UsageError) as error:
+        _check_message(error)
         return False
     return True
 
@@ -210,7 +248,8 @@ def _scenes(content: str, folder: Path, coco: bool) -> bool:
         _check_message(error)
         return False
     for scene in scenes:
-        assert (images / scene.image).resolve().is_relative_to(images.resolve()), scene.image
+        assert not scene.image.startswith("/")
+        assert ".." not in scene.image.split("/")
         assert all(0 <= side <= 1 for item in scene.objects for side in item.box)
     return True
 
@@ -231,13 +270,13 @@ odd_values = st.one_of(
 @st.composite
 def odd_json(draw: st.DrawFn, good: Any) -> Any:
     """A good value with some of its parts changed, left out or doubled."""
-    if draw(st.integers(0, 9)) == 0:
+    if draw(st.integers(0, 24)) == 0:
         return draw(odd_values)
     if isinstance(good, dict):
-        kept = {key: value for key, value in good.items() if draw(st.integers(0, 19))}
+        kept = {key: value for key, value in good.items() if draw(st.integers(0, 39))}
         return {key: draw(odd_json(value)) for key, value in kept.items()}
     if isinstance(good, list):
-        times = draw(st.sampled_from([1, 1, 1, 1, 2, 0]))
+        times = draw(st.sampled_from([1] * 9 + [2, 0]))
         return [draw(odd_json(value)) for value in good * times]
     return good
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 import time
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,7 +31,7 @@ class Tally:
     accepted: int = 0
     rejected: int = 0
     failures: int = 0
-    faults: dict[str, str] = field(default_factory=dict)  # the error of each kind of fault -> its first input
+    faults: dict[str, str] = field(default_factory=dict)  # type and place of each -> its first message and input
 
     @property
     def tried(self) -> int:
@@ -44,7 +45,9 @@ class Tally:
                     accepted = target.check(value, Path(folder))
             except Exception as error:
                 self.failures += 1
-                self.faults.setdefault(f"{type(error).__name__}: {error}"[:300], repr(value))
+                last = traceback.extract_tb(error.__traceback__)[-1]
+                place = f"{type(error).__name__} at {Path(last.filename).name}:{last.lineno}"
+                self.faults.setdefault(place, f"{str(error)[:300]} of {value!r}")
             else:
                 self.accepted += accepted
                 self.rejected += not accepted

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from io import BytesIO
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,22 +12,22 @@ from images import (
     TARGETS,
     TILING,
     bad_pictures,
-    bomb,
     check_picture,
     encoded,
     good_pictures,
     photo,
     progressive_cut,
+    turned,
 )
 from PIL import Image, ImageOps
 from target import explore
 from watch import watched
 
+from anyres_vlm.config import TilingMode
 from anyres_vlm.data.checks import plan_image
 from anyres_vlm.data.headers import read_size
-from anyres_vlm.data.images import PIXELS_LIMIT, decode_image
-from anyres_vlm.data.tiling import tile_image
-from anyres_vlm.errors import DataError
+from anyres_vlm.data.images import JPEG_PIXELS_LIMIT, PIXELS_LIMIT, decode_image, open_image
+from anyres_vlm.data.tiling import cut_tiles, tile_image
 from anyres_vlm.schema import ImageRef
 
 
@@ -68,6 +69,29 @@ def test_long_thin_pictures(tmp_path: Path) -> None:
         with watched(tmp_path):
             assert (read_size(image).width, read_size(image).height) == (width, height)
             assert check_picture(data, tmp_path) == (max(width, height) <= 1000 * min(width, height))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["png", "png_clear", "png_16", "gif", "webp", "jpeg_progressive", "jpeg_cmyk", "tiff"])
+@pytest.mark.parametrize("mode", ["exact", "fast"])
+def test_the_largest_pictures_take_less_than_a_gibibyte(tmp_path: Path, kind: str, mode: TilingMode) -> None:
+    width = 7000
+    height = (JPEG_PIXELS_LIMIT if kind.startswith("jpeg") else PIXELS_LIMIT) // width
+    file, colours = tmp_path / "large", {"png_clear": "P", "gif": "P", "webp": "RGBA", "png_16": "I;16"}
+    picture = Image.new("CMYK" if kind in ("jpeg_cmyk", "tiff") else colours.get(kind, "RGB"), (width, height))
+    options: dict[str, Any] = {"exif": turned(6)} if kind != "gif" else {}
+    if kind == "png_clear":
+        options["transparency"] = 0
+    if kind.startswith("jpeg"):
+        options |= {"progressive": True, "subsampling": 0}
+    picture.save(file, kind.partition("_")[0], **options)
+    del picture
+    image = ImageRef("large", file)
+    with watched(tmp_path):
+        plan = plan_image(image, TILING)
+        assert tile_image(file.read_bytes(), plan, "large", mode).shape[0] == plan.num_tiles
+    with watched(tmp_path):
+        cut_tiles(open_image(image), plan)
 
 
 @pytest.mark.parametrize("name", TARGETS)
