@@ -5,7 +5,8 @@ from __future__ import annotations
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -39,18 +40,25 @@ class Tally:
 
     def add(self, target: Target, value: Any) -> None:
         """Try one input under the watch; a fault is counted, not raised."""
-        with tempfile.TemporaryDirectory() as folder:
-            try:
-                with watched(Path(folder)):
-                    accepted = target.check(value, Path(folder))
-            except Exception as error:
-                self.failures += 1
-                last = traceback.extract_tb(error.__traceback__)[-1]
-                place = f"{type(error).__name__} at {Path(last.filename).name}:{last.lineno}"
-                self.faults.setdefault(place, f"{str(error)[:300]} of {value!r}")
-            else:
-                self.accepted += accepted
-                self.rejected += not accepted
+        with tempfile.TemporaryDirectory() as name:
+            folder = Path(name)
+            with self.counting(value) as outcome, watched(folder):
+                outcome.append(target.check(value, folder))
+
+    @contextmanager
+    def counting(self, value: Any) -> Iterator[list[bool]]:
+        """Count what the block appends as its outcome, or what it raises."""
+        outcome: list[bool] = []
+        try:
+            yield outcome
+        except Exception as error:
+            self.failures += 1
+            last = traceback.extract_tb(error.__traceback__)[-1]
+            place = f"{type(error).__name__} at {Path(last.filename).name}:{last.lineno}"
+            self.faults.setdefault(place, f"{str(error)[:300]} of {value!r}")
+        else:
+            self.accepted += sum(outcome)
+            self.rejected += len(outcome) - sum(outcome)
 
 
 def explore(target: Target, examples: int, seconds: float = float("inf"), fixed: bool = False) -> Tally:

@@ -57,9 +57,9 @@ def test_images_outside_the_folder_are_rejects(data: Path, name: str) -> None:
     data.write_text(json.dumps([good_record(image=name), good_record(), good_record(image="inner.png")]))
     with watched(data.parent):
         assert index(data) == {"malformed_record": 1, "ok": 2}
-    with pytest.raises(DataError, match="out of the image folder|outside the image folder"):
+    with pytest.raises(DataError, match=r"out of the image folder|outside the image folder"):
         read_records(data, None, 0.0)
-    with pytest.raises(DataError, match="out of the image folder|outside the image folder"):
+    with pytest.raises(DataError, match=r"out of the image folder|outside the image folder"):
         ImageFolders(data, data.parent, ()).find(name, "question 1")
 
 
