@@ -215,6 +215,6 @@ def damaged(draw: st.DrawFn, only: str = "") -> bytes:
 
 TARGETS = {
     "pictures, damaged": Target(damaged(), check_picture),
-    "picture headers, damaged": Target(damaged(), check_header),
+    "picture headers, damaged": Target(damaged(), check_header, coverage=True),
     "JPEG header": Target(damaged("jpeg"), check_jpeg_head, coverage=True),
 }

@@ -95,6 +95,17 @@ def test_a_folder_of_hostile_pictures_is_indexed(data: Path) -> None:
     assert refused <= sum(counted.values()) <= len(bad_pictures())
 
 
+def test_messages_stay_on_one_line(data: Path) -> None:
+    data.write_text(json.dumps([good_record(id="a\r\u2028b\n", image=5)]))
+    with pytest.raises(DataError) as caught:
+        read_records(data, None, 1.0)
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_a_benchmark_may_name_no_picture(data: Path) -> None:
+    assert ImageFolders(data, None, ()).find("x" * 5000, "question 1").path is not None
+
+
 def nested(key: str, value: str) -> str:
     return json.dumps([good_record(**{key: "DEEP"}), good_record()]).replace('"DEEP"', value)
 
