@@ -80,15 +80,14 @@ def path_inside(folder: Path, name: str, where: str) -> Path:
     if name.startswith("/") or ".." in name.split("/"):
         raise DataError(f"{where}: image {name!r} lies outside the image folder")
     path = folder / _unicode(name, f"{where}: the image's name")
-    real = os.path.realpath(path) if os.path.islink(path) else _real_folder(path.parent)
-    if not Path(real).is_relative_to(_real_folder(folder)):
-        raise DataError(f"{where}: image {name!r} is a link out of the image folder, to {real}: copy it there")
+    if not _stays_inside(name if os.path.islink(path) else os.path.dirname(name), folder):
+        raise DataError(f"{where}: image {name!r} leads out of the image folder by a link: copy it there")
     return path
 
 
-@lru_cache(maxsize=1 << 16)  # far fewer folders than images
-def _real_folder(path: Path) -> str:
-    return os.path.realpath(path)
+@lru_cache(maxsize=1 << 16)  # there are far fewer folders and links than images
+def _stays_inside(name: str, folder: Path) -> bool:
+    return Path(os.path.realpath(folder / name)).is_relative_to(os.path.realpath(folder))
 
 
 def shards_name(files: Sequence[Path]) -> str:
