@@ -148,6 +148,14 @@ def test_a_line_of_100_mb(data: Path, suffix: str, key: str) -> None:
         assert index(file) == {"malformed_record": 1, "ok": 1}
 
 
+@pytest.mark.slow
+def test_many_long_records(data: Path) -> None:
+    said = [{"from": "human", "value": "x " * 500_000}, {"from": "gpt", "value": "yes"}]
+    data.write_text(json.dumps([{"conversations": said}] * 6 + [good_record()]))
+    with watched(data.parent):
+        assert index(data) == {"too_long": 6, "ok": 1}
+
+
 @pytest.mark.parametrize("name", BENCHMARKS)
 def test_benchmark_files(tmp_path: Path, name: str) -> None:
     good = json.dumps(BENCHMARKS[name][2])

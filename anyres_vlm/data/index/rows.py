@@ -21,7 +21,7 @@ from anyres_vlm.geometry import TilePlan, Tiling
 from anyres_vlm.schema import IMAGE_TOKEN, Record, Sample, Turn
 
 BATCH = 512  # conversations tokenised at once
-BATCH_CHARACTERS = 1 << 21  # and fewer where they are long: a token takes a hundred bytes for a while
+BATCH_CHARACTERS = 1 << 20  # and fewer where they are long: until it is a row, a token takes up to 270 bytes
 PROBE = (Turn("user", f"{IMAGE_TOKEN}\nquestion"), Turn("assistant", "answer")) * 2
 
 Place = tuple[int, str]  # row and source

@@ -11,7 +11,7 @@ from anyres_vlm.data.blobs import open_file
 from anyres_vlm.errors import DataError
 
 BOM = b"\xef\xbb\xbf"
-LONGEST = 1 << 22  # bytes of a record: more than any that fits into a sample, and cheap to parse and to tokenise
+LONGEST = 1 << 20  # bytes of a record: more than any that fits into a sample, and cheap to parse and to tokenise
 CHUNK = 1 << 20  # bytes searched at once for line breaks
 
 
