@@ -29,7 +29,7 @@ class DataError(ValueError):
     """
 
     def __init__(self, message: str, *, kind: RejectKind | None = None, record: str | None = None) -> None:
-        super().__init__(message)
+        super().__init__(" ".join(message.splitlines()))  # one line, whatever a file's names hold
         self.kind = kind
         self.record = record
 

@@ -9,7 +9,7 @@ from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from PIL import ExifTags, Image, ImageFile, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageFile, ImageOps, JpegImagePlugin, UnidentifiedImageError
 
 from anyres_vlm.data.blobs import blob_name, read_blob
 from anyres_vlm.data.headers import UNREADABLE
@@ -19,8 +19,11 @@ if TYPE_CHECKING:  # schema imports numpy, which `anyres tokens` does without
     from anyres_vlm.schema import ImageRef
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")  # those whose headers are counted
-BYTES_LIMIT = 256 * 2**20  # a file of 160 megapixels at 12 bits a pixel has 240 MB
-PIXELS_LIMIT = 160_000_000  # 480 MB as RGB; below Pillow's own limit of 179 million
+BYTES_LIMIT = 256 * 2**20
+# What decoding takes stays below 1 GiB: up to 12 bytes a pixel of a JPEG, 20 of the rest (a WebP with alpha).
+JPEG_PIXELS_LIMIT = 85_000_000
+PIXELS_LIMIT = 50_000_000
+BAND = 1 << 20  # pixels converted at once
 UNDEFINED_WHITE = ("I", "F")  # 32-bit grey: nothing in the file says which number is white
 
 
@@ -48,10 +51,11 @@ def opened(data: bytes, name: str) -> Iterator[ImageFile.ImageFile]:
             if len(data) > BYTES_LIMIT:
                 raise DataError(f"{name}: {len(data)} bytes, at most {BYTES_LIMIT} are read: scale the image down")
             with Image.open(BytesIO(data), formats=FORMATS) as image:
-                if image.width * image.height > PIXELS_LIMIT:
+                limit = JPEG_PIXELS_LIMIT if isinstance(image, JpegImagePlugin.JpegImageFile) else PIXELS_LIMIT
+                if image.width * image.height > limit:
                     raise DataError(
-                        f"{name}: {image.width}x{image.height} is too large to decode, at most {PIXELS_LIMIT} pixels "
-                        f"are: scale the image down"
+                        f"{name}: {image.width}x{image.height} is too large to decode, at most {limit} pixels are: "
+                        f"scale the image down"
                     )
                 yield image
     except Image.DecompressionBombError as error:
@@ -74,11 +78,24 @@ def to_rgb(image: Image.Image, name: str) -> Image.Image:
     """Decode an opened picture: RGB, upright. Raises what Pillow raises; `opened` turns it into a `DataError`."""
     image.load()
     if orientation(image) != 1:
-        image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I;16"):  # Pillow's own conversion cuts everything above 255
-        return image.convert("I").point(lambda level: level * (1 / 257) + 0.5).convert("L").convert("RGB")
+        ImageOps.exif_transpose(image, in_place=True)
+    if image.mode == "RGB" and not image.has_transparency_data:
+        return image
     if image.mode in UNDEFINED_WHITE:
         raise DataError(f"{name}: 32-bit grey ({image.mode}) has no defined white: save it with 8 or 16 bits")
+    rows = max(BAND // image.width, 1)
+    if rows >= image.height:
+        return _band_to_rgb(image)
+    rgb = Image.new("RGB", image.size)
+    for top in range(0, image.height, rows):  # whole copies in between would take most of the memory
+        band = image.crop((0, top, image.width, min(top + rows, image.height)))
+        rgb.paste(_band_to_rgb(band), (0, top))
+    return rgb
+
+
+def _band_to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I;16"):  # Pillow's own conversion cuts everything above 255
+        return image.convert("I").point(lambda level: level * (1 / 257) + 0.5).convert("L").convert("RGB")
     if image.has_transparency_data:
         return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA")).convert("RGB")
     return image.convert("RGB")

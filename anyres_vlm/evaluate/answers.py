@@ -131,3 +131,7 @@ def _parse(text: str, path: Path) -> Any:
         return json.loads(text, object_pairs_hook=unique)
     except RecursionError:
         raise DataError(f"{path}: nested too deeply; expected an answer or annotation file") from None
+    except json.JSONDecodeError:
+        raise
+    except ValueError as error:  # a number of thousands of digits
+        raise DataError(f"{path}: cannot be parsed as JSON: {error}") from None

@@ -51,7 +51,8 @@ class GQA:
 
     def annotations(self, data: Path) -> list[Path]:
         path = _file(data)
-        return [path] if any("answer" in entry for entry in questions_by_id(path).values()) else []
+        entries = questions_by_id(path).values()
+        return [path] if any(isinstance(entry, dict) and "answer" in entry for entry in entries) else []
 
     def submission(self, data: Path, answers: Sequence[tuple[Question, str]]) -> tuple[str, Any]:
         return ".json", [{"questionId": question.id, "prediction": prediction(text)} for question, text in answers]

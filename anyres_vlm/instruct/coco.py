@@ -6,6 +6,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
+from anyres_vlm.data.sources.base import path_inside
 from anyres_vlm.errors import DataError
 from anyres_vlm.geometry import Size
 from anyres_vlm.instruct.json_stream import entry_of, stream_json, text_of
@@ -26,6 +27,7 @@ def read_coco(captions: Path, instances: Path | None, folder: Path | None = None
     for entry in stream_json(captions, "images.item"):
         with entry_of(captions, "image", entry):
             known = {"file_name": text_of(entry["file_name"])} | {side: entry.get(side) for side in ("height", "width")}
+            path_inside(folder or captions.parent, known["file_name"], f"{captions}: image {entry.get('id')}")
             if images.setdefault(int(entry["id"]), known) != known:
                 raise DataError(f"{captions}: two images have the id {entry['id']}: ids must differ")
     texts: dict[int, list[str]] = {}

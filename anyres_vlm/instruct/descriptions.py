@@ -14,6 +14,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
+from anyres_vlm.data.sources.base import path_inside
 from anyres_vlm.errors import DataError
 from anyres_vlm.instruct.json_stream import entry_of, stream_records, text_of
 from anyres_vlm.instruct.scene import Object, Scene, box_in, clean_captions, image_size
@@ -45,6 +46,7 @@ def _scene(entry: dict[str, Any], path: Path, images: Path | None) -> Scene:
     number = entry["id"] if "id" in entry else entry["image_id"]
     name = str(number) if isinstance(number, int) else text_of(number)
     image = text_of(entry.get("image", f"{name}.jpg"))
+    path_inside(images or path.parent, image, f"{path}: record {name}")
     found = [(text_of(item["category"]), item["box"]) for item in entry.get("boxes", [])]
     for region in entry.get("regions", []):
         found.append((text_of(region["phrase"]), [region[side] for side in ("x", "y", "width", "height")]))

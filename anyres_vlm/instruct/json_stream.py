@@ -57,7 +57,7 @@ def entry_of(path: Path, what: str, entry: Any) -> Iterator[None]:
     except DataError:
         raise
     except FAULTS as error:
-        shown = str(entry)
+        shown = repr(entry)
         shown = shown if len(shown) <= SHOWN else f"{shown[:SHOWN]}..."
         raise DataError(f"{path}: {what} {shown} is not as expected: {type(error).__name__} {error}") from None
 

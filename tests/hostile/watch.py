@@ -16,7 +16,16 @@ MEMORY_BYTES = 1 << 30  # above what was in use before
 HANG_S = 60  # the process ends with a traceback
 SLOW_S = 20
 LAUNCHES = {"subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "os.fork", "pty.spawn"}
-CHANGES = {"os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.link", "os.symlink", "os.truncate", "os.chmod"}
+CHANGES = {  # arguments: the paths that change, each with the open folder that it may be relative to
+    "os.mkdir": ((0, 2),),
+    "os.rename": ((0, 2), (1, 3)),
+    "os.remove": ((0, 1),),
+    "os.rmdir": ((0, 1),),
+    "os.link": ((0, 2), (1, 3)),
+    "os.symlink": ((1, 2),),
+    "os.truncate": ((0, -1),),
+    "os.chmod": ((0, 2),),
+}
 
 
 @dataclass
@@ -37,9 +46,12 @@ class Seen:
             if flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT) and not isinstance(path, int):
                 self._written(path)
         elif event in CHANGES:
-            for path in arguments[: 2 if event in {"os.rename", "os.link", "os.symlink"} else 1]:
+            for place, at in CHANGES[event]:
+                path, folder = arguments[place], arguments[at]
                 if isinstance(path, (str, bytes, os.PathLike)):
-                    self._written(path)
+                    in_open_folder = event != "os.truncate" and folder >= 0
+                    known = os.readlink(f"/proc/self/fd/{folder}") if in_open_folder else ""
+                    self._written(os.path.join(known, os.fsdecode(path)))
 
     def _written(self, path: Any) -> None:
         whole = Path(os.path.abspath(os.fsdecode(path)))

@@ -21,6 +21,7 @@ from anyres_vlm.geometry import TilePlan, Tiling
 from anyres_vlm.schema import IMAGE_TOKEN, Record, Sample, Turn
 
 BATCH = 512  # conversations tokenised at once
+BATCH_CHARACTERS = 1 << 20  # and fewer where they are long: until it is a row, a token takes up to 270 bytes
 PROBE = (Turn("user", f"{IMAGE_TOKEN}\nquestion"), Turn("assistant", "answer")) * 2
 
 Place = tuple[int, str]  # row and source
@@ -64,6 +65,7 @@ def index_rows(source: Source, settings: IndexSettings, start: int, stop: int) -
     """Rows `start` to `stop` of the source, rejects included, as the schema has them."""
     rows: list[Row] = []
     planned: list[_Planned] = []
+    characters = 0
     name = source.name
     for row, item in enumerate(source.records(start, stop), start=start):
         place = (row, source.origin(row) if isinstance(source, MixtureSource) else name)
@@ -73,12 +75,13 @@ def index_rows(source: Source, settings: IndexSettings, start: int, stop: int) -
             result = _plan(item, place, settings.tiling)
             if isinstance(result, _Planned):
                 planned.append(result)
+                characters += sum(len(turn.text) for turn in result.record.turns)
             else:
                 rows.append(result)
-        if len(planned) == BATCH or row == stop - 1:
+        if len(planned) == BATCH or characters >= BATCH_CHARACTERS or row == stop - 1:
             encoded = settings.conversation.encode([sample.record for sample in planned])
             rows += [_row(*pair, settings) for pair in zip(planned, encoded, strict=True)]
-            planned = []
+            planned, characters = [], 0
     rows.sort(key=itemgetter(ROW))
     columns = zip(*rows, strict=True) if rows else iter([()] * len(SCHEMA))
     return pa.table([pa.array(values, field.type) for values, field in zip(columns, SCHEMA, strict=True)], SCHEMA)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import reprlib
 from collections.abc import Callable, Iterator, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -65,12 +67,27 @@ def _checked(entry: dict[str, Any], name: str, find_image: ImageFinder) -> Recor
 
 def image_file(item: Any, name: str, folder: Path) -> ImageRef:
     """A file inside the image folder. Raises `DataError` for anything else than its relative path."""
-    if not isinstance(item, str) or not item or "\0" in item:
-        raise DataError(f"record {name}: an image must be a file name, got {item!r}")
-    if item.startswith("/") or ".." in item.split("/"):
-        raise DataError(f"record {name}: image {item!r} lies outside the image folder")
-    path = folder / _unicode(item, f"record {name}: the image's name")
+    if not isinstance(item, str):
+        raise DataError(f"record {name}: an image must be a file name, got {reprlib.repr(item)}")
+    path = path_inside(folder, item, f"record {name}")
     return ImageRef(str(path), path)
+
+
+def path_inside(folder: Path, name: str, where: str) -> Path:
+    """The path of a name in a folder. Raises `DataError` for one that leads out of it, by a symbolic link too."""
+    if not name or "\0" in name:
+        raise DataError(f"{where}: an image must be a file name, got {name!r}")
+    if name.startswith("/") or ".." in name.split("/"):
+        raise DataError(f"{where}: image {name!r} lies outside the image folder")
+    path = folder / _unicode(name, f"{where}: the image's name")
+    if not _stays_inside(name if os.path.islink(path) else os.path.dirname(name), folder):
+        raise DataError(f"{where}: image {name!r} leads out of the image folder by a link: copy it there")
+    return path
+
+
+@lru_cache(maxsize=1 << 16)  # there are far fewer folders and links than images
+def _stays_inside(name: str, folder: Path) -> bool:
+    return Path(os.path.realpath(folder / name)).is_relative_to(os.path.realpath(folder))
 
 
 def shards_name(files: Sequence[Path]) -> str:

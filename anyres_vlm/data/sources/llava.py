@@ -16,6 +16,7 @@ from anyres_vlm.errors import DataError
 from anyres_vlm.schema import Record
 
 BLOCK = 64  # rows of a stream read at once
+BLOCK_BYTES = 1 << 24  # if they are no longer than this together; else one
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,8 +41,12 @@ class LlavaSource:
 
     def records(self, start: int, stop: int) -> Iterator[Record | DataError]:
         """One item a row, in order; a bad row comes as its `DataError`."""
-        for first in range(start, stop, BLOCK):
-            rows = range(first, min(first + BLOCK, stop))
+        while start < stop:
+            end = min(start + BLOCK, stop)
+            if self.offsets[end] - self.offsets[start] > BLOCK_BYTES:
+                end = start + 1
+            rows = range(start, end)
+            start = end
             try:
                 contents = self._read(rows)
             except DataError as error:

@@ -11,11 +11,14 @@ from anyres_vlm.data.blobs import open_file
 from anyres_vlm.errors import DataError
 
 BOM = b"\xef\xbb\xbf"
+LONGEST = 1 << 20  # bytes of a record: more than any that fits into a sample, and cheap to parse and to tokenise
 CHUNK = 1 << 20  # bytes searched at once for line breaks
 
 
 def parse_json(content: bytes, where: Callable[[int], str]) -> Any:
     """The value. Raises `DataError` with what `where` calls the position of the fault in bytes."""
+    if len(content) > LONGEST:
+        raise DataError(f"{where(0)}: {len(content):,} bytes of JSON; a record has at most {LONGEST:,}: split it")
     try:
         return json.loads(content.decode("utf-8"))
     except json.JSONDecodeError as error:
