@@ -5,32 +5,34 @@ An unknown key fails with the nearest known one; values are validated when the f
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, cast, get_args
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from anyres_vlm.errors import UsageError
-from anyres_vlm.explain import did_you_mean, explain
+from anyres_vlm.explain import did_you_mean, explain, shortened
 from anyres_vlm.geometry import Dialect, Grid, Layout, Tiling
+from anyres_vlm.plain_yaml import parse_yaml
 
 StageName = Literal["stage1", "stage2"]
 TemplateName = Literal[
     "plain", "tiny", "vicuna_v1", "llama_2", "mistral", "llama_3", "chatml", "chatml_direct", "chat_template"
 ]  # `chat_template` is the tokenizer's own
 TilingMode = Literal["fast", "exact"]
-Positive = Annotated[int, Field(ge=1)]
+MOST_BYTES = 1 << 18  # of a configuration; PyYAML reads some 100 kB a second
+Positive = Annotated[int, Field(ge=1, lt=1 << 63)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Rate = Annotated[float, Field(gt=0, le=1)]
 Model = TypeVar("Model", bound=BaseModel)
 
 
 class Frozen(BaseModel):
-    """Base of all configuration models: no unknown key, no later change."""
+    """Base of all configuration models: no unknown key, no later change, no number that is none."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class EncoderConfig(Frozen):
@@ -193,7 +195,7 @@ class RunConfig(Frozen):
     model: ModelConfig | CheckpointConfig  # base models, or a checkpoint
     stage1: StageConfig  # feature alignment: trains the projector
     stage2: StageConfig  # visual instruction tuning: trains the language model, too
-    seed: int = 0  # of everything that is drawn
+    seed: Annotated[int, Field(ge=-(1 << 63), lt=1 << 63)] = 0  # of everything that is drawn
     precision: Literal["fp32", "bf16"] = "bf16"  # of the computation; weights and moments are fp32
     workers: Annotated[int, Field(ge=0)] = 0  # loader processes
     trackers: tuple[Literal["wandb", "trackio"], ...] = ()  # beside TensorBoard, which always writes
@@ -251,6 +253,20 @@ def find_preset(name: str) -> Path:
     raise UsageError(f"--deepspeed {name}: expected a JSON file or one of {known}{near}")
 
 
+def read_preset(path: Path) -> dict[str, Any]:
+    """DeepSpeed's settings as they are written. Raises `UsageError` for a file that is no JSON object of objects."""
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UsageError(f"--deepspeed {path}: cannot be read as JSON: {error}") from None
+    if not isinstance(settings, dict):
+        raise UsageError(f"--deepspeed {path}: expected a JSON object, got {type(settings).__name__}")
+    for key in ("bf16", "zero_optimization"):
+        if not isinstance(settings.get(key, {}), dict):
+            raise UsageError(f"--deepspeed {path}: {key}: expected an object, got {type(settings[key]).__name__}")
+    return settings
+
+
 def load_config(path: Path, overrides: Sequence[str] = (), flags: Mapping[str, object] | None = None) -> RunConfig:
     """Read a YAML file, apply `key.sub=value` overrides, then flags by dotted key.
 
@@ -260,11 +276,14 @@ def load_config(path: Path, overrides: Sequence[str] = (), flags: Mapping[str, o
     for override in overrides:
         key, separator, value = override.partition("=")
         if not separator:
-            raise UsageError(f"--set {override!r}: expected key=value, for example --set stage2.learning_rate=1e-5")
+            raise UsageError(
+                f"--set {shortened(override)}: expected key=value, for example --set stage2.learning_rate=1e-5"
+            )
         try:
-            _assign(content, key.strip(), yaml.safe_load(value))
-        except yaml.YAMLError:
-            raise UsageError(f"--set {override!r}: the value is not YAML") from None
+            parsed = parse_yaml(value)
+        except ValueError as error:
+            raise UsageError(f"--set {shortened(override)}: the value is not YAML: {error}") from None
+        _assign(content, key.strip(), parsed)
     for key, flag in (flags or {}).items():
         _assign(content, key, flag)
     # Not left to the union, whose messages name the keys of both.
@@ -291,10 +310,14 @@ def template_name(text: str | None) -> TemplateName | None:
 def read_mapping(path: Path) -> dict[str, Any]:
     """A YAML file of keys. Raises `UsageError` for any other."""
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        with path.open("rb") as stream:
+            text = stream.read(MOST_BYTES + 1)  # never ending ones, too
+        if len(text) > MOST_BYTES:
+            raise ValueError(f"more than {MOST_BYTES:,} bytes")
+        content = parse_yaml(text.decode("utf-8"))
     except FileNotFoundError:
         raise UsageError(f"config {path}: no such file; shipped ones are in configs/") from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (OSError, ValueError) as error:
         raise UsageError(f"config {path}: cannot be read as YAML: {' '.join(str(error).split())}") from None
     if not isinstance(content, dict):
         raise UsageError(f"config {path}: expected a mapping of keys, got {type(content).__name__}")

@@ -10,6 +10,8 @@ from typing import Annotated, Any, Union, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 
+SHOWN = 200  # characters of a value in an error line
+
 
 def did_you_mean(word: object, known: Sequence[str]) -> str:
     """The end of an error line: the known word that is nearest, or nothing where none is near."""
@@ -17,11 +19,20 @@ def did_you_mean(word: object, known: Sequence[str]) -> str:
     return f"; did you mean {near[0]}?" if near else ""
 
 
+def shortened(value: object) -> str:
+    """A value as an error line shows it."""
+    try:
+        text = repr(value)
+    except ValueError:  # Python writes no more than 4300 digits
+        return "a number of thousands of digits"
+    return text if len(text) <= SHOWN else f"{text[:SHOWN]}..."
+
+
 def explain(error: ValidationError, model: type[BaseModel]) -> str:
     """The first few faults on one line, an unknown key with the nearest known one; it may be why another is missing."""
     faults = []
     for fault in sorted(error.errors(), key=lambda fault: fault["type"] != "extra_forbidden")[:3]:
-        where = ".".join(str(part) for part in fault["loc"])
+        where = " ".join(".".join(str(part) for part in fault["loc"])[:SHOWN].split())
         if fault["type"] == "extra_forbidden":
             known = _fields(model, fault["loc"][:-1])
             near = did_you_mean(fault["loc"][-1], known) or f"; known: {', '.join(known)}"
@@ -31,7 +42,7 @@ def explain(error: ValidationError, model: type[BaseModel]) -> str:
         else:
             choices = re.findall(r"'(.+?)'", str(fault.get("ctx", {}).get("expected", "")))
             near = did_you_mean(fault["input"], choices)
-            faults.append(f"{where}: {fault['msg']}, got {fault['input']!r}{near}" if where else fault["msg"])
+            faults.append(f"{where}: {fault['msg']}, got {shortened(fault['input'])}{near}" if where else fault["msg"])
     return "; ".join(faults)
 
 

@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from dataclasses import fields, replace
 from typing import Any, cast
 
-from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerFast
 
 from anyres_vlm.config import TemplateName
@@ -59,7 +58,7 @@ def apply_own(tokenizer: PreTrainedTokenizerFast, turns: Sequence[Turn], prompt:
     messages = [{"role": turn.role, "content": turn.text} for turn in turns]
     try:
         text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt)
-    except (TemplateError, TypeError) as error:
+    except Exception as error:  # a template is a program: it can raise what it likes
         raise DataError(f"this llm's chat template cannot write it: {' '.join(str(error).split())}") from None
     return cast(str, text)
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from anyres_vlm.config import find_preset
+from anyres_vlm.config import find_preset, read_preset
 from anyres_vlm.errors import UsageError
 
 # The shipped presets from the one that moves least between ranks and host to the one that moves most.
@@ -36,13 +35,18 @@ def read_sharding(preset: str | None) -> Sharding:
         return Sharding("none")
     path = find_preset(preset)
     try:
-        zero: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")).get("zero_optimization", {})
-    except (OSError, ValueError, AttributeError) as error:
-        raise UsageError(f"--deepspeed {path}: cannot be read as JSON: {error}") from None
+        return _sharding(Path(preset).stem, read_preset(path).get("zero_optimization", {}))
+    except (AttributeError, OverflowError, TypeError, ValueError) as error:
+        if isinstance(error, UsageError):
+            raise
+        raise UsageError(f"--deepspeed {path}: zero_optimization: {error}") from None
+
+
+def _sharding(name: str, zero: dict[str, Any]) -> Sharding:
     stage = int(zero.get("stage", 0))
     overlaps = zero.get("overlap_comm", stage == 3)
     return Sharding(
-        name=Path(preset).stem,
+        name=name,
         stage=stage,
         offloads_optimizer=_is_offloaded(zero, "offload_optimizer"),
         offloads_weights=_is_offloaded(zero, "offload_param"),

@@ -13,7 +13,7 @@ from transformers import AutoConfig, CLIPVisionConfig, LlavaNextConfig, LlavaNex
 from anyres_vlm.config import ModelConfig, TemplateName
 from anyres_vlm.errors import DataError
 from anyres_vlm.geometry import Tiling
-from anyres_vlm.model.files import read_json
+from anyres_vlm.model.files import parsing, read_json
 
 OWN_MODEL_TYPE = "anyres_vlm"
 STOCK_MODEL_TYPE = "llava_next"
@@ -48,9 +48,10 @@ def describe(folder: Path, template: TemplateName | None = None) -> Description:
     if kind not in (STOCK_MODEL_TYPE, OWN_MODEL_TYPE):
         remedy = "`anyres import` reads it" if "mm_projector_type" in settings else "expected llava_next"
         raise DataError(f"{folder / 'config.json'}: model type {kind!r}: {remedy}")
-    if (folder / EXTRAS_FILE).exists() or kind == OWN_MODEL_TYPE:
-        return _own(folder, settings, template)
-    return _stock(folder, settings, template)
+    with parsing(folder / "config.json", "the model that it describes"):
+        if (folder / EXTRAS_FILE).exists() or kind == OWN_MODEL_TYPE:
+            return _own(folder, settings, template)
+        return _stock(folder, settings, template)
 
 
 def _own(folder: Path, settings: dict[str, Any], template: TemplateName | None) -> Description:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Container, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,11 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from anyres_vlm.errors import DataError
+from anyres_vlm.errors import DataError, UsageError
 
 HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")  # not ./folder
 HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+SHARD = re.compile(r"[^/\\\0]+\.safetensors")
 WHOLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 
@@ -39,11 +41,29 @@ def read_json(path: Path) -> dict[str, Any]:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise DataError(f"{path}: no such file; expected a checkpoint folder") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:  # brackets as deep, numbers as long as they like
         raise DataError(f"{path}: not readable JSON: {error}") from None
     if not isinstance(content, dict):
         raise DataError(f"{path}: expected a JSON object, got {type(content).__name__}")
     return content
+
+
+@contextmanager
+def parsing(where: Path, what: str) -> Iterator[None]:
+    """Makes a `DataError` of whatever a library raises over a file of someone else's: its kinds have no end."""
+    try:
+        yield
+    except (DataError, UsageError):
+        raise
+    except Exception as error:
+        reason = " ".join(str(error).split())[:500]
+        raise DataError(f"{where}: {what} cannot be used ({type(error).__name__}: {reason})") from error
+
+
+def weight_bytes(folder: Path) -> int:
+    """Size of its weights' files. Raises `DataError` for a shard that is missing."""
+    with parsing(folder, "its weights"):
+        return sum(path.stat().st_size for path in _shards(folder))
 
 
 def read_tensors(folder: Path, names: Container[str] | None = None) -> Iterator[tuple[str, Tensor]]:
@@ -66,6 +86,8 @@ def _shards(folder: Path) -> list[Path]:
         places = read_json(folder / INDEX_FILE).get("weight_map")
         if not isinstance(places, dict):
             raise DataError(f"{folder / INDEX_FILE}: no weight_map in it; use a complete checkpoint folder")
+        if odd := [name for name in places.values() if not isinstance(name, str) or not SHARD.fullmatch(name)]:
+            raise DataError(f"{folder / INDEX_FILE}: {odd[0]!r}: expected a *.safetensors file of this folder")
         return [folder / name for name in sorted(set(places.values()))]
     if (folder / WHOLE_FILE).exists():  # an adapter may lie beside it
         return [folder / WHOLE_FILE]

@@ -79,7 +79,7 @@ def describe_model(
 def load_tokenizer(name: str) -> PreTrainedTokenizerFast:
     """A fast tokenizer with the special token `<image>` and a padding token."""
     try:
-        tokenizer = AutoTokenizer.from_pretrained(resolve(name))
+        tokenizer = AutoTokenizer.from_pretrained(resolve(name), trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise _unavailable("llm", name, error) from error
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
@@ -148,7 +148,8 @@ def _clip_statistics(name: str) -> tuple[list[float], list[float]]:
 
 def _load_llm(name: str) -> PreTrainedModel:
     try:
-        return cast(PreTrainedModel, AutoModelForCausalLM.from_pretrained(resolve(name), dtype=torch.float32))
+        llm = AutoModelForCausalLM.from_pretrained(resolve(name), dtype=torch.float32, trust_remote_code=False)
+        return cast(PreTrainedModel, llm)
     except (OSError, ValueError) as error:
         raise _unavailable("llm", name, error) from error
 

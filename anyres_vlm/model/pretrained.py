@@ -30,11 +30,13 @@ from anyres_vlm.config import TemplateName
 from anyres_vlm.errors import DataError
 from anyres_vlm.model.description import EXTRAS_FILE, Description, describe
 from anyres_vlm.model.encoder import ClipEncoder, Encoder, TimmEncoder
-from anyres_vlm.model.files import checkpoint_folder, read_json, read_tensors
+from anyres_vlm.model.files import checkpoint_folder, parsing, read_json, read_tensors, weight_bytes
 from anyres_vlm.model.stock import pixel_statistics, stock_config, stock_obstacle, stock_processor
 from anyres_vlm.model.vlm import VisionLanguageModel
 from anyres_vlm.model.weights import HEAD, STOCK_NAMES, load_weights, renamed
 from anyres_vlm.schema import IMAGE_TOKEN
+
+LAYER_BYTES = 1000  # at the least: names and places of a layer's weights take as much in a file's header
 
 
 def save_pretrained(
@@ -76,11 +78,14 @@ def load_pretrained(
     folder = checkpoint_folder(name)
     described = describe(folder, template)
     tokenizer = read_tokenizer(folder, described)
-    model = empty_model(described)
+    with parsing(folder / "config.json", "the model that it describes"):
+        require_weights(described, folder)
+        model = empty_model(described)
     load_weights(model, _tensors(folder, described), folder, dtype)
     generation = model.language_model.generation_config
     if (folder / "generation_config.json").exists():
-        generation = model.language_model.generation_config = GenerationConfig.from_pretrained(folder)
+        with parsing(folder / "generation_config.json", "it"):
+            generation = model.language_model.generation_config = GenerationConfig.from_pretrained(folder)
     if generation.eos_token_id is None:
         generation.eos_token_id = tokenizer.eos_token_id
     return model, tokenizer
@@ -94,16 +99,29 @@ def empty_model(described: Description) -> VisionLanguageModel:
         )
 
 
+def require_weights(described: Description, folder: Path) -> None:
+    """Raises `DataError` for a model larger than its folder's weights, before anything of that size is made."""
+    size = weight_bytes(folder)
+    vision = described.vision
+    parts = [described.text] if isinstance(vision, dict) else [described.text, vision]
+    layers = sum(part.num_hidden_layers for part in parts)
+    if min(part.num_attention_heads for part in parts) < 1:
+        raise DataError(f"{folder}: config.json says a model without attention heads")
+    if layers * LAYER_BYTES > size:
+        raise DataError(f"{folder}: config.json says {layers} layers, its weights have {size:,} bytes")
+    with torch.device("meta"):
+        numbers = sum(parameter.numel() for parameter in empty_model(described).parameters())
+    if numbers > size:
+        raise DataError(f"{folder}: config.json says {numbers:,} numbers, its weights have {size:,} bytes")
+
+
 def read_tokenizer(folder: Path, described: Description) -> PreTrainedTokenizerFast:
     """The tokenizer of a checkpoint folder, with the chat template of its processor.
 
     Raises `DataError` if it does not go with the model, or has no chat template and none of ours was named.
     """
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())
-        raise DataError(f"{folder}: its tokenizer cannot be loaded: {reason}") from None
+    with parsing(folder, "its tokenizer"):
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise DataError(f"{folder}: exact labels need a fast tokenizer, got {type(tokenizer).__name__}")
     if (found := tokenizer.get_vocab().get(IMAGE_TOKEN)) != described.image_token_id:

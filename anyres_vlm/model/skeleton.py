@@ -64,7 +64,7 @@ def _read(name: str) -> PreTrainedConfig:
         settings = dict(known_sizes()[name]["config"])
         return AutoConfig.for_model(settings.pop("model_type"), **settings)
     try:
-        return AutoConfig.from_pretrained(resolve(name))
+        return AutoConfig.from_pretrained(resolve(name), trust_remote_code=False)
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise DataError(

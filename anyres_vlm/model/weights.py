@@ -52,6 +52,8 @@ def load_weights(
         if name not in expected or tensor.shape != expected[name]:
             wanted = f"expected {tuple(expected[name])}" if name in expected else "no such weight was expected"
             raise DataError(f"{folder}: {name} of shape {tuple(tensor.shape)}: {wanted}, as its config.json says")
+        if not tensor.is_floating_point():
+            raise DataError(f"{folder}: {name} holds {tensor.dtype}, expected floating-point numbers")
         found[name] = tensor.to(dtype or tensor.dtype, copy=True)  # a copy: the file's memory is one piece
     config, embeddings = model.language_model.config, model.language_model.get_input_embeddings().weight
     if config.tie_word_embeddings and HEAD in found:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -85,10 +86,12 @@ def read_state(folder: Path) -> TrainerState:
     try:
         content = json.loads((folder / "trainer" / STATE_FILE).read_text(encoding="utf-8"))
         state = TrainerState(step=content["step"], updates=content["updates"], settings=content["settings"])
+        if not (type(state.step) is type(state.updates) is int and type(state.settings) is dict):
+            raise ValueError(f"{STATE_FILE} holds other types")
         for path in _tensor_files(folder):
             with safe_open(path, framework="pt"):  # reads the header, and that the file is as long as it says
                 pass
-    except (OSError, KeyError, TypeError, ValueError, SafetensorError) as error:
+    except (OSError, KeyError, TypeError, ValueError, RecursionError, SafetensorError) as error:
         raise DataError(f"{folder}: not a whole checkpoint ({error})") from None
     return state
 
@@ -146,4 +149,5 @@ def prune(folder: Path, keep: int) -> None:
 
 
 def _step(path: Path) -> int:
-    return int(path.name.removeprefix(PREFIX))
+    digits = path.name.removeprefix(PREFIX)
+    return int(digits) if re.fullmatch("[0-9]{1,18}", digits) else -1  # someone else's, behind all of ours

@@ -20,11 +20,12 @@ ROOT = "the package itself"  # `from anyres_vlm import __version__`: allowed eve
 FOUNDATION = {"errors", "durable", "geometry", "schema", "explain", "config", "flops"}
 ALLOWED = {
     "errors": set(),
+    "plain_yaml": set(),
     "durable": set(),
     "geometry": {"errors"},
     "schema": {"errors", "geometry"},
     "explain": set(),
-    "config": {"errors", "geometry", "explain"},
+    "config": {"plain_yaml", "errors", "geometry", "explain"},
     "flops": {"errors"},
     "synthetic": FOUNDATION,
     "data": FOUNDATION,

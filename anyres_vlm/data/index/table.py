@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
@@ -62,17 +64,29 @@ class Index:
 
     def batches(self, columns: list[str]) -> Iterator[pa.RecordBatch]:
         """Some columns, a few thousand rows at a time."""
-        with pq.ParquetFile(self.path) as file:
+        with self._reading(), pq.ParquetFile(self.path) as file:
             yield from file.iter_batches(columns=columns)
 
     def column(self, name: str) -> pa.ChunkedArray:
         """One column as Arrow has it."""
-        return pq.read_table(self.path, columns=[name]).column(0)
+        with self._reading():
+            return pq.read_table(self.path, columns=[name]).column(0)
 
     def numbers(self, name: str) -> NDArray[np.int64]:
-        """One of the integer columns."""
-        values: NDArray[np.int64] = self.column(name).to_numpy().astype(np.int64)
-        return values
+        """One of the integer columns. Raises `DataError` where a number is missing or below 0."""
+        values = self.column(name)
+        if values.null_count or (len(values) and pc.min(values).as_py() < 0):
+            raise DataError(f"{self.path}: {name} lacks numbers or has some below 0: make it again with anyres index")
+        whole: NDArray[np.int64] = values.to_numpy().astype(np.int64)
+        return whole
+
+    @contextmanager
+    def _reading(self) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, pa.ArrowException) as error:
+            reason = " ".join(str(error).split())
+            raise DataError(f"{self.path}: broken ({reason}): make it again with anyres index") from None
 
     @cached_property
     def row(self) -> NDArray[np.int64]:
@@ -97,7 +111,10 @@ class Index:
     @cached_property
     def ok(self) -> NDArray[np.bool_]:
         """Which rows are samples; the others are rejects."""
-        status = pq.read_table(self.path, columns=["status"], read_dictionary=["status"]).column(0)
+        with self._reading():
+            status = pq.read_table(self.path, columns=["status"], read_dictionary=["status"]).column(0)
+        if status.null_count:
+            raise DataError(f"{self.path}: status lacks words: make it again with anyres index")
         return np.concatenate([np.zeros(0, bool), *(_is_ok(chunk) for chunk in status.chunks)])
 
     @cached_property
@@ -110,30 +127,43 @@ class Index:
 
     @cached_property
     def _sides(self) -> pa.Table:
-        return pq.read_table(self.path, columns=["heights", "widths"])
+        with self._reading():
+            return pq.read_table(self.path, columns=["heights", "widths"])
 
     def sizes(self, index: int) -> tuple[Size, ...]:
         """The sizes of the images at a position of the index."""
         heights, widths = (self._sides.column(name)[index].as_py() for name in ("heights", "widths"))
-        return tuple(Size(height=height, width=width) for height, width in zip(heights, widths, strict=True))
+        try:
+            return tuple(Size(height=height, width=width) for height, width in zip(heights, widths, strict=True))
+        except (TypeError, ValueError):
+            raise DataError(
+                f"{self.path}: row {index} has heights {heights!r}, widths {widths!r}: make it again with anyres index"
+            ) from None
 
     def __len__(self) -> int:
-        return int(pq.read_metadata(self.path).num_rows)
+        with self._reading():
+            return int(pq.read_metadata(self.path).num_rows)
 
 
 def read_index(path: Path) -> Index:
     """Open an index. Raises `DataError` for a file that is missing or is none of this version."""
     try:
-        metadata = pq.read_schema(path).metadata or {}
+        schema = pq.read_schema(path)
     except FileNotFoundError:
         raise DataError(f"{path}: no such index; make it with anyres index") from None
-    except (OSError, pa.ArrowException) as error:
+    except (OSError, ValueError, pa.ArrowException) as error:  # ValueError: names that are no UTF-8
         raise DataError(f"{path}: cannot be read as Parquet: {' '.join(str(error).split())}") from None
-    if METADATA_KEY not in metadata:
+    if METADATA_KEY not in (schema.metadata or {}):
         raise DataError(f"{path}: Parquet, but not made by anyres index")
-    content = json.loads(metadata[METADATA_KEY])
-    if content["format"] != FORMAT:
-        raise DataError(f"{path}: an index of format {content['format']}, expected {FORMAT}: make it again")
+    try:
+        content = json.loads(schema.metadata[METADATA_KEY])
+        form, _, _ = content["format"], str(content["key"]), dict(content["settings"])
+    except (KeyError, TypeError, ValueError, RecursionError):
+        raise DataError(f"{path}: the note of anyres index in it is broken: make it again") from None
+    if form != FORMAT:
+        raise DataError(f"{path}: an index of format {form}, expected {FORMAT}: make it again")
+    if not schema.equals(SCHEMA):
+        raise DataError(f"{path}: its columns are not those of an index of format {FORMAT}: make it again")
     return Index(path, content)
 
 

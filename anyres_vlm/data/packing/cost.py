@@ -61,7 +61,7 @@ def read_cost(path: Path) -> CostModel:
 
     def read(name: str | Path) -> Any:
         try:
-            return AutoConfig.from_pretrained(name, local_files_only=True)
+            return AutoConfig.from_pretrained(name, local_files_only=True, trust_remote_code=False)
         except (OSError, ValueError) as error:
             reason = " ".join(str(error).split())[:200]
             raise UsageError(

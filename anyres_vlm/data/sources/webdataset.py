@@ -148,13 +148,13 @@ def _members(stream: BinaryIO, path: Path) -> Iterator[tarfile.TarInfo]:
         with tarfile.open(fileobj=stream, mode="r:") as archive:
             place = -1
             while (member := archive.next()) is not None:
-                if member.offset <= place or member.size < 0:
-                    raise tarfile.ReadError("a header that points backwards")
+                if member.offset <= place or not 0 <= member.size < 1 << 62:
+                    raise tarfile.ReadError("a header that points backwards or nowhere")
                 place = member.offset
                 yield member
                 archive.members = []  # type: ignore[attr-defined]  # or it keeps all of them
             end = archive.offset
-    except (tarfile.TarError, EOFError, OSError, ValueError) as error:
+    except (tarfile.TarError, EOFError, OSError, OverflowError, ValueError) as error:
         raise DataError(f"{path}: a broken or truncated tar ({error}): fetch it again") from None
     stream.seek(end)
     ending = stream.read(PADDING_READ)

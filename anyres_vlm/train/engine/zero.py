@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_st
 from torch import Tensor, nn
 from torch.optim import AdamW
 
+from anyres_vlm.config import read_preset
 from anyres_vlm.errors import UsageError
 from anyres_vlm.model.vlm import VisionLanguageModel
 from anyres_vlm.schema import Batch
@@ -26,12 +26,7 @@ def fill_preset(path: Path, *, bf16: bool, max_grad_norm: float) -> dict[str, An
 
     Raises `UsageError` for a file that is no JSON object or that says otherwise than the run.
     """
-    try:
-        settings = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UsageError(f"--deepspeed {path}: cannot be read as JSON: {error}") from None
-    if not isinstance(settings, dict):
-        raise UsageError(f"--deepspeed {path}: expected a JSON object, got {type(settings).__name__}")
+    settings = read_preset(path)
     ours = {
         "train_micro_batch_size_per_gpu": 1,  # a pack
         "gradient_accumulation_steps": 1,  # the step's packs are counted here, not by DeepSpeed
