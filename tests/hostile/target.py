@@ -6,7 +6,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,10 @@ class Target:
     inputs: SearchStrategy[Any]
     check: Callable[[Any, Path], bool]
     coverage: bool = False  # the inputs are bytes for a parser of our own: atheris can guide itself by its branches
+
+
+class TimeUp(KeyboardInterrupt):
+    """Ends Hypothesis, which takes any other exception for a failure of the test."""
 
 
 @dataclass
@@ -75,8 +79,10 @@ def explore(target: Target, examples: int, seconds: float = float("inf"), fixed:
     )
     @given(target.inputs)
     def try_one(value: Any) -> None:
-        if time.monotonic() < end:
-            tally.add(target, value)
+        if time.monotonic() > end:
+            raise TimeUp
+        tally.add(target, value)
 
-    try_one()
+    with suppress(TimeUp):
+        try_one()
     return tally
