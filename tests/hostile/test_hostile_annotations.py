@@ -63,6 +63,14 @@ def test_images_outside_the_folder_are_rejects(data: Path, name: str) -> None:
         ImageFolders(data, data.parent, ()).find(name, "question 1")
 
 
+def test_links_of_ones_own_are_followed_when_asked(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = ["link.png", "folder/secret.png", "../secret.png"]
+    data.write_text(json.dumps([good_record(), *(good_record(id=name, image=name) for name in names)]))
+    assert index(data) == {"malformed_record": 3, "ok": 1}
+    monkeypatch.setenv("ANYRES_FOLLOW_LINKS", "1")
+    assert index(data) == {"ok": 3, "malformed_record": 1}
+
+
 def test_an_image_folder_may_itself_be_a_link(data: Path, tmp_path: Path) -> None:
     (tmp_path / "shown").symlink_to(data.parent)
     data.write_text(json.dumps([good_record(), good_record(image="inner.png")]))

@@ -14,7 +14,7 @@ import pyarrow as pa
 from anyres_vlm.data.checks import check_sample, plan_image
 from anyres_vlm.data.conversation import ConversationTokenizer, Ids
 from anyres_vlm.data.index.table import COUNTS, FORMAT, OK, SCHEMA
-from anyres_vlm.data.sources.base import Source
+from anyres_vlm.data.sources.base import Source, follow_links
 from anyres_vlm.data.sources.mixture import MixtureSource
 from anyres_vlm.errors import DataError, RejectKind
 from anyres_vlm.geometry import TilePlan, Tiling
@@ -58,7 +58,8 @@ class IndexSettings:
 
     def key(self, fingerprint: str) -> str:
         """The content key of an index of a source with this fingerprint."""
-        return _digest({"format": FORMAT, "source": fingerprint, "settings": self.words})
+        links = {"links": "followed"} if follow_links() else {}
+        return _digest({"format": FORMAT, "source": fingerprint, "settings": self.words, **links})
 
 
 def index_rows(source: Source, settings: IndexSettings, start: int, stop: int) -> pa.Table:

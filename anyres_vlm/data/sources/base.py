@@ -14,6 +14,7 @@ from anyres_vlm.schema import IMAGE_TOKEN, ImageRef, Record, Role, Turn
 
 ROLES: dict[str, Role] = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
 CONVERSATION_KEYS = ("messages", "conversations", "texts")  # the first that an entry has
+FOLLOW_LINKS = "ANYRES_FOLLOW_LINKS"  # of the environment, so that every rank and worker has it
 
 # (item of `image` or `images`, name of the record) -> where that image lies
 ImageFinder = Callable[[Any, str], ImageRef]
@@ -74,15 +75,25 @@ def image_file(item: Any, name: str, folder: Path) -> ImageRef:
 
 
 def path_inside(folder: Path, name: str, where: str) -> Path:
-    """The path of a name in a folder. Raises `DataError` for one that leads out of it, by a symbolic link too."""
+    """The path of a name in a folder.
+
+    Raises `DataError` for one that leads out of it, by a symbolic link too unless `ANYRES_FOLLOW_LINKS=1` is set.
+    """
     if not name or "\0" in name:
         raise DataError(f"{where}: an image must be a file name, got {name!r}")
     if name.startswith("/") or ".." in name.split("/"):
         raise DataError(f"{where}: image {name!r} lies outside the image folder")
     path = folder / _unicode(name, f"{where}: the image's name")
-    if not _stays_inside(name if os.path.islink(path) else os.path.dirname(name), folder):
-        raise DataError(f"{where}: image {name!r} leads out of the image folder by a link: copy it there")
+    if not (follow_links() or _stays_inside(name if os.path.islink(path) else os.path.dirname(name), folder)):
+        raise DataError(
+            f"{where}: image {name!r} leads out of the image folder by a link: set {FOLLOW_LINKS}=1 if it is yours"
+        )
     return path
+
+
+def follow_links() -> bool:
+    """Whether links out of image folders are the owner's."""
+    return os.environ.get(FOLLOW_LINKS) == "1"
 
 
 @lru_cache(maxsize=1 << 16)  # there are far fewer folders and links than images

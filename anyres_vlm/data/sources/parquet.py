@@ -23,7 +23,7 @@ COLUMNS = ("id", "task", "image", "images", *CONVERSATION_KEYS)  # those that ar
 CACHED_GROUPS = 2  # row groups kept for random access: neighbours of a border, not more, for they can be large
 BATCH = 64  # rows turned into Python objects at once
 FOOTER_END = 8  # bytes: the footer's length and the magic number
-BROKEN = (OSError, pa.ArrowException)
+BROKEN = (OSError, ValueError, pa.ArrowException)  # ValueError: text that is no UTF-8, a row that is missing
 
 
 class _Cursor:
