@@ -26,7 +26,7 @@ TEXTS = [
     "model: &m {llm: *m}",
     "a: !!python/object/apply:os.system ['touch here']",
     "!!python/name:os.system",
-    "[" * 20_000,
+    "[" * 5_000,
     "{a: " * 5_000,
     "a:\n" + "- " * 50_000,
     "seed: 1\nseed: 2",

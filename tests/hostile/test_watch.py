@@ -21,7 +21,7 @@ from watch import watched
         (lambda folder: (folder / "new").mkdir(), "wrote .*new"),
         (lambda folder: subprocess.run(["true"]), "subprocess.Popen"),
         (lambda folder: pickle.loads(pickle.dumps(Path("/"))), "pickle.find_class"),
-        (lambda folder: np.ones(1 << 28), "further memory"),
+        (lambda folder: np.ones(1_200_000_000, np.uint8), "further memory"),
     ],
 )
 def test_each_offence_is_seen(tmp_path: Path, forbidden: Callable[[Path], Any], said: str) -> None:
