@@ -14,13 +14,20 @@ from typing import Any, cast
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM, GenerationConfig, PreTrainedTokenizerFast
+from transformers import (
+    CONFIG_MAPPING,
+    AutoModelForCausalLM,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 from transformers.initialization import no_init_weights
 
 from anyres_vlm.config import EncoderConfig, ModelConfig, TemplateName
 from anyres_vlm.errors import DataError, UsageError
-from anyres_vlm.model.files import checkpoint_folder, read_json, read_tensors
+from anyres_vlm.model.files import checkpoint_folder, parsing, read_json, read_tensors
 from anyres_vlm.model.hub import image_token_id, load_encoder, load_tokenizer
+from anyres_vlm.model.pretrained import require_weights
 from anyres_vlm.model.vlm import VisionLanguageModel
 from anyres_vlm.model.weights import Renamings, load_weights, renamed
 
@@ -49,20 +56,27 @@ def load_original(
     folder = checkpoint_folder(name)
     where = folder / "config.json"
     settings = read_json(where)
-    text = _text_config(settings, where)
-    tower = encoder or settings.get("mm_vision_tower") or settings.get("vision_tower")
-    if not tower:
-        raise DataError(f"{where}: no mm_vision_tower: name the encoder with --encoder")
-    config = _model_config(settings, where, str(name), str(tower), template)
+    with parsing(where, "the model that it describes"):
+        text = _text_config(settings, where)
+        tower = encoder or settings.get("mm_vision_tower") or settings.get("vision_tower")
+        if not tower:
+            raise DataError(f"{where}: no mm_vision_tower: name the encoder with --encoder")
+        config = _model_config(settings, where, str(name), str(tower), template)
     tokenizer = load_tokenizer(str(folder))
     rows = text.vocab_size = max(int(text.vocab_size), len(tokenizer))
     vision_tower = load_encoder(config.encoder)
-    with no_init_weights():
-        language_model = AutoModelForCausalLM.from_config(text, dtype=torch.float32)
-        model = VisionLanguageModel(config, vision_tower, language_model, image_token_id(tokenizer))
+
+    def build() -> PreTrainedModel:
+        with no_init_weights():
+            return cast(PreTrainedModel, AutoModelForCausalLM.from_config(text, dtype=torch.float32))
+
+    with parsing(where, "the model that it describes"):
+        require_weights([text], build, folder)
+        model = VisionLanguageModel(config, vision_tower, build(), image_token_id(tokenizer))
     load_weights(model, _tensors(folder, rows, model, settings), folder, None)
     if (folder / "generation_config.json").exists():
-        model.language_model.generation_config = GenerationConfig.from_pretrained(folder)
+        with parsing(folder / "generation_config.json", "it"):
+            model.language_model.generation_config = GenerationConfig.from_pretrained(folder)
     return model, tokenizer
 
 

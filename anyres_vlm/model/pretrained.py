@@ -7,20 +7,21 @@ What stock cannot express is saved the same way under this project's own model t
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import cast, get_args
 
 import timm
 import torch
 from huggingface_hub import save_torch_state_dict
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     CLIPVisionConfig,
     CLIPVisionModel,
     GenerationConfig,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
 )
@@ -79,7 +80,8 @@ def load_pretrained(
     described = describe(folder, template)
     tokenizer = read_tokenizer(folder, described)
     with parsing(folder / "config.json", "the model that it describes"):
-        require_weights(described, folder)
+        vision = [] if isinstance(described.vision, dict) else [described.vision]
+        require_weights([described.text, *vision], lambda: empty_model(described), folder)
         model = empty_model(described)
     load_weights(model, _tensors(folder, described), folder, dtype)
     generation = model.language_model.generation_config
@@ -99,18 +101,19 @@ def empty_model(described: Description) -> VisionLanguageModel:
         )
 
 
-def require_weights(described: Description, folder: Path) -> None:
-    """Raises `DataError` for a model larger than its folder's weights, before anything of that size is made."""
+def require_weights(parts: Sequence[PreTrainedConfig], build: Callable[[], nn.Module], folder: Path) -> None:
+    """Raises `DataError` for a model larger than its folder's weights, before anything of that size is made.
+
+    `build` makes the model, or the parts of it that the folder must hold, of these configurations.
+    """
     size = weight_bytes(folder)
-    vision = described.vision
-    parts = [described.text] if isinstance(vision, dict) else [described.text, vision]
     layers = sum(part.num_hidden_layers for part in parts)
-    if min(part.num_attention_heads for part in parts) < 1:
+    if min(getattr(part, "num_attention_heads", 1) for part in parts) < 1:
         raise DataError(f"{folder}: config.json says a model without attention heads")
     if layers * LAYER_BYTES > size:
         raise DataError(f"{folder}: config.json says {layers} layers, its weights have {size:,} bytes")
     with torch.device("meta"):
-        numbers = sum(parameter.numel() for parameter in empty_model(described).parameters())
+        numbers = sum(parameter.numel() for parameter in build().parameters())
     if numbers > size:
         raise DataError(f"{folder}: config.json says {numbers:,} numbers, its weights have {size:,} bytes")
 
