@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import HealthCheck, Phase, Verbosity, given, settings
 from hypothesis.strategies import SearchStrategy
 from watch import watched
 
@@ -74,6 +74,7 @@ def explore(target: Target, examples: int, seconds: float = float("inf"), fixed:
         database=None,
         deadline=None,
         derandomize=fixed,
+        verbosity=Verbosity.quiet,
         phases=[Phase.generate],
         suppress_health_check=list(HealthCheck),
     )

@@ -292,10 +292,14 @@ def test_tile_that_patches_do_not_fill(tile: int, patch: int) -> None:
         Tiling.from_grid(Grid(2, 2), tile=tile, patch=patch)
 
 
-@pytest.mark.parametrize("pair", [(336, 500), (0, 336), (-336, 336), (168, 336)])
-def test_pinpoint_that_tiles_do_not_fill(pair: tuple[int, int]) -> None:
-    with pytest.raises(UsageError, match=rf"pinpoint \[{pair[0]}, {pair[1]}\]: both sides must be positive multiples"):
+@pytest.mark.parametrize("pair", [(336, 500), (0, 336), (-336, 336), (168, 336), (336,), (336, 336, 336)])
+def test_pinpoint_that_tiles_do_not_fill(pair: tuple[int, ...]) -> None:
+    with pytest.raises(UsageError, match=rf"pinpoint \[{', '.join(map(str, pair))}\]: both sides must be positive"):
         Tiling(((336, 672), pair))
+
+
+def test_the_default_is_the_released_list() -> None:
+    assert Tiling().pinpoints == ((336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008))
 
 
 def test_a_plan_takes_microseconds() -> None:

@@ -67,6 +67,30 @@ def test_a_frozen_head_costs_no_gradient_and_evaluation_costs_none() -> None:
         assert summed_loss(hidden, labels, ENDS, head).grad_fn is None
 
 
+@pytest.mark.parametrize("frozen", ["weight", "bias", "hidden", "all"])
+def test_no_room_is_taken_for_a_gradient_that_nobody_asked_for(monkeypatch: pytest.MonkeyPatch, frozen: str) -> None:
+    made: list[Tensor] = []
+    zeros_like = torch.zeros_like
+    monkeypatch.setattr(torch, "zeros_like", lambda like, **options: made.append(like) or zeros_like(like, **options))
+    hidden, labels = problem()
+    head = nn.Linear(8, 30)
+    parts = {"hidden": hidden, "weight": head.weight, "bias": head.bias}
+    for name, part in parts.items():
+        part.requires_grad_(frozen not in (name, "all"))
+    summed_loss(hidden, labels, ENDS, head)
+    wanted = [part for part in parts.values() if part.requires_grad]
+    assert len(made) == len(wanted)
+    assert {tensor.shape[-2:] for tensor in made} >= {part.shape for part in wanted if part is not hidden}
+
+
+def test_a_second_derivative_is_refused() -> None:
+    hidden, labels = problem()
+    total = summed_loss(hidden, labels, ENDS, nn.Linear(8, 30))
+    (gradient,) = torch.autograd.grad(total**2, hidden, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.sum().backward()
+
+
 def test_the_gradient_reaches_a_tied_weight_once() -> None:
     """Where gradients are exchanged as they arrive, a second arrival would be lost."""
     _, labels = problem()
