@@ -18,6 +18,9 @@ RejectKind = Literal[
 ]
 
 
+LONGEST_LINE = 2000  # characters of an error; a library's list of all it knows may have more
+
+
 class UsageError(ValueError):
     """A flag, a configuration value or a combination of them cannot work (exit status 2)."""
 
@@ -29,7 +32,8 @@ class DataError(ValueError):
     """
 
     def __init__(self, message: str, *, kind: RejectKind | None = None, record: str | None = None) -> None:
-        super().__init__(" ".join(message.splitlines()))  # one line, whatever a file's names hold
+        line = " ".join(message.splitlines())  # whatever a file's names hold
+        super().__init__(line if len(line) <= LONGEST_LINE else f"{line[:LONGEST_LINE]}...")
         self.kind = kind
         self.record = record
 

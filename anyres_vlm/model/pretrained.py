@@ -127,7 +127,10 @@ def read_tokenizer(folder: Path, described: Description) -> PreTrainedTokenizerF
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise DataError(f"{folder}: exact labels need a fast tokenizer, got {type(tokenizer).__name__}")
-    if (found := tokenizer.get_vocab().get(IMAGE_TOKEN)) != described.image_token_id:
+    vocabulary = tokenizer.get_vocab()
+    if tokenizer.unk_token is not None and tokenizer.unk_token not in vocabulary:  # transformers would look for ever
+        raise DataError(f"{folder}: the unk_token {tokenizer.unk_token!r} of its tokenizer is none of its tokens")
+    if (found := vocabulary.get(IMAGE_TOKEN)) != described.image_token_id:
         raise DataError(
             f"{folder}: {IMAGE_TOKEN} is token {found} of its tokenizer, config.json says {described.image_token_id}"
         )

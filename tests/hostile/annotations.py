@@ -83,7 +83,7 @@ def index(data: Path) -> dict[str, int]:
     out = data.with_name("index.parquet")
     built = build_index(data, None, settings(), out, workers=1, max_bad_fraction=1.0)
     rejects = count_rejects(built.index)
-    lines = rejects_path(out).read_text(encoding="utf-8").splitlines()
+    lines = rejects_path(out).read_text(encoding="utf-8").split("\n")[:-1]  # a name may hold U+2028
     assert len(lines) == sum(rejects.values()), "a reject is not listed"
     assert all(json.loads(line)["reason"] for line in lines)
     return rejects | {"ok": len(built.index) - len(lines)}

@@ -127,6 +127,13 @@ def test_a_template_stays_in_its_box(jinja: str) -> None:
         apply_own(tokenizer, [Turn("user", "a")])
 
 
+def test_an_unknown_token_that_is_unknown_itself_is_refused(tmp_path: Path) -> None:
+    content = json.loads((good_folder() / "tokenizer_config.json").read_text("utf-8"))
+    changed = json.dumps(content | {"unk_token": ""}).encode()
+    with pytest.raises(DataError, match="unk_token '' of its tokenizer is none of its tokens"):
+        load_pretrained(folder_like(good_folder(), tmp_path, {"tokenizer_config.json": changed}))
+
+
 def test_the_command_ends_with_1_and_a_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     made = folder_like(good_folder(), tmp_path, {"config.json": b"[" * 99_999})
     assert main(["chat", str(made)]) == 1
