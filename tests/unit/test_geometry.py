@@ -22,6 +22,7 @@ from anyres_vlm.geometry import (
     Grid,
     Size,
     Tiling,
+    canvas_areas,
     choose_canvas,
     count_tokens,
     plan_tiles,
@@ -49,6 +50,7 @@ VECTORS = [
     (3000, 16, 576, 576),
 ]
 EXTREMES = [(1, 1), (1, 30_000), (30_000, 1), (65_500, 65_500), (65_500, 1), (1, 65_500), (2, 3), (335, 337)]
+EXTREMES.append((176, 55))  # 55 * (48 / 176) is 14.999999999999998: transformers rounds it
 
 sides = st.integers(1, 70_000)
 grids = st.builds(Grid, rows=st.integers(1, 5), cols=st.integers(1, 5))
@@ -298,8 +300,22 @@ def test_pinpoint_that_tiles_do_not_fill(pair: tuple[int, ...]) -> None:
         Tiling(((336, 672), pair))
 
 
-def test_the_default_is_the_released_list() -> None:
+def test_the_default_is_the_released_model() -> None:
     assert Tiling().pinpoints == ((336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008))
+    assert Tiling().patches == 576
+
+
+@pytest.mark.parametrize(
+    ("size", "canvas", "effective", "wasted"),
+    [
+        (Size(height=480, width=640), Size(height=672, width=672), 640 * 480, 672 * 672 - 640 * 480),
+        (Size(height=1000, width=2000), Size(height=336, width=672), 336 * 672, 0),
+        (Size(height=100, width=100), Size(height=336, width=672), 100 * 100, 336 * 672 - 100 * 100),
+    ],
+)
+def test_areas_of_a_canvas(size: Size, canvas: Size, effective: int, wasted: int) -> None:
+    """Pixels of the image that it can show, never more than there are, and the rest."""
+    assert canvas_areas(size, canvas) == (effective, wasted)
 
 
 def test_a_plan_takes_microseconds() -> None:
