@@ -108,7 +108,7 @@ def require_weights(parts: Sequence[PreTrainedConfig], build: Callable[[], nn.Mo
     """
     size = weight_bytes(folder)
     layers = sum(part.num_hidden_layers for part in parts)
-    if min(getattr(part, "num_attention_heads", 1) for part in parts) < 1:
+    if min(part.num_attention_heads for part in parts) < 1:
         raise DataError(f"{folder}: config.json says a model without attention heads")
     if layers * LAYER_BYTES > size:
         raise DataError(f"{folder}: config.json says {layers} layers, its weights have {size:,} bytes")
