@@ -7,6 +7,7 @@ from functools import lru_cache
 import numpy as np
 
 from anyres_vlm.data.headers import read_size
+from anyres_vlm.data.images import JPEG_PIXELS_LIMIT
 from anyres_vlm.errors import DataError
 from anyres_vlm.geometry import Size, TilePlan, Tiling, plan_tiles
 from anyres_vlm.schema import IGNORE_INDEX, ImageRef, Sample, token_repeats
@@ -19,10 +20,10 @@ def plan_image(image: ImageRef, tiling: Tiling) -> TilePlan:
     """The plan of one image from its header. Raises `DataError` for a size that no picture has."""
     size = read_size(image)
     longer, shorter = max(size.height, size.width), min(size.height, size.width)
-    if longer > LONGEST_SIDE or longer > MOST_ELONGATED * shorter:
+    if longer > LONGEST_SIDE or longer > MOST_ELONGATED * shorter or longer * shorter > JPEG_PIXELS_LIMIT:
         raise DataError(
-            f"{image.name}: {size.width}x{size.height} pixels; expected sides up to {LONGEST_SIDE:,} and at most "
-            f"{MOST_ELONGATED}:1: scale the image or remove it",
+            f"{image.name}: {size.width}x{size.height} pixels; expected sides up to {LONGEST_SIDE:,}, at most "
+            f"{MOST_ELONGATED}:1, and at most {JPEG_PIXELS_LIMIT:,} pixels: scale the image or remove it",
             kind="absurd_image",
         )
     return _plan_size(size, tiling)

@@ -111,11 +111,13 @@ def require_weights(parts: Sequence[PreTrainedConfig], build: Callable[[], nn.Mo
     if min(part.num_attention_heads for part in parts) < 1:
         raise DataError(f"{folder}: config.json says a model without attention heads")
     if layers * LAYER_BYTES > size:
-        raise DataError(f"{folder}: config.json says {layers} layers, its weights have {size:,} bytes")
+        raise DataError(f"{folder}: config.json says {layers} layers, its weights have {size:,} bytes: fetch it anew")
     with torch.device("meta"):
         numbers = sum(parameter.numel() for parameter in build().parameters())
     if numbers > size:
-        raise DataError(f"{folder}: config.json says {numbers:,} numbers, its weights have {size:,} bytes")
+        raise DataError(
+            f"{folder}: config.json says {numbers:,} numbers, its weights have {size:,} bytes: fetch it again"
+        )
 
 
 def read_tokenizer(folder: Path, described: Description) -> PreTrainedTokenizerFast:

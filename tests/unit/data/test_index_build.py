@@ -106,12 +106,14 @@ def test_every_kind_of_reject_is_told(tmp_path: Path, settings: IndexSettings) -
     (tmp_path / "text.jpg").write_text("no image")
     (tmp_path / "empty.jpg").write_bytes(b"")
     Image.new("RGB", (1001, 1)).save(tmp_path / "strip.png")
+    Image.new("1", (9300, 9300)).save(tmp_path / "vast.png")
     Image.new("RGB", (30, 40)).save(tmp_path / "good.png")
     expected = {
         "gone": ("missing_file", "no such file", entry("gone", images=["good.png", "no.png"])),
         "text": ("unreadable_image", "not an image", entry("text", images=["text.jpg"])),
         "empty": ("unreadable_image", "the file is empty", entry("empty", images=["empty.jpg"])),
         "strip": ("absurd_image", "1001x1 pixels", entry("strip", images=["strip.png"])),
+        "vast": ("absurd_image", "at most 85,000,000 pixels", entry("vast", images=["vast.png"])),
         "silent": ("malformed_record", "expected the user", {"id": "silent", "conversations": [{"from": "gpt"}]}),
         "alone": (
             "no_answer",
@@ -125,7 +127,7 @@ def test_every_kind_of_reject_is_told(tmp_path: Path, settings: IndexSettings) -
     }
     expected["silent"][2]["conversations"][0]["value"] = "hello"
     data = write(tmp_path, [entry("fine", images=["good.png"])] * 2 + [item for *_, item in expected.values()])
-    expected["12"] = expected.pop("9")
+    expected[str(2 + len(expected))] = expected.pop("9")  # its row, from 1
     out = tmp_path / "i.parquet"
     build(data, settings, out)
     rejects = listed(out)
@@ -133,7 +135,7 @@ def test_every_kind_of_reject_is_told(tmp_path: Path, settings: IndexSettings) -
     for name, (kind, words, _) in expected.items():
         assert rejects[name]["kind"] == kind
         assert words in rejects[name]["reason"], name
-    assert [reject["row"] for reject in rejects.values()] == list(range(2, 12))
+    assert [reject["row"] for reject in rejects.values()] == list(range(2, 2 + len(expected)))
 
 
 def test_a_tokenizer_that_cannot_write_the_answer(tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerFast) -> None:
