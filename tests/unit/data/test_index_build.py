@@ -127,7 +127,8 @@ def test_every_kind_of_reject_is_told(tmp_path: Path, settings: IndexSettings) -
     }
     expected["silent"][2]["conversations"][0]["value"] = "hello"
     data = write(tmp_path, [entry("fine", images=["good.png"])] * 2 + [item for *_, item in expected.values()])
-    expected[str(2 + len(expected))] = expected.pop("9")  # its row, from 1
+    row = str(2 + len(expected))  # from 1: it has no other name
+    expected[row] = expected.pop("9")
     out = tmp_path / "i.parquet"
     build(data, settings, out)
     rejects = listed(out)
