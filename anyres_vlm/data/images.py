@@ -83,14 +83,19 @@ def to_rgb(image: Image.Image, name: str) -> Image.Image:
         return image
     if image.mode in UNDEFINED_WHITE:
         raise DataError(f"{name}: 32-bit grey ({image.mode}) has no defined white: save it with 8 or 16 bits")
-    rows = max(BAND // image.width, 1)
-    if rows >= image.height:
+    if image.width * image.height <= BAND:
         return _band_to_rgb(image)
     rgb = Image.new("RGB", image.size)
-    for top in range(0, image.height, rows):  # whole copies in between would take most of the memory
-        band = image.crop((0, top, image.width, min(top + rows, image.height)))
+    for top, band in bands(image):  # whole copies in between would take most of the memory
         rgb.paste(_band_to_rgb(band), (0, top))
     return rgb
+
+
+def bands(image: Image.Image) -> Iterator[tuple[int, Image.Image]]:
+    """Rows of a large image, about `BAND` pixels at a time, each behind the row that it begins with."""
+    rows = max(BAND // image.width, 1)
+    for top in range(0, image.height, rows):
+        yield top, image.crop((0, top, image.width, min(top + rows, image.height)))
 
 
 def _band_to_rgb(image: Image.Image) -> Image.Image:

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, JpegImagePlugin
 
-from anyres_vlm.data.images import BAND, decode_image, opened, orientation, to_rgb
+from anyres_vlm.data.images import BAND, bands, decode_image, opened, orientation, to_rgb
 from anyres_vlm.geometry import Size
 
 END = b"\xff\xd9"  # of every whole JPEG
@@ -59,12 +59,13 @@ def decode_pixels(data: bytes, name: str, fineness: float = 1.0) -> tuple[NDArra
 
 
 def _whole(image: Image.Image) -> tuple[NDArray[np.uint8], Size]:
-    pixels = np.empty((image.height, image.width, 3), np.uint8)
-    rows = max(BAND // image.width, 1)
-    for top in range(0, image.height, rows):  # Pillow's export of the whole takes thrice its room
-        bottom = min(top + rows, image.height)
-        pixels[top:bottom] = np.asarray(image.crop((0, top, image.width, bottom)))
-    return pixels, Size(height=image.height, width=image.width)
+    size = Size(height=image.height, width=image.width)
+    if size.height * size.width <= BAND:
+        return np.array(image), size
+    pixels = np.empty((size.height, size.width, 3), np.uint8)
+    for top, band in bands(image):  # Pillow's export of the whole takes thrice its room
+        pixels[top : top + band.height] = np.asarray(band)
+    return pixels, size
 
 
 def _may_halve(image: JpegImagePlugin.JpegImageFile, num_bytes: int, fineness: float, turn: int) -> bool:

@@ -110,14 +110,13 @@ def require_weights(parts: Sequence[PreTrainedConfig], build: Callable[[], nn.Mo
     layers = sum(part.num_hidden_layers for part in parts)
     if min(part.num_attention_heads for part in parts) < 1:
         raise DataError(f"{folder}: config.json says a model without attention heads")
+    held = f"its weights have {size:,} bytes: fetch it again"
     if layers * LAYER_BYTES > size:
-        raise DataError(f"{folder}: config.json says {layers} layers, its weights have {size:,} bytes: fetch it anew")
+        raise DataError(f"{folder}: config.json says {layers} layers, {held}")
     with torch.device("meta"):
         numbers = sum(parameter.numel() for parameter in build().parameters())
     if numbers > size:
-        raise DataError(
-            f"{folder}: config.json says {numbers:,} numbers, its weights have {size:,} bytes: fetch it again"
-        )
+        raise DataError(f"{folder}: config.json says {numbers:,} numbers, {held}")
 
 
 def read_tokenizer(folder: Path, described: Description) -> PreTrainedTokenizerFast:

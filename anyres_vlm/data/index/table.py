@@ -157,11 +157,13 @@ def read_index(path: Path) -> Index:
         raise DataError(f"{path}: Parquet, but not made by anyres index")
     try:
         content = json.loads(schema.metadata[METADATA_KEY])
-        form, _, _ = content["format"], str(content["key"]), dict(content["settings"])
-    except (KeyError, TypeError, ValueError, RecursionError):
-        raise DataError(f"{path}: the note of anyres index in it is broken: make it again") from None
-    if form != FORMAT:
-        raise DataError(f"{path}: an index of format {form}, expected {FORMAT}: make it again")
+    except (ValueError, RecursionError):
+        content = None
+    known = isinstance(content, dict) and {"format", "key"} <= content.keys()
+    if not known or not isinstance(content.get("settings"), dict):
+        raise DataError(f"{path}: the note of anyres index in it is broken: make it again")
+    if content["format"] != FORMAT:
+        raise DataError(f"{path}: an index of format {content['format']}, expected {FORMAT}: make it again")
     if not schema.equals(SCHEMA):
         raise DataError(f"{path}: its columns are not those of an index of format {FORMAT}: make it again")
     return Index(path, content)

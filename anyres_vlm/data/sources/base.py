@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-import reprlib
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Protocol
 
 from anyres_vlm.errors import DataError
+from anyres_vlm.explain import shortened
 from anyres_vlm.schema import IMAGE_TOKEN, ImageRef, Record, Role, Turn
 
 ROLES: dict[str, Role] = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
@@ -69,7 +69,7 @@ def _checked(entry: dict[str, Any], name: str, find_image: ImageFinder) -> Recor
 def image_file(item: Any, name: str, folder: Path) -> ImageRef:
     """A file inside the image folder. Raises `DataError` for anything else than its relative path."""
     if not isinstance(item, str):
-        raise DataError(f"record {name}: an image must be a file name, got {reprlib.repr(item)}")
+        raise DataError(f"record {name}: an image must be a file name, got {shortened(item)}")
     path = path_inside(folder, item, f"record {name}")
     return ImageRef(str(path), path)
 
