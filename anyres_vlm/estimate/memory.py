@@ -44,7 +44,7 @@ class RankMemory:
 
     `buckets` of gradients, `gathered` weights, `activations` that autograd keeps and what is `working` on them are
     there during a micro-step; `update` is what the optimizer step takes for a moment. On the host every rank first
-    reads the whole model in fp32; what comes to the device is cast and split.
+    reads the whole model, in bf16 where DeepSpeed casts it; what comes to the device is split.
     """
 
     weights: float
@@ -94,7 +94,7 @@ def rank_memory(
         activations=step.held,
         working=step.peak - step.held,
         update=_update(count, sharding, item, mine, fused),
-        host=max(FP32 * count.total, _host(count, sharding, item, ranks)),
+        host=max(item * count.total, _host(count, sharding, item, ranks)),
     )
 
 

@@ -44,24 +44,26 @@ def resolve(name: str) -> str:
 
 
 def build_model(
-    config: ModelConfig | CheckpointConfig, seed: int
+    config: ModelConfig | CheckpointConfig, seed: int, dtype: torch.dtype = torch.float32
 ) -> tuple[VisionLanguageModel, PreTrainedTokenizerFast]:
     """Base models, a projector and newline initialised from `seed`, and the tokenizer with `<image>` in it.
 
-    A checkpoint comes whole, and nothing is initialised. All weights are fp32.
+    A checkpoint comes whole, and nothing is initialised. All weights are of `dtype`, buffers of what they are made for.
     """
     if isinstance(config, CheckpointConfig):
-        model, tokenizer = load_pretrained(config.checkpoint, config.template)
+        model, tokenizer = load_pretrained(config.checkpoint, config.template, dtype)
         model.configure(config.apply(model.config))
         return model, tokenizer
     tokenizer = load_tokenizer(config.llm)
-    language_model = _load_llm(config.llm)
+    language_model = _load_llm(config.llm, dtype)
     _fit_vocabulary(language_model, tokenizer)
-    encoder = load_encoder(config.encoder)
+    encoder = load_encoder(config.encoder, dtype)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = VisionLanguageModel(config, encoder, language_model, image_token_id(tokenizer))
-    return model.float(), tokenizer
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+    return model, tokenizer
 
 
 def describe_model(
@@ -96,15 +98,15 @@ def image_token_id(tokenizer: PreTrainedTokenizerFast) -> int:
     return cast(int, tokenizer.convert_tokens_to_ids(IMAGE_TOKEN))
 
 
-def load_encoder(config: EncoderConfig) -> Encoder:
-    """The vision encoder with its own normalisation statistics."""
+def load_encoder(config: EncoderConfig, dtype: torch.dtype = torch.float32) -> Encoder:
+    """The vision encoder with its own normalisation statistics; timm's come as they were saved."""
     name = resolve(config.name)
     try:
         if config.kind == "timm":
             network = timm_network(config, pretrained=True)
             pixels = network.pretrained_cfg
             return TimmEncoder(network, config.layer, pixels["mean"], pixels["std"])
-        vision_model = CLIPVisionModel.from_pretrained(name, dtype=torch.float32)
+        vision_model = CLIPVisionModel.from_pretrained(name, dtype=dtype)
         mean, std = _clip_statistics(name)
     except (OSError, RuntimeError) as error:
         raise _unavailable("encoder", config.name, error) from error
@@ -146,9 +148,9 @@ def _clip_statistics(name: str) -> tuple[list[float], list[float]]:
     return list(processor.image_mean), list(processor.image_std)
 
 
-def _load_llm(name: str) -> PreTrainedModel:
+def _load_llm(name: str, dtype: torch.dtype) -> PreTrainedModel:
     try:
-        llm = AutoModelForCausalLM.from_pretrained(resolve(name), dtype=torch.float32, trust_remote_code=False)
+        llm = AutoModelForCausalLM.from_pretrained(resolve(name), dtype=dtype, trust_remote_code=False)
         return cast(PreTrainedModel, llm)
     except (OSError, ValueError) as error:
         raise _unavailable("llm", name, error) from error

@@ -109,7 +109,10 @@ class StageRun:
         return MetricsWriter(self.folder, finished, trackers)
 
     def _build_model(self) -> tuple[VisionLanguageModel, PreTrainedTokenizerFast]:
-        model, tokenizer = build_model(self.config.model, self.config.seed)
+        # DeepSpeed takes its fp32 masters from weights that were cast: to read those halves what the host holds.
+        is_cast = self.preset is not None and self.config.precision == "bf16"
+        dtype = torch.bfloat16 if is_cast else torch.float32
+        model, tokenizer = build_model(self.config.model, self.config.seed, dtype)
         if self.stage == "stage2" and needs_stage_1(self.config, self.options):
             load_parts(model, model_folder(self.options.output, "stage1"), ADAPTER_PARTS)
         stops = ConversationTokenizer(model.config.template, tokenizer).stop_ids

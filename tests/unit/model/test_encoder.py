@@ -187,3 +187,14 @@ def test_a_saved_model_loads_back_with_its_timm_encoder(tiny_bases: Path, tmp_pa
     with torch.inference_mode():
         expected = model.multi_modal_projector(model.vision_tower.eval()(tiles))
         assert torch.equal(again.multi_modal_projector(again.vision_tower.eval()(tiles)), expected)
+
+
+def test_a_model_in_bf16_has_the_cast_weights_and_the_same_buffers(tiny_bases: Path) -> None:
+    config = ModelConfig.model_validate(
+        {"llm": str(tiny_bases / "llm"), "encoder": {"name": str(tiny_bases / "vit")}, "template": "vicuna_v1"}
+    )
+    whole, half = (build_model(config, seed=0, dtype=dtype)[0] for dtype in (torch.float32, torch.bfloat16))
+    for (name, expected), parameter in zip(whole.named_parameters(), half.parameters(), strict=True):
+        assert torch.equal(parameter, expected.bfloat16()), name
+    for (name, expected), buffer in zip(whole.named_buffers(), half.named_buffers(), strict=True):
+        assert torch.equal(buffer[1], expected), name
