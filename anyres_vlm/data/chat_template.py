@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import fields, replace
+from threading import Thread
 from typing import Any, cast
 
 from transformers import PreTrainedTokenizerFast
@@ -21,6 +22,7 @@ from anyres_vlm.schema import Turn
 OWN: TemplateName = "chat_template"  # the name that stands for the tokenizer's own
 
 PROBED_ROUNDS = 4  # dialogues of one to so many questions and answers must have the same pieces
+PATIENCE_S = 10.0  # a template is a program: one that does not end is given up after so long
 REMEDY = f"use another template: {', '.join(TEMPLATES)}"
 
 
@@ -69,10 +71,7 @@ def _read(tokenizer: PreTrainedTokenizerFast) -> Template:
     marked = [
         turn for n in range(PROBED_ROUNDS) for turn in (Turn("user", f"qzx{n}xzq"), Turn("assistant", f"azx{n}xza"))
     ]
-    try:
-        rendered = [apply_own(tokenizer, marked[:count], count % 2 == 1) for count in range(1, len(marked) + 1)]
-    except DataError as error:
-        raise UsageError(f"template {OWN}: {error}: {REMEDY}") from None
+    rendered = _render(tokenizer, [marked[:count] for count in range(1, len(marked) + 1)])
     pieces = _pieces(rendered, marked, tokenizer)
     for count, text in enumerate(rendered, start=1):
         if pieces.render(marked[:count], count % 2 == 1)[0] != text:
@@ -80,6 +79,25 @@ def _read(tokenizer: PreTrainedTokenizerFast) -> Template:
                 f"template {OWN}: this llm's chat template writes a turn differently as the dialogue goes on: {REMEDY}"
             )
     return pieces
+
+
+def _render(tokenizer: PreTrainedTokenizerFast, dialogues: Sequence[Sequence[Turn]]) -> list[str]:
+    """Each dialogue as the template writes it, a prompt where a question is last. Its thread can be left behind."""
+    outcome: list[list[str] | DataError] = []
+
+    def render() -> None:
+        try:
+            outcome.append([apply_own(tokenizer, turns, turns[-1].role == "user") for turns in dialogues])
+        except DataError as error:
+            outcome.append(error)
+
+    thread = Thread(target=render, daemon=True)
+    thread.start()
+    thread.join(PATIENCE_S)
+    found = outcome[0] if outcome else DataError(f"this llm's chat template is not done after {PATIENCE_S:g} s")
+    if isinstance(found, DataError):
+        raise UsageError(f"template {OWN}: {found}: {REMEDY}")
+    return found
 
 
 def _pieces(rendered: Sequence[str], marked: Sequence[Turn], tokenizer: PreTrainedTokenizerFast) -> Template:

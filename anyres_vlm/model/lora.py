@@ -4,8 +4,8 @@ peft's injection leaves the module tree as it is, without a wrapper around the m
 generation go on unchanged; only an adapted layer's own weight moves to `base_layer` beside `lora_A` and `lora_B`.
 
 What is saved is merged, under the plain names: every folder is a whole checkpoint that needs no further step. The
-adapter lies beside it in peft's own format. Training resumes from that, on the untouched base: merging rounds, and a
-run resumed from rounded weights would be another run.
+adapter lies beside it in peft's own format. Checkpoints of a run keep the adapter's tensors with the optimizer's, too:
+merging rounds, and a run resumed from rounded weights would be another run.
 """
 
 from __future__ import annotations
@@ -14,16 +14,14 @@ from pathlib import Path
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from anyres_vlm.config import LoraSettings
-from anyres_vlm.errors import DataError, UsageError
+from anyres_vlm.errors import UsageError
 from anyres_vlm.model.vlm import VisionLanguageModel
 
 ADAPTER_FOLDER = "adapter"
-WEIGHTS_FILE = "adapter_model.safetensors"
 _NAME = "default"  # peft's, of a model's first adapter
 
 
@@ -80,21 +78,7 @@ def save_adapter(model: VisionLanguageModel, weights: dict[str, Tensor], folder:
     config: LoraConfig = model.language_model.peft_config[_NAME]
     config.save_pretrained(str(folder / ADAPTER_FOLDER))
     tensors = {_peft_name(name): tensor.contiguous() for name, tensor in weights.items() if is_adapter(name)}
-    save_file(tensors, folder / ADAPTER_FOLDER / WEIGHTS_FILE, metadata={"format": "pt"})
-
-
-def load_adapter(model: VisionLanguageModel, folder: Path) -> None:
-    """Copy a checkpoint folder's adapter into a model with adapters. Raises `DataError` if it is not whole."""
-    path = folder / ADAPTER_FOLDER / WEIGHTS_FILE
-    try:
-        found = load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise DataError(f"{path}: cannot be read ({error}); delete {folder} to resume from the one before") from None
-    wanted = {_peft_name(name): name for name in model.state_dict() if is_adapter(name)}
-    if found.keys() != wanted.keys():
-        odd = sorted(found.keys() ^ wanted.keys())[0]
-        raise DataError(f"{path}: {odd} is {'unexpected' if odd in found else 'missing'}; use the same base models")
-    model.load_state_dict({wanted[name]: tensor for name, tensor in found.items()}, strict=False)
+    save_file(tensors, folder / ADAPTER_FOLDER / "adapter_model.safetensors", metadata={"format": "pt"})
 
 
 def _peft_name(name: str) -> str:

@@ -98,11 +98,21 @@ def read_state(folder: Path) -> TrainerState:
 
 @contextmanager
 def tensors(folder: Path) -> Iterator[Callable[[str], Tensor]]:
-    """Read a checkpoint's tensors by name, moments as `NAME.exp_avg`; none is in memory before it is asked for."""
+    """Read a checkpoint's tensors by name, moments as `NAME.exp_avg`; none is in memory before it is asked for.
+
+    What is read raises `DataError` for a tensor that is not there.
+    """
     with ExitStack() as stack:
         files = [stack.enter_context(safe_open(path, framework="pt")) for path in _tensor_files(folder)]
         by_name = {name: file for file in files for name in file.keys()}  # noqa: SIM118
-        yield lambda name: by_name[name].get_tensor(name)
+
+        def read(name: str) -> Tensor:
+            if name not in by_name:
+                raise DataError(f"{folder}: {name} is missing; delete it to go on from the checkpoint before")
+            tensor: Tensor = by_name[name].get_tensor(name)
+            return tensor
+
+        yield read
 
 
 def _tensor_files(folder: Path) -> list[Path]:

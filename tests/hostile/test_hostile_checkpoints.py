@@ -17,12 +17,13 @@ from watch import watched
 
 from anyres_vlm.cli.main import main
 from anyres_vlm.config import CheckpointConfig
-from anyres_vlm.data.chat_template import apply_own
-from anyres_vlm.errors import DataError
+from anyres_vlm.data import chat_template
+from anyres_vlm.errors import DataError, UsageError
 from anyres_vlm.model.hub import load_tokenizer
 from anyres_vlm.model.pretrained import load_pretrained
 from anyres_vlm.model.skeleton import describe_bases
 from anyres_vlm.schema import Turn
+from anyres_vlm.train.checkpoint import tensors
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -47,6 +48,13 @@ def test_headers_that_lie(length: int | None, header: bytes, tmp_path: Path) -> 
     with watched(tmp_path):
         made = folder_like(good_folder(), tmp_path, {"model.safetensors": with_header(header, length)})
         assert not loads(made)
+
+
+def test_a_trainer_s_state_that_lacks_a_tensor() -> None:
+    with tensors(good_folder()) as read:
+        assert read("image_newline.exp_avg").shape == (16,)
+        with pytest.raises(DataError, match=r"lora_A is missing; delete it to go on from the checkpoint before"):
+            read("x.lora_A")
 
 
 def test_integers_are_no_weights(tmp_path: Path) -> None:
@@ -124,7 +132,15 @@ def test_a_template_stays_in_its_box(jinja: str) -> None:
     tokenizer = load_tokenizer("embedded:tiny-lm")
     tokenizer.chat_template = jinja
     with pytest.raises(DataError, match="chat template"):
-        apply_own(tokenizer, [Turn("user", "a")])
+        chat_template.apply_own(tokenizer, [Turn("user", "a")])
+
+
+def test_a_template_that_does_not_end_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chat_template, "PATIENCE_S", 0.2)
+    tokenizer = load_tokenizer("embedded:tiny-lm")
+    tokenizer.chat_template = "{% for i in range(99999) %}{% for j in range(300) %}{% endfor %}{% endfor %}"
+    with pytest.raises(UsageError, match=r"not done after 0\.2 s: use another template"):
+        chat_template.resolve_template("chat_template", tokenizer)
 
 
 def test_an_unknown_token_that_is_unknown_itself_is_refused(tmp_path: Path) -> None:
