@@ -276,6 +276,17 @@ def test_unreadable_grid_is_told_the_form(text: str) -> None:
         Grid.parse(text)
 
 
+def test_grids_of_up_to_12_tiles_a_side() -> None:
+    assert Grid.parse("12x12") == Grid(12, 12)
+    with pytest.raises(UsageError, match="from 1 to 12"):
+        Grid.parse("1x13")
+
+
+def test_equal_plans_are_one_key() -> None:
+    size, tiling = Size(height=480, width=640), Tiling.from_grid(Grid(2, 2))
+    assert len({plan_tiles(size, tiling), plan_tiles(size, tiling)}) == 1
+
+
 @pytest.mark.parametrize("text", ["0x2", "2x0", f"{GRID_LIMIT + 1}x1", "1x100"])
 def test_impossible_grid_is_told_the_limits(text: str) -> None:
     with pytest.raises(UsageError, match=f"grid '{text}': rows and columns must be from 1 to {GRID_LIMIT}"):
@@ -331,8 +342,12 @@ def test_each_tile_keeps_what_a_mask_keeps(
     height: int, width: int, grid: Grid, layout: str, encoder: tuple[int, int], dialect: Dialect
 ) -> None:
     patch, side = encoder
-    tiling = Tiling.from_grid(grid, tile=patch * side, patch=patch, layout=layout, dialect=dialect)
+    tile = patch * side
+    sides_of_canvas = (grid.rows * tile, grid.cols * tile)
+    pinpoint = sides_of_canvas if dialect == "hf" else sides_of_canvas[::-1]
+    tiling = Tiling((pinpoint,), tile, patch, layout, dialect)  # one canvas, so that whole tiles are cut away, too
     plan = plan_tiles(Size(height=height, width=width), tiling)
+    assert plan.grid == grid
     mask = np.zeros((plan.grid.rows * side, plan.grid.cols * side), bool)
     mask[plan.kept_top : plan.kept_top + plan.kept_rows, plan.kept_left : plan.kept_left + plan.kept_cols] = True
     for row, col in itertools.product(range(plan.grid.rows), range(plan.grid.cols)):
