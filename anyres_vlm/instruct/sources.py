@@ -25,8 +25,8 @@ SOURCES = {
     "gqa": Source("https://cs.stanford.edu/people/dorarad/gqa", "CC BY 4.0"),
     "textvqa": Source("https://textvqa.org", "CC BY 4.0"),
     "ocrvqa": Source("https://ocr-vqa.github.io", "research use; book covers belong to their publishers"),
-    "aokvqa": Source("https://github.com/allenai/aokvqa", "Apache-2.0"),
-    "refcoco": Source("https://github.com/lichengunc/refer", "Apache-2.0"),
+    "aokvqa": Source("https://github.com/allenai/aokvqa", "MIT, as its repository says"),
+    "refcoco": Source("https://github.com/lichengunc/refer", "none named for the expressions: ask its makers"),
     "genome": Source("https://homes.cs.washington.edu/~ranjay/visualgenome", "CC BY 4.0"),
     "chat": Source("as given", "as its source says; ShareGPT conversations were published by their users without one"),
 }
