@@ -36,7 +36,7 @@ TARGETS = {  # modules, and the tests that they have to themselves
     "geometry": (["anyres_vlm/geometry.py"], ["tests/unit/test_geometry.py"]),
     "labels": (
         ["anyres_vlm/data/conversation.py"],
-        [f"{DATA}/test_conversation.py", f"{DATA}/test_templates.py"],
+        [f"{DATA}/test_{name}.py" for name in ("conversation", "templates", "chat_template")],
     ),
     "packing": (
         [f"anyres_vlm/data/packing/{name}.py" for name in "bound cost even fill gather plan shuffle spread".split()],

@@ -117,10 +117,7 @@ class ConversationTokenizer:
         tokens = {token.content for token in added if token.special or token.content in written}
         tokens |= {self._end_token, *self.tokenizer.all_special_tokens}
         forbidden: dict[Role, set[str]] = {"user": tokens - {IMAGE_TOKEN}, "assistant": tokens}
-        return {
-            role: re.compile("|".join(map(re.escape, sorted(names, key=len, reverse=True))))
-            for role, names in forbidden.items()
-        }
+        return {role: re.compile("|".join(map(re.escape, sorted(names)))) for role, names in forbidden.items()}
 
     @cached_property
     def _tail(self) -> list[int]:

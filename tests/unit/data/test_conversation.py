@@ -200,6 +200,23 @@ def test_an_end_token_that_the_tokenizer_lacks(tiny_tokenizer: PreTrainedTokeniz
         _ = ConversationTokenizer("chatml", tiny_tokenizer).end_id
 
 
+def test_tokens_before_the_unknown_one_are_tokens() -> None:
+    ends = AddedToken("<|im_end|>", special=True)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(models.BPE({"a": 0, "<|im_end|>": 1, "<unk>": 2}, [], unk_token="<unk>")),
+        unk_token="<unk>",
+        additional_special_tokens=[ends, "<image>"],
+    )
+    encoder = ConversationTokenizer("chatml", tokenizer)
+    assert (encoder.end_id, encoder.image_token_id) == (1, 3)
+
+
+@pytest.mark.parametrize(("length", "shown"), [(40, "a" * 40 + "'"), (41, "a" * 40 + "...'")])
+def test_long_answers_are_shown_in_part(length: int, shown: str) -> None:
+    (result,) = ConversationTokenizer("chatml", by_hand()).encode([dialogue("a", "a" * length)])
+    assert f"'<|im_end|>' behind '{shown} is not a token of its own" in str(result)
+
+
 def test_a_begin_token_that_the_tokenizer_lacks() -> None:
     tokenizer = byte_level()
     tokenizer.bos_token = None
