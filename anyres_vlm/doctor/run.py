@@ -53,6 +53,7 @@ class Case:
 
     @property
     def stages(self) -> tuple[StageName, ...]:
+        """Those that a run of this config has."""
         return get_args(StageName)
 
 

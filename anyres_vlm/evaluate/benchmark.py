@@ -57,13 +57,19 @@ class Benchmark(Protocol):
     """One benchmark with its choices made. `protocol` says in words what is pinned: prompt, post-processing, scorer."""
 
     @property
-    def name(self) -> str: ...
+    def name(self) -> str:
+        """As on the command line."""
+        ...
 
     @property
-    def max_new_tokens(self) -> int: ...
+    def max_new_tokens(self) -> int:
+        """The longest answer, in tokens."""
+        ...
 
     @property
-    def protocol(self) -> Mapping[str, str]: ...
+    def protocol(self) -> Mapping[str, str]:
+        """What is pinned, by what it is about."""
+        ...
 
     def questions(self, data: Path, images: Path | None, limit: int | None) -> list[Question]:
         """Of the official files in a folder, or of the file that is named; the first `limit` of each file."""

@@ -19,6 +19,7 @@ class Spent:
 
     @property
     def tokens(self) -> int:
+        """Of prompts and answers."""
         return self.prompt_tokens + self.completion_tokens
 
 

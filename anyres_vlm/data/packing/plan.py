@@ -67,10 +67,12 @@ class Plan:
 
     @property
     def num_packs(self) -> int:
+        """Packs in all; the last step may have fewer than the others."""
         return len(self.costs)
 
     @property
     def num_steps(self) -> int:
+        """Optimizer steps."""
         return -(-self.num_packs // self.packs_per_step)
 
     @cached_property

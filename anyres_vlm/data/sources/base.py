@@ -24,7 +24,9 @@ class Source(Protocol):
     """Conversations by row. A source is picklable, safe to use after a fork, and keeps no row in memory for long."""
 
     @property
-    def name(self) -> str: ...
+    def name(self) -> str:
+        """The stem of its file, or the name of the folder of its files."""
+        ...
 
     def __len__(self) -> int: ...
 
