@@ -44,7 +44,8 @@ class RankMemory:
 
     `buckets` of gradients, `gathered` weights, `activations` that autograd keeps and what is `working` on them are
     there during a micro-step; `update` is what the optimizer step takes for a moment. On the host every rank first
-    reads the whole model, in bf16 where DeepSpeed casts it; what comes to the device is split.
+    reads the whole model, in bf16 where DeepSpeed casts it, before it is split; later rank 0, of which `host` is,
+    puts checkpoints together there.
     """
 
     weights: float
@@ -94,7 +95,7 @@ def rank_memory(
         activations=step.held,
         working=step.peak - step.held,
         update=_update(count, sharding, item, mine, fused),
-        host=max(item * count.total, _host(count, sharding, item, ranks)),
+        host=max(item * count.total, _host(count, sharding, item, ranks) + _snapshot(count, item)),
     )
 
 
@@ -147,3 +148,8 @@ def _host(count: Parameters, sharding: Sharding, item: int, ranks: int) -> float
     each = 4 * FP32 + (FP32 if sharding.stage == 3 else item)
     weights = item * count.total / ranks if sharding.offloads_weights else 0
     return each * count.trained / ranks + weights
+
+
+def _snapshot(count: Parameters, item: int) -> float:
+    """A checkpoint before it is written: weights and two moments of what is trained in fp32, the rest as it is."""
+    return 3 * FP32 * count.trained + item * (count.total - count.trained)

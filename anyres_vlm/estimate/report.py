@@ -47,7 +47,7 @@ def _stage_lines(estimate: StageEstimate, machines: Machines) -> Iterator[str]:
     samples = estimate.samples
     yield f"  {len(samples.tokens):,} samples, {int(samples.tokens.sum()):,} tokens, {int(samples.tiles.sum()):,} tiles"
     yield f"  {samples.origin}"
-    yield f"  {'preset':30} {'GB a rank':>10} {'host GB':>8}  largest pack"
+    yield f"  {'preset':30} {'GB a rank':>10} {'host GB':>8}  largest pack (host: rank 0's, with a checkpoint)"
     for way in estimate.ways:
         yield f"  {way.name:30} {_peak(way):>10} {_host(way):>8}  {_largest(way)}"
     if estimate.chosen is None or estimate.plan is None or estimate.hours is None:

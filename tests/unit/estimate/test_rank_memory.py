@@ -38,6 +38,15 @@ def test_zero_splits_what_it_says_it_splits() -> None:
     assert memory(Sharding("z2", stage=2, offloads_optimizer=True), 8).moments == 0
 
 
+def test_the_host_holds_what_is_read_and_then_the_checkpoint() -> None:
+    frozen = nn.Parameter(torch.empty(9_000_000, device="meta"), requires_grad=False)
+    for sharding, numbers, item in ((Sharding("none"), "autocast", 4), (Sharding("z3", stage=3), "bf16", 2)):
+        count = count_parameters([frozen], sharding)
+        assert rank_memory(count, sharding, numbers, 8, NOTHING).host == item * 9e6  # type: ignore[arg-type]
+        count = count_parameters([*MILLION, frozen], sharding)
+        assert rank_memory(count, sharding, numbers, 8, NOTHING).host == 12e6 + item * 9e6  # type: ignore[arg-type]
+
+
 def test_the_busiest_phase_decides() -> None:
     update = memory(Sharding("z3", stage=3, subgroup=10**9), 1)
     assert update.peak == update.resting + 4e6  # the copy of the gradients
