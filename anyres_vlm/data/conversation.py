@@ -197,7 +197,7 @@ class ConversationTokenizer:
         if first is None or _chars(encoding, first)[0] != begin or ids[max(first - len(tail), 0) : first] != tail:
             prompt = self._tokenise([text[:begin]])[0].ids
             first = len(prompt)
-            if ids[:first] != prompt or first > last or (first and _chars(encoding, first - 1)[1] > begin):
+            if ids[:first] != prompt or (first and _chars(encoding, first - 1)[1] > begin):
                 raise DataError(
                     f"the tokens of the prompt and of the answer {_shorten(text[begin:end])} depend on each other, so "
                     "training would not see what generation sees: use another template"

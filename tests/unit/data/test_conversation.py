@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from typing import get_args
+from typing import Any, cast, get_args
 
 import numpy as np
 import pytest
@@ -114,6 +114,31 @@ def test_a_merge_across_the_border_is_seen_where_the_tokens_before_it_look_right
     assert "depend on each other" in str(bad)
 
 
+class Counting:
+    """Stands before a tokenizer, and before its backend, and counts the texts of a batch."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer, self.num_texts = tokenizer, 0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.tokenizer, name)
+
+    def encode_batch(self, texts: list[str], **options: Any) -> Any:
+        self.num_texts += len(texts)
+        return self.tokenizer.encode_batch(texts, **options)
+
+
+@pytest.mark.parametrize("kind", ["llama_legacy", "llama3", "embedded"])
+def test_an_ordinary_record_is_tokenised_once(kind: str) -> None:
+    tokenizer = Counting(exact_tokenizer(kind))
+    tokenizer.backend_tokenizer = backend = Counting(tokenizer.backend_tokenizer)
+    encoder = ConversationTokenizer("vicuna_v1", cast(PreTrainedTokenizerFast, tokenizer))
+    encoder.encode([dialogue("a", "b")])
+    before = backend.num_texts
+    encoder.encode([dialogue("What is it?", "The star is red.")] * 7)
+    assert backend.num_texts - before == 7
+
+
 def test_the_end_token_stands_alone() -> None:
     whole = AddedToken("<|im_end|>", special=True)
     greedy = AddedToken("<|im_end|>", special=True, lstrip=True)
@@ -140,10 +165,12 @@ def test_a_tokenizer_that_changes_text_or_ends_every_text_is_refused() -> None:
     (result,) = ConversationTokenizer("chatml", tokenizer).encode([dialogue("hello", "the star")])
     assert isinstance(result, DataError)  # its prompts end with `</s>`
     tokenizer.backend_tokenizer.post_processor = None
-    good, bad = ConversationTokenizer("chatml", tokenizer).encode(
-        [dialogue("hello", "the star"), dialogue("hello", "The Star")]
+    good, spaced, bad = ConversationTokenizer("chatml", tokenizer).encode(
+        [dialogue("hello", answer) for answer in ("the star", " the star", "The Star")]
     )
     assert not isinstance(good, DataError)
+    assert not isinstance(spaced, DataError)  # no token has the line end before it, nor the space
+    assert good[1].tolist() == spaced[1].tolist()
     assert str(bad) == "record r7: this llm's tokenizer cannot write 'The Star<|im_end|>' as it is"
 
 
@@ -198,6 +225,13 @@ def test_a_truncation_saved_with_the_tokenizer_cuts_nothing() -> None:
 def test_an_end_token_that_the_tokenizer_lacks(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
     with pytest.raises(UsageError, match="not a token of this llm"):
         _ = ConversationTokenizer("chatml", tiny_tokenizer).end_id
+
+
+def test_generation_stops_at_the_end_of_an_answer_and_at_the_tokenizer_s_own() -> None:
+    tokenizer = byte_level()
+    end, own = tokenizer.convert_tokens_to_ids(["<|im_end|>", "</s>"])
+    assert ConversationTokenizer("chatml", tokenizer).stop_ids == sorted([end, own])
+    assert ConversationTokenizer("vicuna_v1", tokenizer).stop_ids == [own]
 
 
 def test_tokens_before_the_unknown_one_are_tokens() -> None:
