@@ -17,7 +17,6 @@ from transformers.models.llava_next.processing_llava_next import LlavaNextProces
 
 from anyres_vlm.errors import UsageError
 from anyres_vlm.geometry import (
-    GRID_LIMIT,
     Dialect,
     Grid,
     Size,
@@ -276,20 +275,14 @@ def test_unreadable_grid_is_told_the_form(text: str) -> None:
         Grid.parse(text)
 
 
-def test_grids_of_up_to_12_tiles_a_side() -> None:
-    assert Grid.parse("12x12") == Grid(12, 12)
-    with pytest.raises(UsageError, match="from 1 to 12"):
-        Grid.parse("1x13")
-
-
 def test_equal_plans_are_one_key() -> None:
     size, tiling = Size(height=480, width=640), Tiling.from_grid(Grid(2, 2))
     assert len({plan_tiles(size, tiling), plan_tiles(size, tiling)}) == 1
 
 
-@pytest.mark.parametrize("text", ["0x2", "2x0", f"{GRID_LIMIT + 1}x1", "1x100"])
+@pytest.mark.parametrize("text", ["0x2", "2x0", "13x1", "1x100"])
 def test_impossible_grid_is_told_the_limits(text: str) -> None:
-    with pytest.raises(UsageError, match=f"grid '{text}': rows and columns must be from 1 to {GRID_LIMIT}"):
+    with pytest.raises(UsageError, match=f"grid '{text}': rows and columns must be from 1 to 12"):
         Grid.parse(text)
 
 
