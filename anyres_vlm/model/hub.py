@@ -57,7 +57,7 @@ def build_model(
     tokenizer = load_tokenizer(config.llm)
     language_model = _load_llm(config.llm, dtype)
     _fit_vocabulary(language_model, tokenizer)
-    encoder = load_encoder(config.encoder, dtype)
+    encoder = load_encoder(config.encoder)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = VisionLanguageModel(config, encoder, language_model, image_token_id(tokenizer))
@@ -98,15 +98,15 @@ def image_token_id(tokenizer: PreTrainedTokenizerFast) -> int:
     return cast(int, tokenizer.convert_tokens_to_ids(IMAGE_TOKEN))
 
 
-def load_encoder(config: EncoderConfig, dtype: torch.dtype = torch.float32) -> Encoder:
-    """The vision encoder with its own normalisation statistics; timm's come as they were saved."""
+def load_encoder(config: EncoderConfig) -> Encoder:
+    """The vision encoder in fp32 with its own normalisation statistics."""
     name = resolve(config.name)
     try:
         if config.kind == "timm":
             network = timm_network(config, pretrained=True)
             pixels = network.pretrained_cfg
             return TimmEncoder(network, config.layer, pixels["mean"], pixels["std"])
-        vision_model = CLIPVisionModel.from_pretrained(name, dtype=dtype)
+        vision_model = CLIPVisionModel.from_pretrained(name, dtype=torch.float32)
         mean, std = _clip_statistics(name)
     except (OSError, RuntimeError) as error:
         raise _unavailable("encoder", config.name, error) from error
