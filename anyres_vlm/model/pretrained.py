@@ -139,8 +139,8 @@ def read_tokenizer(folder: Path, described: Description) -> PreTrainedTokenizerF
         raise DataError(
             f"{folder}: its tokenizer has {len(tokenizer)} tokens, its language model {described.text.vocab_size}"
         )
-    if (folder / "chat_template.json").exists():  # where processors of older releases kept it
-        tokenizer.chat_template = read_json(folder / "chat_template.json").get("chat_template")
+    if (found := _processor_template(folder)) is not None:
+        tokenizer.chat_template = found
     if tokenizer.chat_template is None and described.config.template == "chat_template":
         names = ", ".join(get_args(TemplateName))
         raise DataError(
@@ -148,6 +148,25 @@ def read_tokenizer(folder: Path, described: Description) -> PreTrainedTokenizerF
             f"of {names}"
         )
     return tokenizer
+
+
+def _processor_template(folder: Path) -> str | None:
+    """The chat template of a folder's processor, in the order in which transformers' processors look for it.
+
+    AutoTokenizer has read `chat_template.jinja`. None leaves the tokenizer's own.
+    """
+    files = ["processor_config.json"]
+    if not (folder / "chat_template.jinja").exists():
+        files.append("chat_template.json")  # where processors of older releases kept it
+    for path in (folder / name for name in files):
+        found = read_json(path).get("chat_template") if path.exists() else None
+        if isinstance(found, dict):
+            found = found.get("default")
+        if found is not None and not isinstance(found, str):
+            raise DataError(f"{path}: chat_template: expected the text of a Jinja template, got {type(found).__name__}")
+        if found is not None:
+            return found
+    return None
 
 
 def load_parts(model: VisionLanguageModel, folder: Path, parts: tuple[str, ...]) -> None:
