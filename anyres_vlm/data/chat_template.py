@@ -12,6 +12,7 @@ import logging
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
+from functools import cache
 from threading import Thread
 from typing import Any, cast
 
@@ -174,12 +175,17 @@ def read_own(tokenizer: PreTrainedTokenizerFast) -> OwnTemplate:
         format, read = _with_images(tokenizer, format, read)
     if read.end:
         return OwnTemplate(format, read, read)
-    logger.warning(
-        "this llm's chat template ends answers with no token: %r, the tokenizer's own, is put after each answer, "
-        "in training and in prompts",
-        tokenizer.eos_token,
-    )
+    _warn_of_added_end(tokenizer.eos_token)
     return OwnTemplate(format, read, replace(read, end=tokenizer.eos_token))
+
+
+@cache
+def _warn_of_added_end(end: str) -> None:
+    logger.warning(
+        "this llm's chat template ends answers with no token: the tokenizer's %r follows each answer, in training and "
+        "in prompts; stock transformers leaves it out of earlier answers",
+        end,
+    )
 
 
 def _message_format(tokenizer: PreTrainedTokenizerFast) -> MessageFormat:
