@@ -139,9 +139,11 @@ def read_tokenizer(folder: Path, described: Description) -> PreTrainedTokenizerF
         raise DataError(
             f"{folder}: its tokenizer has {len(tokenizer)} tokens, its language model {described.text.vocab_size}"
         )
-    if (found := _processor_template(folder)) is not None:
-        tokenizer.chat_template = found
-    if tokenizer.chat_template is None and described.config.template == "chat_template":
+    if described.config.template != "chat_template":
+        return tokenizer
+    if (template := _processor_template(folder)) is not None:
+        tokenizer.chat_template = template
+    if tokenizer.chat_template is None:
         names = ", ".join(get_args(TemplateName))
         raise DataError(
             f"{folder}: it has no chat template: name the one it was trained with (--template or model.template), one "
@@ -153,12 +155,9 @@ def read_tokenizer(folder: Path, described: Description) -> PreTrainedTokenizerF
 def _processor_template(folder: Path) -> str | None:
     """The chat template of a folder's processor, in the order in which transformers' processors look for it.
 
-    AutoTokenizer has read `chat_template.jinja`. None leaves the tokenizer's own.
+    None leaves the tokenizer's own, for which AutoTokenizer has read `chat_template.jinja`.
     """
-    files = ["processor_config.json"]
-    if not (folder / "chat_template.jinja").exists():
-        files.append("chat_template.json")  # where processors of older releases kept it
-    for path in (folder / name for name in files):
+    for path in (folder / "processor_config.json", folder / "chat_template.json"):  # of older releases
         found = read_json(path).get("chat_template") if path.exists() else None
         if isinstance(found, dict):
             found = found.get("default")
