@@ -172,10 +172,17 @@ def _require_all_weights(what: str, name: str, report: dict[str, Any]) -> None:
 
 
 def _fit_vocabulary(language_model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> None:
-    """Give added tokens rows of their own; a vocabulary padded beyond the tokenizer stays as it is."""
+    """Give added tokens rows of their own; a vocabulary padded beyond the tokenizer stays as it is.
+
+    A new row is the mean of all others: the same in every process, and never the likeliest next token.
+    """
     rows = language_model.get_input_embeddings().weight.shape[0]
-    if len(tokenizer) > rows:
-        language_model.resize_token_embeddings(len(tokenizer))
+    if len(tokenizer) <= rows:
+        return
+    language_model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    for layer in (language_model.get_input_embeddings(), language_model.get_output_embeddings()):
+        for parameter in layer.parameters():  # a head may have a bias
+            parameter.data[rows:] = parameter.data[:rows].mean(0, dtype=torch.float32).to(parameter.dtype)
 
 
 def _unavailable(what: str, name: str, error: Exception) -> DataError:
