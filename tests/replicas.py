@@ -354,6 +354,10 @@ def _listed(value: Any) -> list[int]:
     return value if isinstance(value, list) else [value]
 
 
+def read_json(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
 def _write_json(path: Path, content: object) -> None:
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
