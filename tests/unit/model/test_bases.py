@@ -1,4 +1,4 @@
-"""What published bases carry, read or refused when they are loaded: tokenizers, pickled weights, generation settings."""
+"""What published bases carry, read or refused on loading: tokenizers, pickled weights, generation settings."""
 
 from __future__ import annotations
 
@@ -57,6 +57,14 @@ def copy(bases: Path, name: str, folder: Path, file: str = "config.json", **chan
     return made
 
 
+def load_base(bases: Path, name: str, folder: Path) -> None:
+    """Load a changed replica as what it is."""
+    if name == replicas.CLIP:
+        load_encoder(EncoderConfig(name=str(folder)))
+    else:
+        build_model(model_config(bases, folder), seed=0)
+
+
 # Tokenizers ----------------------------------------------------------------------------------------------------------
 
 
@@ -100,10 +108,11 @@ def test_a_base_without_dummy_prefix_gets_none(bases: Path, tmp_path: Path) -> N
     stock = AutoTokenizer.from_pretrained(bases / replicas.YI)
     assert stock.tokenize("red") == ["▁red"]
     tokenizer = load_tokenizer(str(bases / replicas.YI))
-    assert tokenizer.tokenize("red<|im_end|>red") == ["r", "ed", "<|im_end|>", "r", "ed"]
+    pieces = tokenizer.tokenize("red<|im_end|>red")
+    assert "▁" not in "".join(pieces)
     tokenizer.save_pretrained(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "llava_next"}))
-    assert AutoTokenizer.from_pretrained(tmp_path).tokenize("red") == ["r", "ed"]
+    assert AutoTokenizer.from_pretrained(tmp_path).tokenize("red<|im_end|>red") == pieces
 
 
 @pytest.mark.parametrize("kind", ["LlamaTokenizerFast", "YiTokenizer", "PreTrainedTokenizer", "GPT2Tokenizer", None])
@@ -187,15 +196,12 @@ def test_a_pickle_of_anything_but_tensors_is_refused(bases: Path, tmp_path: Path
         path.write_bytes(pickle.dumps(Trap()))
     else:
         torch.save({"state_dict": content} if how == "nested" else content, path)
-    with pytest.raises(DataError, match="pickle can run any code|not a file of torch.save") as raised:
+    with pytest.raises(DataError, match=r"pickle can run any code|not a file of torch\.save") as raised:
         list(read_tensors(folder))
     assert "weights_only" not in str(raised.value)
     assert "\n" not in str(raised.value)
     with pytest.raises(DataError, match=r"cannot be loaded: ") as raised:
-        if name == replicas.CLIP:
-            load_encoder(EncoderConfig(name=str(folder)))
-        else:
-            build_model(model_config(bases, folder), seed=0)
+        load_base(bases, name, folder)
     assert "weights_only" not in str(raised.value)
 
 
@@ -219,19 +225,13 @@ def test_odd_tensors_of_a_pickle_are_refused(tmp_path: Path, content: object) ->
 
 @pytest.mark.parametrize("name", [replicas.VICUNA_7B, replicas.MISTRAL, replicas.CLIP])
 def test_missing_and_broken_weights_of_a_base(bases: Path, tmp_path: Path, name: str) -> None:
-    def load(folder: Path) -> None:
-        if name == replicas.CLIP:
-            load_encoder(EncoderConfig(name=str(folder)))
-        else:
-            build_model(model_config(bases, folder), seed=0)
-
     for index in (folder := copy(bases, name, tmp_path)).glob("*.index.json"):
         index.unlink()
     path = sorted([*folder.glob("*.bin"), *folder.glob("*.safetensors")])[0]
     whole = path.read_bytes()
     path.write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(DataError, match="cannot be loaded|weights missing"):
-        load(folder)
+    with pytest.raises(DataError, match=r"cannot be loaded|weights missing"):
+        load_base(bases, name, folder)
 
 
 def test_doctor_says_that_weights_are_pickle(bases: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -271,10 +271,11 @@ KEPT = [
 def test_what_could_not_be_saved_is_dropped_with_a_line(settings, gone, tmp_path: Path, caplog) -> None:
     caplog.set_level(logging.INFO, logger="anyres_vlm")
     config = clean_generation_config({"bos_token_id": 1, **settings}, "llm x")
+    assert all(getattr(config, name, None) in (None, False) for name in gone)
     config.eos_token_id = [2, 3]  # as a run does
     config.save_pretrained(tmp_path)
     saved = json.loads((tmp_path / "generation_config.json").read_text())
-    assert not gone & saved.keys()
+    assert not (gone - {"eos_token_id"}) & saved.keys()
     assert saved["bos_token_id"] == 1
     assert len(caplog.records) == 1
     assert caplog.text.count("\n") == 1
