@@ -31,7 +31,12 @@ def build_tokenizer(name: Path | str, what: str) -> PreTrainedTokenizerFast:
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except Exception as error:  # broken files raise whatever the library at hand raises
-        reason = _sentencepiece_fault(name) or f"{type(error).__name__}: {' '.join(str(error).split())[:500]}"
+        if not Path(name).is_dir():
+            reason = str(error).strip().partition("\n")[0]
+            raise DataError(
+                f"{what} {str(name)!r} cannot be loaded: {reason}; give a hub id, a local folder or an embedded: name"
+            ) from error
+        reason = _file_fault(Path(name)) or f"{type(error).__name__}: {' '.join(str(error).split())[:500]}"
         raise DataError(f"{where}: its tokenizer cannot be used ({reason})") from error
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise DataError(f"{where}: exact labels need a fast tokenizer, got {type(tokenizer).__name__}")
@@ -80,15 +85,17 @@ def _pieces_by_file(name: Path | str) -> list[str] | None:
     return None
 
 
-def _sentencepiece_fault(name: Path | str) -> str | None:
-    """What is wrong with a tokenizer.model that is the only file; transformers then reports other formats' packages."""
-    path = base_file(name, SENTENCEPIECE_FILE)
-    if path is None or base_file(name, FAST_FILE) is not None:
+def _file_fault(folder: Path) -> str | None:
+    """What is wrong with a folder's files where transformers reports packages for formats that it tried instead."""
+    if (folder / FAST_FILE).exists():
         return None
+    path = folder / SENTENCEPIECE_FILE
+    if not path.exists():
+        return f"neither {FAST_FILE} nor {SENTENCEPIECE_FILE} in it: fetch it again"
     from sentencepiece import SentencePieceProcessor  # only such bases need it
 
     try:
-        SentencePieceProcessor(model_file=path)
+        SentencePieceProcessor(model_file=str(path))
     except (OSError, RuntimeError, TypeError):
         return f"{SENTENCEPIECE_FILE} is not a SentencePiece model: fetch it again"
     return None

@@ -23,6 +23,7 @@ from anyres_vlm.errors import DataError
 from anyres_vlm.model.files import read_tensors
 from anyres_vlm.model.generation_config import clean_generation_config
 from anyres_vlm.model.hub import build_model, load_encoder, load_tokenizer
+from anyres_vlm.schema import Turn
 
 TEXTS = [
     "USER: What colour is the star? ASSISTANT: red",
@@ -100,7 +101,8 @@ def test_a_space_at_the_start_is_the_one_difference(bases: Path) -> None:
     """`legacy: false` adds no second space to a text that begins with one; no template does."""
     tokenizer = load_tokenizer(str(bases / replicas.VICUNA_7B))
     assert tokenizer.tokenize(" red") == tokenizer.tokenize("red") == ["▁red"]
-    assert not any(template.render([])[0].startswith(" ") for template in TEMPLATES.values())
+    turns = [Turn("user", "What?"), Turn("assistant", "red")]
+    assert not any(template.render(turns)[0].startswith(" ") for template in TEMPLATES.values() if template.user_text)
 
 
 def test_a_base_without_dummy_prefix_gets_none(bases: Path, tmp_path: Path) -> None:
@@ -129,6 +131,16 @@ def test_a_tokenizer_that_is_no_sentencepiece_model(bases: Path, tmp_path: Path)
     (folder / "tokenizer.model").write_bytes(b"version https://git-lfs.github.com/spec/v1")
     with pytest.raises(DataError, match=r"llm .*base: its tokenizer cannot be used \(tokenizer\.model is not a Sent"):
         load_tokenizer(str(folder))
+
+
+def test_a_folder_without_a_tokenizer(bases: Path, tmp_path: Path) -> None:
+    folder = copy(bases, replicas.VICUNA_7B, tmp_path)
+    (folder / "tokenizer.model").unlink()
+    with pytest.raises(DataError, match=r"neither tokenizer\.json nor tokenizer\.model in it") as raised:
+        load_tokenizer(str(folder))
+    assert "tiktoken" not in str(raised.value)
+    with pytest.raises(DataError, match=r"llm '.*nowhere' cannot be loaded: .*give a hub id, a local folder"):
+        load_tokenizer(str(tmp_path / "nowhere"))
 
 
 @pytest.mark.parametrize(("module", "package"), [("sentencepiece", "sentencepiece"), ("google.protobuf", "protobuf")])
@@ -232,6 +244,10 @@ def test_missing_and_broken_weights_of_a_base(bases: Path, tmp_path: Path, name:
     path.write_bytes(whole[: len(whole) // 2])
     with pytest.raises(DataError, match=r"cannot be loaded|weights missing"):
         load_base(bases, name, folder)
+    path.write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 3\n")
+    with pytest.raises(DataError, match=r"cannot be loaded: ") as raised:
+        load_base(bases, name, folder)
+    assert "never loaded" not in str(raised.value)
 
 
 def test_doctor_says_that_weights_are_pickle(bases: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
