@@ -77,7 +77,7 @@ def load_fault(error: Exception) -> str:
     """Why a library could not load a model, in one line."""
     text = str(error).strip()
     if isinstance(error, pickle.UnpicklingError):  # torch's own words advise to load it nevertheless
-        if "Unsupported" in text:
+        if "Unsupported" in text and "Unsupported operand" not in text:
             return "its weights hold other Python objects than tensors, which are never loaded: use safetensors"
         return "its weights are cut off, or a file of another kind: fetch them again"
     return text.splitlines()[0] if text else type(error).__name__

@@ -41,6 +41,10 @@ def build_tokenizer(name: Path | str, what: str) -> PreTrainedTokenizerFast:
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise DataError(f"{where}: exact labels need a fast tokenizer, got {type(tokenizer).__name__}")
     _require_unknown(tokenizer, where)
+    if not tokenizer.tokenize(PROBE):  # some classes make an empty one where their file is missing
+        raise DataError(
+            f"{where}: its tokenizer knows no words; fetch it again, with {FAST_FILE} or {SENTENCEPIECE_FILE}"
+        )
     expected = _pieces_by_file(name)
     if expected is not None and tokenizer.tokenize(PROBE) != expected:
         verbatim = PreTrainedTokenizerFast.from_pretrained(name, trust_remote_code=False)
