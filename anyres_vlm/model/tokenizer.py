@@ -41,20 +41,26 @@ def build_tokenizer(name: Path | str, what: str) -> PreTrainedTokenizerFast:
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise DataError(f"{where}: exact labels need a fast tokenizer, got {type(tokenizer).__name__}")
     _require_unknown(tokenizer, where)
-    if not tokenizer.tokenize(PROBE):  # some classes make an empty one where their file is missing
-        raise DataError(
-            f"{where}: its tokenizer knows no words; fetch it again, with {FAST_FILE} or {SENTENCEPIECE_FILE}"
-        )
+    pieces = _pieces(tokenizer, where)
+    if not pieces:  # some classes make an empty one where their file is missing
+        raise DataError(f"{where}: its tokenizer knows no words: fetch {FAST_FILE} or {SENTENCEPIECE_FILE} again")
     expected = _pieces_by_file(name)
-    if expected is not None and tokenizer.tokenize(PROBE) != expected:
+    if expected is not None and pieces != expected:
         verbatim = PreTrainedTokenizerFast.from_pretrained(name, trust_remote_code=False)
         _require_unknown(verbatim, where)
         kind = type(tokenizer).__name__
-        if verbatim.tokenize(PROBE) == expected:
+        if _pieces(verbatim, where) == expected:
             logger.info("%s: %s would split text differently from its own files: these are used", where, kind)
             return verbatim
         logger.warning("%s: transformers' %s splits text differently from its own files", where, kind)
     return tokenizer
+
+
+def _pieces(tokenizer: PreTrainedTokenizerFast, where: str) -> list[str]:
+    try:
+        return list(tokenizer.tokenize(PROBE))
+    except Exception as error:  # tokenizers raises plain Exception
+        raise DataError(f"{where}: its tokenizer cannot split text ({' '.join(str(error).split())[:300]})") from error
 
 
 def _require_packages(name: Path | str, where: str) -> None:
