@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AttentionInterface, PreTrainedModel
+from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
 
 from anyres_vlm.errors import UsageError
 from anyres_vlm.model.kv_cache import attend_cached
@@ -48,6 +48,16 @@ class Documents:
                 f"{type(model).__name__} keeps documents apart in {self.layers_told} of its {layers} layers, "
                 "so that packed samples would see each other: choose another language model"
             )
+
+
+def sliding_window(config: PreTrainedConfig) -> int | None:
+    """How many of the last tokens any layer of a language model is limited to; None where no layer is."""
+    settings = config.to_dict()
+    kinds = settings.get("layer_types")
+    if kinds is not None and "sliding_attention" not in kinds:
+        return None
+    window: int | None = settings.get("sliding_window")
+    return window
 
 
 def packed_attention(

@@ -15,6 +15,8 @@ from anyres_vlm.data.index.rejects import count_rejects, rejects_path
 from anyres_vlm.data.index.rows import IndexSettings
 from anyres_vlm.data.samples import IndexedSamples
 from anyres_vlm.data.sources import open_source
+from anyres_vlm.errors import UsageError
+from anyres_vlm.model.attention import sliding_window
 from anyres_vlm.model.vlm import VisionLanguageModel
 from anyres_vlm.synthetic.dataset import write_dataset
 
@@ -28,7 +30,8 @@ def index_samples(
 ) -> IndexedSamples:
     """Index a stage's data beside the run, or where `data.index` says; an index that is up to date is not made again.
 
-    Raises `DataError` for data that cannot be read or has too many rejects.
+    Raises `DataError` for data that cannot be read or has too many rejects, `UsageError` for samples longer than the
+    language model's sliding window, which the packed attention does not apply.
     """
     settings = config.stage(stage)
     path, images = _locate(settings.data, output, config.seed)
@@ -45,6 +48,12 @@ def index_samples(
         kinds = ", ".join(f"{count:,} {kind}" for kind, count in rejects.items())
         logger.warning(
             "%s: left out of %s records: %s; see %s", path, f"{len(index):,}", kinds, rejects_path(index.path)
+        )
+    window, longest = sliding_window(model.language_model.config), int(index.tokens[index.ok].max(initial=0))
+    if window is not None and longest > window:
+        raise UsageError(
+            f"{stage}: the longest sample has {longest:,} tokens, but layers of {model.config.llm} attend to the last "
+            f"{window:,} only, which is not supported: set {stage}.max_length={window} or choose another llm"
         )
     return IndexedSamples(open_source(path, images), index, conversation, model.tiling)
 

@@ -20,6 +20,7 @@ from anyres_vlm.data.packing.cost import CostModel, derive_cost
 from anyres_vlm.errors import DataError, Interrupted
 from anyres_vlm.model.card import write_card
 from anyres_vlm.model.feature_cache import FeatureCache
+from anyres_vlm.model.generation_config import end_tokens
 from anyres_vlm.model.hub import build_model
 from anyres_vlm.model.lora import add_lora, merged_weights, save_adapter
 from anyres_vlm.model.pretrained import load_parts, save_pretrained
@@ -115,8 +116,9 @@ class StageRun:
         model, tokenizer = build_model(self.config.model, self.config.seed, dtype)
         if self.stage == "stage2" and needs_stage_1(self.config, self.options):
             load_parts(model, model_folder(self.options.output, "stage1"), ADAPTER_PARTS)
+        generation = model.language_model.generation_config
         stops = ConversationTokenizer(model.config.template, tokenizer).stop_ids
-        model.language_model.generation_config.eos_token_id = stops
+        generation.eos_token_id = sorted({*stops, *end_tokens(generation)})
         if self.settings.lora is not None:
             add_lora(model, self.settings.lora, self.config.seed)
         if self.settings.activation_checkpointing:

@@ -225,4 +225,4 @@ def test_the_template_and_safetensors_are_required(published, tmp_path, capsys) 
     source = clone(folder, tmp_path / "in")
     (source / "model.safetensors").rename(source / "pytorch_model-00001-of-00001.bin")
     assert run_import(source, tmp_path / "out", "--template", "mistral") == 1
-    assert "pickle can run any code" in capsys.readouterr().err
+    assert "pytorch_model-00001-of-00001.bin: not a file of torch.save" in capsys.readouterr().err

@@ -200,7 +200,7 @@ def test_missing_files_are_named(folder, tiny_tokenizer, tmp_path) -> None:
     with pytest.raises(DataError, match=r"extra of shape .*no such weight"):
         load_pretrained(tmp_path)
     (tmp_path / "model.safetensors").rename(tmp_path / "pytorch_model.bin")
-    with pytest.raises(DataError, match=r"pytorch_model\.bin: pickle can run any code.*safetensors\.torch\.save_file"):
+    with pytest.raises(DataError, match=r"pytorch_model\.bin: not a file of torch\.save"):
         load_pretrained(tmp_path)
     (tmp_path / "processor_config.json").unlink()
     with pytest.raises(DataError, match="pixel statistics are unknown"):

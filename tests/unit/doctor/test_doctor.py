@@ -151,7 +151,7 @@ def test_models_that_are_not_here(make: Make, tmp_path: Path, monkeypatch: pytes
     assert (finding.level, "model.safetensors: its weights cannot be read" in finding.found) == ("fail", True)
     (broken / "model.safetensors").unlink()
     assert {f.check: f.level for f in run.check_models(make(f"model.llm={broken}"))}["weights"] == "ok"  # the encoder's
-    assert any("no safetensors at hand" in f.found for f in run.check_models(make(f"model.llm={broken}")))
+    assert any("no weights at hand" in f.found for f in run.check_models(make(f"model.llm={broken}")))
     from huggingface_hub import constants
 
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")  # the discard port: nobody listens
