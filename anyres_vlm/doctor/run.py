@@ -166,7 +166,7 @@ def check_disk(case: Case) -> Iterator[Finding]:
 def check_data(case: Case) -> Iterator[Finding]:
     """Each stage's data: opened, and some records and their images looked at, from the first to the last."""
     from anyres_vlm.data.sources import open_source
-    from anyres_vlm.data.sources.peek import peek
+    from anyres_vlm.data.sources.open import peek
 
     for name in case.stages:
         data, check = case.config.stage(name).data, f"{name} data"

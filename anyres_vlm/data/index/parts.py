@@ -22,7 +22,7 @@ from pathlib import Path
 import pyarrow as pa
 
 from anyres_vlm.data.index.rows import IndexSettings, index_rows
-from anyres_vlm.data.sources.base import Source
+from anyres_vlm.data.sources.record import Source
 from anyres_vlm.durable import replacing
 from anyres_vlm.errors import DataError
 

@@ -14,8 +14,9 @@ import pyarrow as pa
 from anyres_vlm.data.checks import check_sample, plan_image
 from anyres_vlm.data.conversation import ConversationTokenizer, Ids
 from anyres_vlm.data.index.table import COUNTS, FORMAT, OK, SCHEMA
-from anyres_vlm.data.sources.base import Source, follow_links
 from anyres_vlm.data.sources.mixture import MixtureSource
+from anyres_vlm.data.sources.paths import follow_links
+from anyres_vlm.data.sources.record import Source
 from anyres_vlm.errors import DataError, RejectKind
 from anyres_vlm.geometry import TilePlan, Tiling
 from anyres_vlm.schema import IMAGE_TOKEN, Record, Sample, Turn

@@ -16,7 +16,7 @@ from PIL import Image
 
 from anyres_vlm.data.headers import read_size
 from anyres_vlm.data.sources import open_source, read_records
-from anyres_vlm.data.sources.base import Source
+from anyres_vlm.data.sources.record import Source
 from anyres_vlm.errors import DataError
 from anyres_vlm.geometry import Size
 from anyres_vlm.schema import Record

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from anyres_vlm.data.sources import scan
-from anyres_vlm.data.sources.scan import scan_rows
+from anyres_vlm.data.sources import json as scan
+from anyres_vlm.data.sources.json import scan_rows
 from anyres_vlm.errors import DataError
 
 TRICKY = st.text(st.sampled_from('\\"[]{},:\n\r\t é\u2028猫😀a/'), max_size=12)
