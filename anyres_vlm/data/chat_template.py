@@ -55,14 +55,32 @@ def resolve_template(template: TemplateName, tokenizer: PreTrainedTokenizerFast)
     return replace(pieces, **changes)
 
 
-def apply_own(tokenizer: PreTrainedTokenizerFast, turns: Sequence[Turn], prompt: bool = False) -> str:
-    """What the tokenizer's own template writes. Raises `DataError` with the template's words if it refuses."""
-    messages = [{"role": turn.role, "content": turn.text} for turn in turns]
+def apply_own(tokenizer: PreTrainedTokenizerFast, turns: Sequence[Turn], prompt: bool = False, system: str = "") -> str:
+    """Return what the tokenizer's own template writes. Raises `DataError` with the template's words if it refuses."""
+    messages = [{"role": "system", "content": system}] if system else []
+    messages += [{"role": turn.role, "content": turn.text} for turn in turns]
     try:
         text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt)
     except Exception as error:  # a template is a program: it can raise what it likes
         raise DataError(f"this llm's chat template cannot write it: {' '.join(str(error).split())}") from None
     return cast(str, text)
+
+
+def own_opening(tokenizer: PreTrainedTokenizerFast, pieces: Template, system: str) -> str:
+    """Return what the tokenizer's own template writes before the first question of a conversation with a system text.
+
+    Raises `DataError` where the template refuses the text, leaves it out or writes it elsewhere.
+    """
+    question = Turn("user", "qzx0xzq")
+    text = apply_own(tokenizer, [question], True, system)
+    body = pieces.render([question], True)[0].removeprefix(pieces.opening)
+    opening = text.removesuffix(body)
+    if not text.endswith(body) or system not in opening:
+        raise DataError(
+            "this llm's chat template does not write a system text before the first question: use another template",
+            kind="system",
+        )
+    return opening
 
 
 def _read(tokenizer: PreTrainedTokenizerFast) -> Template:

@@ -211,9 +211,9 @@ def check_index(case: Case) -> Iterator[Finding]:
         except DataError as error:
             yield Finding(check, "warn", str(error), "the run makes it again")
             continue
-        conversation = ConversationTokenizer(stage.template or model.template, tokenizer)
+        conversation = ConversationTokenizer(stage.template or model.template, tokenizer, stage.data.image_position)
         now = IndexSettings(conversation, tiling, stage.max_length).words
-        then = index.settings
+        then = {"image_position": "as_is", **index.settings}  # older indexes do not say it
         other = [key for key in now if _tupled(now[key]) != _tupled(then.get(key))]
         if other:
             yield Finding(check, "warn", f"{path} was made for another {', '.join(other)}", "the run makes it again")

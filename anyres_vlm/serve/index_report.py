@@ -87,7 +87,7 @@ def _page(index: Index, figures: Figures) -> str:
         f"<title>{escape(title)}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n<main>\n"
         f"<h1>{escape(title)}</h1>\n<p>{escape(what)}</p>\n"
         f'<div class="numbers">{_numbers(summary)}</div>\n<div class="figures">{pictures}</div>\n'
-        f"{_rejects(index)}{_longest(index)}"
+        f"{_changes(index)}{_rejects(index)}{_longest(index)}"
         f'<p style="margin-top: 20px">Key {escape(index.key)}</p>\n</main>\n</body>\n</html>\n'
     )
 
@@ -116,6 +116,12 @@ def _numbers(summary: dict[str, Any]) -> str:
 def _figure(title: str, shows: str, png: bytes) -> str:
     source = f"data:image/png;base64,{base64.b64encode(png).decode()}"
     return f'<div class="card"><h2>{title}</h2><p>{escape(shows)}</p><img alt="{escape(shows)}" src="{source}"></div>'
+
+
+def _changes(index: Index) -> str:
+    if not index.changes:
+        return ""
+    return _table("Changed while reading", ("change", "samples"), list(index.changes.items()))
 
 
 def _rejects(index: Index) -> str:

@@ -32,7 +32,8 @@ def index_samples(
     """
     settings = config.stage(stage)
     path, images = _locate(settings.data, output, config.seed)
-    conversation = ConversationTokenizer(settings.template or model.config.template, tokenizer)
+    template = settings.template or model.config.template
+    conversation = ConversationTokenizer(template, tokenizer, settings.data.image_position)
     index = build_index(
         path,
         images,
@@ -46,6 +47,8 @@ def index_samples(
         logger.warning(
             "%s: left out of %s records: %s; see %s", path, f"{len(index):,}", kinds, rejects_path(index.path)
         )
+    for change, count in index.changes.items():
+        logger.info("%s: %s: %s", path, change, f"{count:,}")
     return IndexedSamples(open_source(path, images), index, conversation, model.tiling)
 
 
