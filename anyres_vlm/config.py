@@ -38,9 +38,11 @@ def _read_pinpoints(value: Any) -> Any:
     try:
         listed = ast.literal_eval(value.strip())
     except (SyntaxError, ValueError, RecursionError, MemoryError):
-        expand_pinpoints(value, 1)
-        return value.strip()
-    return listed if isinstance(listed, list | tuple) else value
+        listed = None
+    if isinstance(listed, list | tuple):
+        return listed
+    expand_pinpoints(value, 1)  # refuses any other text
+    return value.strip()
 
 
 Pinpoints = Annotated[tuple[tuple[Positive, Positive], ...] | str, BeforeValidator(_read_pinpoints)]

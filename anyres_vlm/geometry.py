@@ -33,7 +33,8 @@ class Size:
             raise UsageError(f"image size {self.width}x{self.height} (width x height): both sides must be at least 1")
 
 
-TILE_RANGE = re.compile(r"\((\d+)x(\d+)\)(?:\s*,\s*(?:\.\.\.|\(\d+x\d+\)))*\s*,\s*\((\d+)x(\d+)\)")
+_PAIR = r"\((\d{1,3})x(\d{1,3})\)"
+TILE_RANGE = re.compile(rf"{_PAIR}[\d\s,.x()]*{_PAIR}")
 
 
 def expand_pinpoints(text: str, tile: int) -> tuple[tuple[int, int], ...]:

@@ -72,7 +72,10 @@ def own_opening(tokenizer: PreTrainedTokenizerFast, pieces: Template, system: st
     Raises `DataError` where the template refuses the text, leaves it out or writes it elsewhere.
     """
     question = Turn("user", "qzx0xzq")
-    text = apply_own(tokenizer, [question], True, system)
+    try:
+        text = apply_own(tokenizer, [question], True, system)
+    except DataError as error:
+        raise DataError(f"{error} (it has a system text)", kind="system") from None
     body = pieces.render([question], True)[0].removeprefix(pieces.opening)
     opening = text.removesuffix(body)
     if not text.endswith(body) or system not in opening:
