@@ -73,7 +73,7 @@ def own_opening(tokenizer: PreTrainedTokenizerFast, pieces: Template, system: st
     """
     question = Turn("user", "qzx0xzq")
     try:
-        text = apply_own(tokenizer, [question], True, system)
+        text = apply_own(tokenizer, [question], True, system=system)
     except DataError as error:
         raise DataError(f"{error} (it has a system text)", kind="system") from None
     body = pieces.render([question], True)[0].removeprefix(pieces.opening)

@@ -205,7 +205,7 @@ class ConversationTokenizer:
             return DataError(f"{name}: the text contains half a character, {half.group()!a}: write it as UTF-8")
         if self.template == OWN:
             try:
-                if apply_own(self.tokenizer, self.place_images(turns), prompt, system) != text:
+                if apply_own(self.tokenizer, self.place_images(turns), prompt, system=system) != text:
                     return DataError(f"{name}: this llm's chat template changes the turns' text: use another template")
             except DataError as error:
                 return DataError(f"{name}: {error}")

@@ -33,12 +33,13 @@ LLAVA_SYSTEM = (
 class Template:
     """The pieces around the turns, in the order in which they are written. Supervised is `lead`, the answer and `end`.
 
-    `opening` is written before the first turn; `{system}` in it is replaced by the conversation's own system text or by
-    `system`, and without either nothing is written. `again` stands before every user turn but the first.
+    `opening` and `system_part` come before the first turn. `{system}` in the part is replaced by the conversation's own
+    system text or by `system`; without either it is left out. `again` stands before every user turn but the first.
     `user_text=False` keeps only the user's images, as LLaVA's stage 1 does.
     """
 
     opening: str = ""
+    system_part: str = ""
     system: str = ""
     again: str = ""
     user_prefix: str = ""
@@ -54,16 +55,14 @@ class Template:
 
         Raises `DataError` where the template has no place for one.
         """
-        if SYSTEM in self.opening:
-            text = system or self.system
-            return self.opening.replace(SYSTEM, text) if text else ""
-        if system:
+        if system and not self.system_part:
             raise DataError(
                 "it has a system text, which this template cannot write: use vicuna_v1, llama_2, llama_3 or chatml, or "
                 "leave the text out",
                 kind="system",
             )
-        return self.opening
+        text = system or self.system
+        return self.opening + (self.system_part.replace(SYSTEM, text) if text else "")
 
     def render(self, turns: Sequence[Turn], prompt: bool = False, system: str = "") -> tuple[str, list[Span]]:
         """Return the conversation as text and the supervised spans of its characters; `prompt` opens the next answer.
@@ -89,13 +88,12 @@ class Template:
         """The same template for `apply_chat_template`; images of a content list stand as `<image>` and a line end."""
         image = json.dumps(f"{IMAGE_TOKEN}\n")
         answer = _expression(self.assistant_prefix + self.lead), _expression(self.end + self.between)
-        takes_system = SYSTEM in self.opening
         return (
             "{%- macro words(content) -%}{%- if content is string -%}{{ content }}{%- else -%}"
             f"{{%- for part in content -%}}{{{{ {image} if part.type == 'image' else part.text }}}}{{%- endfor -%}}"
             "{%- endif -%}{%- endmacro -%}"
-            f"{self._jinja_opening if takes_system else f'{{{{ {_expression(self.opening)} }}}}'}"
-            f"{{%- for message in {'turns' if takes_system else 'messages'} -%}}{{%- if message.role == 'user' -%}}"
+            f"{{{{ {_expression(self.opening)} }}}}{self._jinja_system}"
+            f"{{%- for message in {'turns' if self.system_part else 'messages'} -%}}{{%- if message.role == 'user' -%}}"
             f"{{%- if not loop.first -%}}{{{{ {_expression(self.again)} }}}}{{%- endif -%}}"
             f"{{{{ {_expression(self.user_prefix)} + words(message.content) + {_expression(self.user_suffix)} }}}}"
             "{%- elif message.role == 'assistant' -%}"
@@ -106,9 +104,11 @@ class Template:
         )
 
     @property
-    def _jinja_opening(self) -> str:
-        """The opening with the system text, which a first message may replace."""
-        before, after = map(_expression, self.opening.split(SYSTEM))
+    def _jinja_system(self) -> str:
+        """The part with the system text, which a first message may replace."""
+        if not self.system_part:
+            return ""
+        before, after = map(_expression, self.system_part.split(SYSTEM))
         return (
             "{%- if messages and messages[0].role == 'system' -%}"
             "{%- set system = words(messages[0].content) | trim -%}{%- set turns = messages[1:] -%}"
@@ -129,7 +129,7 @@ TEMPLATES: dict[TemplateName, Template] = {
     "plain": Template(user_text=False),
     "tiny": Template(user_prefix="User: ", user_suffix=" ", assistant_prefix="Assistant:", lead=" "),
     "vicuna_v1": Template(
-        opening=f"{SYSTEM} ",
+        system_part=f"{SYSTEM} ",
         system=(
             "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, "
             "detailed, and polite answers to the user's questions."
@@ -140,7 +140,7 @@ TEMPLATES: dict[TemplateName, Template] = {
         lead=" ",
     ),
     "llama_2": Template(
-        opening=f"[INST] <<SYS>>\n{SYSTEM}\n<</SYS>>\n\n",
+        system_part=f"[INST] <<SYS>>\n{SYSTEM}\n<</SYS>>\n\n",
         system=LLAVA_SYSTEM,
         again=f"{BOS}[INST] ",
         user_suffix=" [/INST]",
@@ -149,7 +149,7 @@ TEMPLATES: dict[TemplateName, Template] = {
     ),
     "mistral": Template(user_prefix="[INST] ", user_suffix=" [/INST]", lead=" "),
     "llama_3": Template(
-        opening=f"<|start_header_id|>system<|end_header_id|>\n\n{SYSTEM}<|eot_id|>",
+        system_part=f"<|start_header_id|>system<|end_header_id|>\n\n{SYSTEM}<|eot_id|>",
         system=LLAVA_SYSTEM,
         user_prefix="<|start_header_id|>user<|end_header_id|>\n\n",
         user_suffix="<|eot_id|>",
@@ -157,7 +157,7 @@ TEMPLATES: dict[TemplateName, Template] = {
         end="<|eot_id|>",
     ),
     "chatml": Template(
-        opening=f"<|im_start|>system\n{SYSTEM}<|im_end|>\n",
+        system_part=f"<|im_start|>system\n{SYSTEM}<|im_end|>\n",
         user_prefix="<|im_start|>user\n",
         user_suffix="<|im_end|>\n",
         assistant_prefix="<|im_start|>assistant\n",
@@ -165,7 +165,7 @@ TEMPLATES: dict[TemplateName, Template] = {
         between="\n",
     ),
     "chatml_direct": Template(
-        opening=f"<|im_start|>system\n{SYSTEM}<|im_end|>",
+        system_part=f"<|im_start|>system\n{SYSTEM}<|im_end|>",
         system="Answer the questions.",
         user_prefix="<|im_start|>user\n",
         user_suffix="<|im_end|>",
