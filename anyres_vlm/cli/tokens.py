@@ -9,8 +9,8 @@ from typing import Any
 
 import typer
 
+from anyres_vlm.data.blobs import is_sidecar
 from anyres_vlm.data.headers import IMAGE_SUFFIXES, read_size
-from anyres_vlm.data.sources.paths import is_sidecar
 from anyres_vlm.errors import DataError, UsageError
 from anyres_vlm.geometry import Dialect, Grid, Layout, Size, Tiling, plan_tiles
 from anyres_vlm.serve.tiling_table import (

@@ -9,10 +9,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from anyres_vlm.data.blobs import is_sidecar
 from anyres_vlm.data.headers import read_size
 from anyres_vlm.data.sources.json import JsonSource
 from anyres_vlm.data.sources.parquet import ParquetSource
-from anyres_vlm.data.sources.paths import is_sidecar
 from anyres_vlm.data.sources.record import Source
 from anyres_vlm.data.sources.webdataset import WebDatasetSource
 from anyres_vlm.errors import DataError

@@ -22,8 +22,6 @@ FILE_URL = re.compile(r"file:(?://localhost(?=/)|//|(?=/))", re.IGNORECASE)
 OTHER_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://|data:[^/\\]*[;,/]", re.IGNORECASE)
 DRIVE = re.compile(r"[A-Za-z]:/")
 
-SIDECARS = {".ds_store", "thumbs.db", "ehthumbs.db", "desktop.ini"}  # in lower case
-
 
 def image_file(item: Any, name: str, folder: Path) -> ImageRef:
     """Return the file in the image folder that record `name` calls `item`.
@@ -63,12 +61,6 @@ def path_inside(folder: Path, name: str, where: str) -> Path:
 def follow_links() -> bool:
     """Whether symbolic links may lead out of image folders."""
     return os.environ.get(FOLLOW_LINKS) == "1"
-
-
-def is_sidecar(name: str) -> bool:
-    """Whether a path names a file that macOS or Windows writes next to the user's own."""
-    parts = PurePosixPath(name).parts
-    return bool(parts) and (parts[-1].startswith("._") or parts[-1].lower() in SIDECARS or "__MACOSX" in parts)
 
 
 def valid_text(text: str, what: str) -> str:

@@ -15,9 +15,8 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from anyres_vlm.data.blobs import open_file, read_blob, read_slice
+from anyres_vlm.data.blobs import is_sidecar, open_file, read_blob, read_slice
 from anyres_vlm.data.headers import IMAGE_SUFFIXES
-from anyres_vlm.data.sources.paths import is_sidecar
 from anyres_vlm.data.sources.record import (
     CONVERSATION_KEYS,
     REMEDIES,

@@ -8,7 +8,8 @@ from unicodedata import normalize
 
 import pytest
 
-from anyres_vlm.data.sources.paths import is_sidecar, path_inside
+from anyres_vlm.data.blobs import is_sidecar
+from anyres_vlm.data.sources.paths import path_inside
 from anyres_vlm.errors import DataError
 
 FILES = ["a.png", "sub/b c.png", "sub/Größe.png", "Case/D.PNG", "x:y.png", "data:1.png", "100%25.png"]
