@@ -5,16 +5,17 @@ An unknown key fails with the nearest known one; values are validated when the f
 
 from __future__ import annotations
 
+import ast
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, cast, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from anyres_vlm.errors import UsageError
 from anyres_vlm.explain import did_you_mean, explain, shortened
-from anyres_vlm.geometry import Dialect, Grid, Layout, Tiling
+from anyres_vlm.geometry import Dialect, Grid, Layout, Tiling, expand_pinpoints
 from anyres_vlm.plain_yaml import parse_yaml
 
 StageName = Literal["stage1", "stage2"]
@@ -22,11 +23,30 @@ TemplateName = Literal[
     "plain", "tiny", "vicuna_v1", "llama_2", "mistral", "llama_3", "chatml", "chatml_direct", "chat_template"
 ]  # `chat_template` is the tokenizer's own
 TilingMode = Literal["fast", "exact"]
+ImagePosition = Literal["front", "as_is"]
 MOST_BYTES = 1 << 18  # of a configuration; PyYAML reads some 100 kB a second
 Positive = Annotated[int, Field(ge=1, lt=1 << 63)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Rate = Annotated[float, Field(gt=0, le=1)]
 Model = TypeVar("Model", bound=BaseModel)
+
+
+def _read_pinpoints(value: Any) -> Any:
+    """Read pinpoints as LLaVA-NeXT's files have them: a list written as text, or a range of tiles."""
+    if not isinstance(value, str):
+        return value
+    try:
+        listed = ast.literal_eval(value.strip())
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        listed = None
+    if isinstance(listed, list | tuple):
+        return listed
+    expand_pinpoints(value, 1)  # refuses any other text
+    return value.strip()
+
+
+Pinpoints = Annotated[tuple[tuple[Positive, Positive], ...] | str, BeforeValidator(_read_pinpoints)]
+"""Pairs of pixels, or a range of tiles such as `(1x1),...,(6x6)`, which the encoder's tile side expands."""
 
 
 class Frozen(BaseModel):
@@ -58,7 +78,7 @@ class ModelConfig(Frozen):
     projector: Literal["linear", "mlp2x_gelu"] = "mlp2x_gelu"  # from the encoder's width to the language model's
     template: TemplateName  # how a conversation is written
     grid: str = "2x2"  # largest grid of tiles, ROWSxCOLUMNS; 1x1 is the thumbnail alone
-    pinpoints: tuple[tuple[Positive, Positive], ...] | None = None  # pixels; replaces `grid`
+    pinpoints: Pinpoints | None = None  # pairs of pixels, or tiles as (1x1),...,(6x6); replaces `grid`
     layout: Layout = "spatial_unpad"  # flat keeps the tokens of padding
     dialect: Dialect = "hf"  # counts as transformers does, or as the original code
 
@@ -70,7 +90,8 @@ class ModelConfig(Frozen):
     def tiling(self, tile: int, patch: int) -> Tiling:
         """The tiling for an encoder with this tile and patch side in pixels."""
         if self.pinpoints is not None:
-            return Tiling(self.pinpoints, tile, patch, self.layout, self.dialect)
+            listed = self.pinpoints if isinstance(self.pinpoints, tuple) else expand_pinpoints(self.pinpoints, tile)
+            return Tiling(listed, tile, patch, self.layout, self.dialect)
         return Tiling.from_grid(Grid.parse(self.grid), tile=tile, patch=patch, layout=self.layout, dialect=self.dialect)
 
 
@@ -80,7 +101,7 @@ class CheckpointConfig(Frozen):
     checkpoint: str  # LlavaNext folder or hub id; replaces llm, encoder and projector
     template: TemplateName | None = None
     grid: str | None = None
-    pinpoints: tuple[tuple[Positive, Positive], ...] | None = None
+    pinpoints: Pinpoints | None = None
     layout: Layout | None = None
     dialect: Dialect | None = None
 
@@ -114,6 +135,7 @@ class DataConfig(Frozen):
     kinds: Annotated[tuple[PictureKind, ...], Field(min_length=1)] | None = None  # rendered alike often; None: the mix
     index: Path | None = None  # where `anyres index` put it or training shall; None is beside the run
     max_bad_fraction: Fraction = 0.01  # cap on records that are left out
+    image_position: ImagePosition = "front"  # moves a question's only <image> to its front, as LLaVA does; as_is: not
     tiling_mode: TilingMode = "fast"  # `exact`: the pixels of transformers' processor, at 1.7 times the cost
     augment: AugmentConfig | None = None  # photometric changes; None is none
 
@@ -133,11 +155,17 @@ class DataConfig(Frozen):
         return self
 
 
+def _twice_the_rank(settings: dict[str, Any]) -> int:
+    return 2 * int(settings.get("rank", 1))  # the rank is missing where it was refused
+
+
 class LoraSettings(Frozen):
     """Low-rank adapters trained in place of the language model; rank and alpha are those of LLaVA-1.5's LoRA recipe."""
 
     rank: Positive = 128  # of each adapter
-    alpha: Positive = 256  # an adapter's output counts alpha / rank times
+    alpha: Positive = Field(
+        default_factory=_twice_the_rank
+    )  # scales an adapter by alpha / rank; twice the rank if unset
     dropout: Fraction = 0.0  # on what goes into an adapter
     learning_rate: Rate | None = None  # None is the stage's; LLaVA's is 2e-4 beside the projector's 2e-5
     target_modules: Annotated[tuple[str, ...], Field(min_length=1)] | None = None  # None: all linear ones, not the head

@@ -31,7 +31,8 @@ def shortened(value: object) -> str:
 def explain(error: ValidationError, model: type[BaseModel]) -> str:
     """The first few faults on one line, an unknown key with the nearest known one; it may be why another is missing."""
     faults = []
-    for fault in sorted(error.errors(), key=lambda fault: fault["type"] != "extra_forbidden")[:3]:
+    told = [fault for fault in error.errors() if fault["type"] != "default_factory_not_called"]  # follows from another
+    for fault in sorted(told, key=lambda fault: fault["type"] != "extra_forbidden")[:3]:
         where = " ".join(".".join(str(part) for part in fault["loc"])[:SHOWN].split())
         if fault["type"] == "extra_forbidden":
             known = _fields(model, fault["loc"][:-1])

@@ -33,6 +33,25 @@ class Size:
             raise UsageError(f"image size {self.width}x{self.height} (width x height): both sides must be at least 1")
 
 
+_PAIR = r"\((\d{1,3})x(\d{1,3})\)"
+TILE_RANGE = re.compile(rf"{_PAIR}[\d\s,.x()]*{_PAIR}")
+
+
+def expand_pinpoints(text: str, tile: int) -> tuple[tuple[int, int], ...]:
+    """Read a range of canvases in tiles, `(1x1),...,(6x6)`, as pinpoints in pixels, in LLaVA-NeXT's order.
+
+    The first and the last pair count, as in LLaVA-NeXT. Raises `UsageError` for any other text.
+    """
+    match = TILE_RANGE.fullmatch(text.strip())
+    first, second, first_end, second_end = map(int, match.groups()) if match else (0, 0, 0, 0)
+    if not (1 <= first <= first_end <= GRID_LIMIT and 1 <= second <= second_end <= GRID_LIMIT):
+        raise UsageError(
+            f"pinpoints {text!r}: expected pairs of pixels, or a range of tiles such as (1x1),...,(6x6), at most "
+            f"{GRID_LIMIT} a side"
+        )
+    return tuple((a * tile, b * tile) for a in range(first, first_end + 1) for b in range(second, second_end + 1))
+
+
 @dataclass(frozen=True, slots=True)
 class Grid:
     """Rows and columns of tiles."""

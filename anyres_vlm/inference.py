@@ -35,6 +35,7 @@ class Conversation:
 
     turns: Sequence[Turn]
     images: Sequence[Image.Image | ImageRef] = ()
+    system: str = ""  # replaces the template's system text
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ class Assistant:
         self.model = model.eval().to(self.device)
         self.tiling = model.tiling
         self.tokenizer = tokenizer
-        self.conversation = ConversationTokenizer(model.config.template, tokenizer)
+        self.conversation = ConversationTokenizer(model.config.template, tokenizer, model.image_position)
 
     @classmethod
     def load(cls, folder: Path | str, template: TemplateName | None = None) -> Assistant:
@@ -151,7 +152,7 @@ class Assistant:
                 f"the conversation has {wanted} {IMAGE_TOKEN}, but {len(conversation.images)} images are given"
             )
         plans = [self.plan(image) for image in conversation.images]
-        prompt = self.conversation.prompt(conversation.turns)
+        prompt = self.conversation.prompt(conversation.turns, conversation.system)
         ids = np.repeat(prompt, token_repeats(prompt, plans, self.model.image_token_id)).astype(np.int64)
         room_for_answer(self.model.language_model, len(ids), 1)  # before the first batch, not behind an hour of them
         return _Prompt(number, ids, plans, conversation.images)

@@ -52,12 +52,18 @@ class ImageRef:
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """One conversation as its source has it. `task` names what a held-out question tests, where it does."""
+    """One conversation as read from its source.
+
+    `task` names what a held-out question tests; `system` replaces the template's default system text; `changes` lists
+    what reading changed, for the summary of an index.
+    """
 
     id: str
     images: tuple[ImageRef, ...]
     turns: tuple[Turn, ...]
     task: str = ""
+    system: str = ""
+    changes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, eq=False)

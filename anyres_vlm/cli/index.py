@@ -22,6 +22,9 @@ def index(
     grid: str | None = typer.Option(None, help="Largest grid of tiles, ROWSxCOLUMNS; 1x1 is the thumbnail alone."),
     layout: Layout | None = typer.Option(None, help="spatial_unpad or flat."),
     dialect: Dialect | None = typer.Option(None, help="hf or llava."),
+    image_position: Literal["front", "as_is"] | None = typer.Option(
+        None, help="front puts a question's only <image> first, as LLaVA does; as_is leaves it. Default: the config's."
+    ),
     settings: list[str] = typer.Option([], "--set", metavar="KEY=VALUE", help="Override a key of the config."),
     max_bad_fraction: float | None = typer.Option(
         None, min=0.0, max=1.0, help="Cap on rejects, instead of the config's."
@@ -56,7 +59,8 @@ def index(
     run_config = load_config(config or shipped_config("tiny"), settings, tiling_flags(grid, layout, dialect))
     stage_config = run_config.stage("stage1" if stage == "1" else "stage2")
     model, tiling, tokenizer = describe_model(run_config.model)
-    conversation = ConversationTokenizer(stage_config.template or model.template, tokenizer)
+    position = image_position or stage_config.data.image_position
+    conversation = ConversationTokenizer(stage_config.template or model.template, tokenizer, position)
     began = time.perf_counter()
     with RowProgress("indexing") as progress:
         built = build_index(
@@ -103,6 +107,8 @@ def _print(summary: dict[str, Any]) -> None:
     if bad:
         kinds = ", ".join(f"{kind} {count:,}" for kind, count in summary["rejects"].items())
         print(f"rejects:  {bad:,} ({kinds}): {summary['rejects_file']}")
+    for change, count in summary["changes"].items():
+        print(f"changed:  {change}: {count:,}")
     if summary["missing_shards"]:
         print(f"waiting:  for shards {', '.join(summary['missing_shards'])}; the last to end merges them")
     if summary["report"]:

@@ -9,6 +9,7 @@ from typing import Any
 
 import typer
 
+from anyres_vlm.data.blobs import is_sidecar
 from anyres_vlm.data.headers import IMAGE_SUFFIXES, read_size
 from anyres_vlm.errors import DataError, UsageError
 from anyres_vlm.geometry import Dialect, Grid, Layout, Size, Tiling, plan_tiles
@@ -54,7 +55,7 @@ def tokens(
 
 
 def _find(names: list[str]) -> list[Path]:
-    """Files as given, images below folders, matches of globs; sorted inside each."""
+    """Return files as given, images below folders, matches of globs; sorted inside each, sidecars left out."""
     found: list[Path] = []
     for name in names:
         path = Path(name)
@@ -66,7 +67,8 @@ def _find(names: list[str]) -> list[Path]:
             matches = sorted(Path(match) for match in glob.glob(name, recursive=True) if Path(match).is_file())
         else:
             matches = [path]
-        found += matches or [path]  # nothing found there: its row says so
+        # Nothing found there: its row says so.
+        found += [match for match in matches if match == path or not is_sidecar(str(match))] or [path]
     return found
 
 

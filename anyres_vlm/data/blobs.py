@@ -7,13 +7,16 @@ from __future__ import annotations
 
 import os
 from io import BufferedReader, BytesIO, RawIOBase
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, BinaryIO
 
 from anyres_vlm.errors import DataError
 
 if TYPE_CHECKING:  # schema imports numpy, which `anyres tokens` does without
     from anyres_vlm.schema import ImageRef
+
+
+SIDECARS = {".ds_store", "thumbs.db", "ehthumbs.db", "desktop.ini"}  # in lower case
 
 
 def blob_name(blob: Path | ImageRef) -> str:
@@ -106,3 +109,9 @@ class _Slice(RawIOBase):
     def close(self) -> None:
         self.stream.close()
         super().close()
+
+
+def is_sidecar(name: str) -> bool:
+    """Whether a path names a file that macOS or Windows writes next to the user's own."""
+    parts = PurePosixPath(name).parts
+    return bool(parts) and (parts[-1].startswith("._") or parts[-1].lower() in SIDECARS or "__MACOSX" in parts)

@@ -47,8 +47,14 @@ class MessageFormat:
     image: str = ""
     before_text: str = ""
 
-    def message(self, turn: Turn) -> dict[str, Any]:
-        """The turn as a message for `apply_chat_template`."""
+    def messages(self, turns: Sequence[Turn], system: str) -> list[dict[str, Any]]:
+        """Return the messages of a conversation for `apply_chat_template`; no system text, no system message."""
+        if not system:
+            return [self._message(turn) for turn in turns]
+        content = [{"type": "text", "text": system}] if "assistant" in self.parts else system
+        return [{"role": "system", "content": content}, *map(self._message, turns)]
+
+    def _message(self, turn: Turn) -> dict[str, Any]:
         if turn.role not in self.parts:
             return {"role": turn.role, "content": turn.text}
         images, text = self._split(turn)
@@ -78,8 +84,29 @@ class OwnTemplate:
     read: Template  # what the template writes
     pieces: Template
 
-    def fault(self, tokenizer: PreTrainedTokenizerFast, turns: Sequence[Turn], prompt: bool) -> str | None:
-        """Why the template does not write these turns as its pieces do; None if it does."""
+    def opening(self, tokenizer: PreTrainedTokenizerFast, system: str) -> str:
+        """Return what the template writes before the first question of a conversation with a system text.
+
+        Raises `DataError` if the template refuses the text, leaves it out or writes it elsewhere.
+        """
+        question = Turn("user", "qzx0xzq")
+        try:
+            text = apply_own(tokenizer, [question], True, self.format, system)
+        except DataError as error:
+            raise DataError(f"{error} (it has a system text)", kind="system") from None
+        body = self.read.render([self.format.written(question)], True)[0].removeprefix(self.read.opening)
+        opening = text.removesuffix(body)
+        if not text.endswith(body) or system not in opening:
+            raise DataError(
+                "this llm's chat template does not write a system text before the first question: use another template",
+                kind="system",
+            )
+        return opening
+
+    def fault(
+        self, tokenizer: PreTrainedTokenizerFast, turns: Sequence[Turn], prompt: bool, system: str = ""
+    ) -> str | None:
+        """Return why the template does not write these turns as its pieces do; None if it does."""
         answers = sum(turn.role == "assistant" for turn in turns)
         past = self.read.past
         if not prompt and answers > 1 and past is not None and not past.startswith(self.read.asks):
@@ -88,10 +115,11 @@ class OwnTemplate:
                 "answers, so only records with one answer can have exact labels: use another template"
             )
         try:
-            text = apply_own(tokenizer, turns, prompt, self.format)
+            text = apply_own(tokenizer, turns, prompt, self.format, system)
+            read = replace(self.read, opening=self.opening(tokenizer, system)) if system else self.read
         except DataError as error:
             return str(error)
-        if text != self.read.render([self.format.written(turn) for turn in turns], prompt)[0]:
+        if text != read.render([self.format.written(turn) for turn in turns], prompt)[0]:
             return "this llm's chat template changes the turns' text: use another template"
         return None
 
@@ -129,7 +157,7 @@ def resolve_template(template: TemplateName, tokenizer: PreTrainedTokenizerFast)
 
 
 def _with_begin(pieces: Template, tokenizer: PreTrainedTokenizerFast) -> Template:
-    """The pieces with the begin token in front where the format has it and the tokenizer does not add its own."""
+    """Return the pieces with the begin token in front if the format has it and the tokenizer does not add its own."""
     if not pieces.begins or tokenizer.bos_token is None:
         return pieces
     backend = tokenizer.backend_tokenizer
@@ -144,9 +172,10 @@ def apply_own(
     turns: Sequence[Turn],
     prompt: bool = False,
     format: MessageFormat = MessageFormat(),
+    system: str = "",
 ) -> str:
-    """What the tokenizer's own template writes. Raises `DataError` with the template's words if it refuses."""
-    messages = [format.message(turn) for turn in turns]
+    """Return what the tokenizer's own template writes. Raises `DataError` with the template's words if it refuses."""
+    messages = format.messages(turns, system)
     try:
         text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt)
     except Exception as error:  # a template is a program: it can raise anything
@@ -155,7 +184,7 @@ def apply_own(
 
 
 def read_own(tokenizer: PreTrainedTokenizerFast) -> OwnTemplate:
-    """The tokenizer's own chat template. Raises `UsageError` for one that cannot be exact, with the reason."""
+    """Read the tokenizer's own chat template. Raises `UsageError` for one that cannot be exact, with the reason."""
     if "strftime_now" in chat_jinja(OWN, tokenizer):
         raise UsageError(f"template {OWN}: this llm's chat template writes today's date: {REMEDY}")
     format = _message_format(tokenizer)

@@ -18,7 +18,7 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections.abc import Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from tokenizers import Encoding
 from transformers import PreTrainedTokenizerFast
 
-from anyres_vlm.config import TemplateName
+from anyres_vlm.config import ImagePosition, TemplateName
 from anyres_vlm.data.chat_template import OWN, OwnTemplate, read_own, resolve_template
 from anyres_vlm.data.templates import Span, Template
 from anyres_vlm.errors import DataError, UsageError
@@ -38,12 +38,34 @@ HALF_CHARACTER = re.compile("[\ud800-\udfff]")  # JSON can hold one, no tokenize
 ASCII_PROBE = f"It's 12.50,  \n\n\tof   (A) \n{''.join(map(chr, range(128)))}."
 
 
+def images_first(turns: Sequence[Turn]) -> Sequence[Turn]:
+    """Move the only `<image>` of each question to its front, on a line of its own, as LLaVA-NeXT does before training.
+
+    Questions with several images, or with the image in front already, stay as they are. Returns the same turns where
+    nothing moves.
+    """
+    if not any(map(_moves, turns)):
+        return turns
+    return tuple(
+        Turn(turn.role, f"{IMAGE_TOKEN}\n{turn.text.replace(IMAGE_TOKEN, '').strip()}".strip())
+        if _moves(turn)
+        else turn
+        for turn in turns
+    )
+
+
+def _moves(turn: Turn) -> bool:
+    is_question = turn.role == "user" and not turn.text.startswith(IMAGE_TOKEN)
+    return is_question and turn.text.count(IMAGE_TOKEN) == 1
+
+
 @dataclass(frozen=True)
 class ConversationTokenizer:
-    """A template together with a tokenizer."""
+    """A template together with a tokenizer, and where images stand in what they write."""
 
     template: TemplateName
     tokenizer: PreTrainedTokenizerFast
+    image_position: ImagePosition = "as_is"
 
     @property
     def end(self) -> str:
@@ -76,11 +98,21 @@ class ConversationTokenizer:
         """The token that stands for an image."""
         return int(self.tokenizer.convert_tokens_to_ids(IMAGE_TOKEN))
 
-    def render(self, turns: Sequence[Turn], prompt: bool = False) -> tuple[str, list[Span]]:
-        """The conversation as text and the supervised spans; `prompt` opens the next answer."""
+    def render(self, turns: Sequence[Turn], prompt: bool = False, system: str = "") -> tuple[str, list[Span]]:
+        """Return the conversation as text and the supervised spans; `prompt` opens the next answer.
+
+        Raises `DataError` for a system text that the template cannot write.
+        """
+        pieces, turns = self._pieces, self.place_images(turns)
         if self._own is not None:
             turns = [self._own.format.written(turn) for turn in turns]
-        return self._pieces.render(turns, prompt)
+            if system:
+                pieces, system = replace(pieces, opening=self._own.opening(self.tokenizer, system)), ""
+        return pieces.render(turns, prompt, system)
+
+    def place_images(self, turns: Sequence[Turn]) -> Sequence[Turn]:
+        """Return the turns with each image where `image_position` puts it."""
+        return images_first(turns) if self.image_position == "front" else turns
 
     def encode(self, records: Sequence[Record]) -> list[tuple[Ids, Ids] | DataError]:
         """Token ids and labels of each record, or why it has none. An image is one token."""
@@ -88,8 +120,13 @@ class ConversationTokenizer:
         texts: list[str] = []
         rendered = []
         for index, record in enumerate(records):
-            text, spans = self.render(record.turns)
-            fault = self._fault(f"record {record.id}", record.turns, text)
+            name = f"record {record.id}"
+            try:
+                text, spans = self.render(record.turns, system=record.system)
+            except DataError as error:
+                results.append(DataError(f"{name}: {error}", kind=error.kind))
+                continue
+            fault = self._fault(name, record.turns, text, record.system)
             results.append(fault)
             if fault is None:
                 texts.append(text)
@@ -101,10 +138,10 @@ class ConversationTokenizer:
                 results[index] = DataError(f"record {records[index].id}: {error}")
         return [result for result in results if result is not None]
 
-    def prompt(self, turns: Sequence[Turn]) -> Ids:
-        """Token ids that ask for the next answer, an image as one token. Raises `DataError` for forged tokens."""
-        text = self.render(turns, prompt=True)[0]
-        if fault := self._fault("the conversation", turns, text, prompt=True):
+    def prompt(self, turns: Sequence[Turn], system: str = "") -> Ids:
+        """Return the token ids before the next answer, an image as one token. Raises `DataError` for forged tokens."""
+        text = self.render(turns, True, system)[0]
+        if fault := self._fault("the conversation", turns, text, system, prompt=True):
             raise fault
         return np.array(self._tokenise([text])[0].ids, np.int32)
 
@@ -164,15 +201,21 @@ class ConversationTokenizer:
         encodings: list[Encoding] = backend.encode_batch(list(texts), add_special_tokens=not written)
         return encodings
 
-    def _fault(self, name: str, turns: Sequence[Turn], text: str, prompt: bool = False) -> DataError | None:
-        """What is wrong with a conversation before it is tokenised."""
+    def _fault(
+        self, name: str, turns: Sequence[Turn], text: str, system: str, prompt: bool = False
+    ) -> DataError | None:
+        """Return what is wrong with a conversation before it is tokenised."""
+        if system and (found := self._control["assistant"].search(system)):
+            words = f"the system text contains the control token {found.group()!r}"
+            return DataError(f"{name}: {words}", kind="control_token")
         for turn in turns:
             if found := self._control[turn.role].search(turn.text):
                 words = f"the {turn.role}'s text contains the control token {found.group()!r}"
                 return DataError(f"{name}: {words}", kind="control_token")
         if not text.isascii() and (half := HALF_CHARACTER.search(text)):
             return DataError(f"{name}: the text contains half a character, {half.group()!a}: write it as UTF-8")
-        if self._own is not None and (reason := self._own.fault(self.tokenizer, turns, prompt)):
+        own, placed = self._own, self.place_images(turns)
+        if own is not None and (reason := own.fault(self.tokenizer, placed, prompt, system)):
             return DataError(f"{name}: {reason}")
         return None
 

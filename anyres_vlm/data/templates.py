@@ -15,9 +15,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from anyres_vlm.config import TemplateName
+from anyres_vlm.errors import DataError
 from anyres_vlm.schema import IMAGE_TOKEN, Turn
 
 BOS, EOS = "{bos}", "{eos}"  # stand for the tokenizer's own tokens
+SYSTEM = "{system}"  # stands for the system text
 
 Span = tuple[int, int]  # first character, end
 
@@ -31,13 +33,17 @@ LLAVA_SYSTEM = (
 class Template:
     """The pieces around the turns, in the order in which they are written. Supervised is `lead`, the answer and `end`.
 
-    `again` stands before every user turn but the first. `user_text=False` keeps only the user's images, as LLaVA's
-    stage 1 does. `begins` says that the published format starts with the begin token, whether or not the tokenizer adds
-    it. `past` replaces `user_suffix`, `assistant_prefix` and `lead` before every answer but the last, for chat
-    templates that write earlier answers without the thinking block of the last one.
+    `opening` and `system_part` come before the first turn. `{system}` in the part is replaced by the conversation's own
+    system text or by `system`; without either it is left out. `again` stands before every user turn but the first.
+    `user_text=False` keeps only the user's images, as LLaVA's stage 1 does. `begins` says that the published format
+    starts with the begin token, whether or not the tokenizer adds it. `past` replaces `user_suffix`, `assistant_prefix`
+    and `lead` before every answer but the last, for chat templates that write earlier answers without the thinking
+    block of the last one.
     """
 
     opening: str = ""
+    system_part: str = ""
+    system: str = ""
     again: str = ""
     user_prefix: str = ""
     user_suffix: str = ""
@@ -54,9 +60,27 @@ class Template:
         """What a prompt writes after the question."""
         return self.user_suffix + self.assistant_prefix
 
-    def render(self, turns: Sequence[Turn], prompt: bool = False) -> tuple[str, list[Span]]:
-        """The conversation as text and the supervised spans of its characters; `prompt` opens the next answer."""
-        pieces, length, spans = [self.opening], len(self.opening), []
+    def head(self, system: str = "") -> str:
+        """Return what opens a conversation with its own system text, or with the template's.
+
+        Raises `DataError` where the template has no place for one.
+        """
+        if system and not self.system_part:
+            raise DataError(
+                "it has a system text, which this template cannot write: use vicuna_v1, llama_2, llama_3 or chatml, or "
+                "leave the text out",
+                kind="system",
+            )
+        text = system or self.system
+        return self.opening + (self.system_part.replace(SYSTEM, text) if text else "")
+
+    def render(self, turns: Sequence[Turn], prompt: bool = False, system: str = "") -> tuple[str, list[Span]]:
+        """Return the conversation as text and the supervised spans of its characters; `prompt` opens the next answer.
+
+        Raises `DataError` for a system text that the template cannot write.
+        """
+        head = self.head(system)
+        pieces, length, spans = [head], len(head), []
         for number, turn in enumerate(turns):
             is_past = self.past is not None and number + 1 + (turn.role == "user") < len(turns)
             if turn.role == "user":
@@ -83,8 +107,8 @@ class Template:
             "{%- macro words(content) -%}{%- if content is string -%}{{ content }}{%- else -%}"
             f"{{%- for part in content -%}}{{{{ {image} if part.type == 'image' else part.text }}}}{{%- endfor -%}}"
             "{%- endif -%}{%- endmacro -%}"
-            f"{{{{ {_expression(self.opening)} }}}}"
-            "{%- for message in messages -%}{%- if message.role == 'user' -%}"
+            f"{{{{ {_expression(self.opening)} }}}}{self._jinja_system}"
+            f"{{%- for message in {'turns' if self.system_part else 'messages'} -%}}{{%- if message.role == 'user' -%}}"
             f"{{%- if not loop.first -%}}{{{{ {_expression(self.again)} }}}}{{%- endif -%}}"
             f"{{{{ {_expression(self.user_prefix)} + words(message.content) + {_expression(self.user_suffix)} }}}}"
             "{%- elif message.role == 'assistant' -%}"
@@ -92,6 +116,20 @@ class Template:
             "{%- else -%}{{ raise_exception('this template knows user and assistant, not ' + message.role) }}"
             "{%- endif -%}{%- endfor -%}"
             f"{{%- if add_generation_prompt -%}}{{{{ {_expression(self.assistant_prefix)} }}}}{{%- endif -%}}"
+        )
+
+    @property
+    def _jinja_system(self) -> str:
+        """The part with the system text, which a first message may replace."""
+        if not self.system_part:
+            return ""
+        before, after = map(_expression, self.system_part.split(SYSTEM))
+        return (
+            "{%- if messages and messages[0].role == 'system' -%}"
+            "{%- set system = words(messages[0].content) | trim -%}{%- set turns = messages[1:] -%}"
+            "{%- else -%}{%- set system = '' -%}{%- set turns = messages -%}{%- endif -%}"
+            f"{{%- set system = system or {json.dumps(self.system)} -%}}"
+            f"{{%- if system -%}}{{{{ {before} + system + {after} }}}}{{%- endif -%}}"
         )
 
 
@@ -106,9 +144,10 @@ TEMPLATES: dict[TemplateName, Template] = {
     "plain": Template(user_text=False),
     "tiny": Template(user_prefix="User: ", user_suffix=" ", assistant_prefix="Assistant:", lead=" "),
     "vicuna_v1": Template(
-        opening=(
+        system_part=f"{SYSTEM} ",
+        system=(
             "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, "
-            "detailed, and polite answers to the user's questions. "
+            "detailed, and polite answers to the user's questions."
         ),
         user_prefix="USER: ",
         user_suffix=" ",
@@ -117,7 +156,8 @@ TEMPLATES: dict[TemplateName, Template] = {
     ),
     "llama_2": Template(
         begins=True,
-        opening=f"[INST] <<SYS>>\n{LLAVA_SYSTEM}\n<</SYS>>\n\n",
+        system_part=f"[INST] <<SYS>>\n{SYSTEM}\n<</SYS>>\n\n",
+        system=LLAVA_SYSTEM,
         again=f"{BOS}[INST] ",
         user_suffix=" [/INST]",
         lead=" ",
@@ -126,13 +166,15 @@ TEMPLATES: dict[TemplateName, Template] = {
     "mistral": Template(begins=True, user_prefix="[INST] ", user_suffix=" [/INST]", lead=" "),
     "llama_3": Template(
         begins=True,
-        opening=f"<|start_header_id|>system<|end_header_id|>\n\n{LLAVA_SYSTEM}<|eot_id|>",
+        system_part=f"<|start_header_id|>system<|end_header_id|>\n\n{SYSTEM}<|eot_id|>",
+        system=LLAVA_SYSTEM,
         user_prefix="<|start_header_id|>user<|end_header_id|>\n\n",
         user_suffix="<|eot_id|>",
         assistant_prefix="<|start_header_id|>assistant<|end_header_id|>\n\n",
         end="<|eot_id|>",
     ),
     "chatml": Template(
+        system_part=f"<|im_start|>system\n{SYSTEM}<|im_end|>\n",
         user_prefix="<|im_start|>user\n",
         user_suffix="<|im_end|>\n",
         assistant_prefix="<|im_start|>assistant\n",
@@ -140,7 +182,8 @@ TEMPLATES: dict[TemplateName, Template] = {
         between="\n",
     ),
     "chatml_direct": Template(
-        opening="<|im_start|>system\nAnswer the questions.<|im_end|>",
+        system_part=f"<|im_start|>system\n{SYSTEM}<|im_end|>",
+        system="Answer the questions.",
         user_prefix="<|im_start|>user\n",
         user_suffix="<|im_end|>",
         assistant_prefix="<|im_start|>assistant\n",

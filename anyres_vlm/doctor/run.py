@@ -168,7 +168,7 @@ def check_disk(case: Case) -> Iterator[Finding]:
 def check_data(case: Case) -> Iterator[Finding]:
     """Each stage's data: opened, and some records and their images looked at, from the first to the last."""
     from anyres_vlm.data.sources import open_source
-    from anyres_vlm.data.sources.peek import peek
+    from anyres_vlm.data.sources.open import peek
 
     for name in case.stages:
         data, check = case.config.stage(name).data, f"{name} data"
@@ -213,9 +213,9 @@ def check_index(case: Case) -> Iterator[Finding]:
         except DataError as error:
             yield Finding(check, "warn", str(error), "the run makes it again")
             continue
-        conversation = ConversationTokenizer(stage.template or model.template, tokenizer)
+        conversation = ConversationTokenizer(stage.template or model.template, tokenizer, stage.data.image_position)
         now = IndexSettings(conversation, tiling, stage.max_length).words
-        then = index.settings
+        then = {"image_position": "as_is", **index.settings}  # older indexes do not say it
         other = [key for key in now if _tupled(now[key]) != _tupled(then.get(key))]
         if other:
             yield Finding(check, "warn", f"{path} was made for another {', '.join(other)}", "the run makes it again")

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from anyres_vlm.data.sources.base import path_inside
+from anyres_vlm.data.sources.paths import path_inside
 from anyres_vlm.errors import DataError, UsageError
 from anyres_vlm.evaluate.answers import Answered, read_json
 from anyres_vlm.schema import ImageRef

@@ -6,7 +6,7 @@ import json
 import string
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean, stdev
 
@@ -52,7 +52,7 @@ def swap_images(records: Sequence[Record]) -> list[Record]:
             raise DataError(f"task {records[indices[0]].task!r} has one question: swapping images needs at least two")
         for index, other in zip(indices, [*indices[1:], indices[0]], strict=True):
             record = records[index]
-            swapped[index] = Record(record.id, records[other].images, record.turns, record.task)
+            swapped[index] = replace(record, images=records[other].images)
     return swapped
 
 
@@ -60,7 +60,7 @@ def ask_all(
     assistant: Assistant, records: Sequence[Record], progress: Callable[[int], None], batch_tokens: int = BATCH_TOKENS
 ) -> list[Result]:
     """Ask each record's first question, greedily, in batches of so many tokens."""
-    asked = [Conversation(record.turns[:1], record.images) for record in records]
+    asked = [Conversation(record.turns[:1], record.images, record.system) for record in records]
     answers = assistant.answer_many(asked, Decoding(MAX_NEW_TOKENS), batch_tokens, progress)
     return [
         Result(

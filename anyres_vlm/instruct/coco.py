@@ -6,7 +6,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from anyres_vlm.data.sources.base import path_inside
+from anyres_vlm.data.sources.paths import path_inside
 from anyres_vlm.errors import DataError
 from anyres_vlm.geometry import Size
 from anyres_vlm.instruct.json_stream import entry_of, stream_json, text_of

@@ -14,7 +14,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from anyres_vlm.data.sources.base import path_inside
+from anyres_vlm.data.sources.paths import path_inside
 from anyres_vlm.errors import DataError
 from anyres_vlm.instruct.json_stream import entry_of, stream_records, text_of
 from anyres_vlm.instruct.scene import Object, Scene, box_in, clean_captions, image_size

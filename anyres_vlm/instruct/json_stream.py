@@ -11,7 +11,7 @@ from typing import Any
 import ijson
 
 from anyres_vlm.data.blobs import open_file
-from anyres_vlm.data.sources.parsing import BOM, parse_json
+from anyres_vlm.data.sources.record import BOM, parse_json
 from anyres_vlm.errors import DataError
 
 FAULTS = (KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError)  # of entries unlike the others

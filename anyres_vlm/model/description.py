@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub.errors import StrictDataclassError
-from pydantic import ValidationError
+from pydantic import TypeAdapter, ValidationError
 from transformers import AutoConfig, CLIPVisionConfig, LlavaNextConfig, LlavaNextImageProcessor
 
-from anyres_vlm.config import ModelConfig, TemplateName
+from anyres_vlm.config import ImagePosition, ModelConfig, TemplateName
 from anyres_vlm.errors import DataError
 from anyres_vlm.geometry import Tiling
 from anyres_vlm.model.files import parsing, read_json
@@ -32,6 +32,7 @@ class Description:
     mean: list[float]
     std: list[float]
     projector_bias: bool = True
+    image_position: ImagePosition = "as_is"  # in the questions of its training
 
     @property
     def tiling(self) -> Tiling:
@@ -59,6 +60,7 @@ def _own(folder: Path, settings: dict[str, Any], template: TemplateName | None) 
     try:
         config = ModelConfig.model_validate(extras["model"])
         mean, std = extras["pixel_mean"], extras["pixel_std"]
+        position = TypeAdapter(ImagePosition).validate_python(extras.get("image_position", "as_is"))
     except (KeyError, ValidationError) as error:
         raise DataError(f"{folder / EXTRAS_FILE}: not a model description of this version: {error}") from None
     vision = settings["vision_config"]
@@ -69,6 +71,7 @@ def _own(folder: Path, settings: dict[str, Any], template: TemplateName | None) 
         settings["image_token_index"],
         mean,
         std,
+        image_position=position,
     )
 
 

@@ -24,6 +24,7 @@ from transformers.initialization import no_init_weights
 
 from anyres_vlm.config import EncoderConfig, ModelConfig, TemplateName
 from anyres_vlm.errors import DataError, UsageError
+from anyres_vlm.geometry import TILE_RANGE
 from anyres_vlm.model.files import checkpoint_folder, parsing, read_json, read_tensors
 from anyres_vlm.model.generation_config import clean_generation_config
 from anyres_vlm.model.hub import image_token_id, load_encoder, load_tokenizer
@@ -73,6 +74,7 @@ def load_original(
     with parsing(where, "the model that it describes"):
         require_weights([text], build, folder)
         model = VisionLanguageModel(config, vision_tower, build(), image_token_id(tokenizer))
+        model.image_position = "front"  # as the original training code has it
     load_weights(model, _tensors(folder, rows, model, settings), folder, None)
     if (folder / "generation_config.json").exists():
         generation = read_json(folder / "generation_config.json")
@@ -105,12 +107,9 @@ def _model_config(
             raise DataError(f"{where}: {key}={value!r}: {reason}")
         return value
 
-    aspect = settings.get("image_aspect_ratio")
+    aspect = settings.get("image_aspect_ratio") or "square"  # what LLaVA takes where the key is missing
     if aspect != "anyres":
-        reason = "expected 'anyres'"
-        if aspect == "pad":
-            reason = "LLaVA-1.5 pads an image to a square, grid 1x1 here resizes it to one: it would see other pictures"
-        raise DataError(f"{where}: image_aspect_ratio={aspect!r}: {reason}")
+        raise DataError(f"{where}: image_aspect_ratio={aspect!r} {_aspect_obstacle(str(aspect))}")
     projector = supported("mm_projector_type", "linear", "linear and mlp2x_gelu are supported", "linear", "mlp2x_gelu")
     layout = supported("mm_patch_merge_type", "flat", "flat and spatial_unpad are supported", "flat", "spatial_unpad")
     supported("mm_vision_select_feature", "patch", "features with CLS are not supported", "patch")
@@ -132,8 +131,22 @@ def _model_config(
     )
 
 
-def _pinpoints(listed: object, where: Path) -> tuple[tuple[int, int], ...]:
-    """Pairs of (width, height) as they are listed; some configurations hold the list as a string."""
+def _aspect_obstacle(aspect: str) -> str:
+    """Return why a treatment of images is not supported, and what to use instead."""
+    instead = "import an AnyRes checkpoint (llava-v1.6-*), or train from the base models with grid: 1x1"
+    if aspect == "pad":
+        return f"(LLaVA-1.5) pads a picture to a square, which is not supported yet: {instead}"
+    if aspect == "square":
+        return f"(LLaVA-1.0, or no key) crops a picture to its central square, which is not supported: {instead}"
+    if aspect.startswith("anyres_max"):
+        return f"shrinks the features of large pictures, which is not supported yet: {instead}"
+    return "is not supported, expected 'anyres'"
+
+
+def _pinpoints(listed: object, where: Path) -> tuple[tuple[int, int], ...] | str:
+    """Return pairs of (width, height) as they are listed; some configurations hold the list or a range as a string."""
+    if isinstance(listed, str) and TILE_RANGE.fullmatch(listed.strip()):
+        return listed
     try:
         pairs = ast.literal_eval(listed) if isinstance(listed, str) else listed
         found = tuple((int(width), int(height)) for width, height in cast(Any, pairs))

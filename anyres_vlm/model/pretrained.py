@@ -52,6 +52,7 @@ def save_pretrained(
     (folder / "config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
     extras = {"model": model.config.model_dump(mode="json"), "pixel_mean": pixel_statistics(model.vision_tower.mean)}
     extras["pixel_std"] = pixel_statistics(model.vision_tower.std)
+    extras["image_position"] = model.image_position
     (folder / EXTRAS_FILE).write_text(json.dumps(extras, indent=2) + "\n", encoding="utf-8")
     tied = [HEAD] if settings["tie_word_embeddings"] else None
     save_torch_state_dict(
@@ -96,9 +97,11 @@ def load_pretrained(
 def empty_model(described: Description) -> VisionLanguageModel:
     """A model whose weights are still to come."""
     with no_init_weights():
-        return VisionLanguageModel(
+        model = VisionLanguageModel(
             described.config, _empty_encoder(described), _empty_llm(described), described.image_token_id
         )
+    model.image_position = described.image_position
+    return model
 
 
 def require_weights(parts: Sequence[PreTrainedConfig], build: Callable[[], nn.Module], folder: Path) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from anyres_vlm.config import ModelConfig
+from anyres_vlm.config import ImagePosition, ModelConfig
 from anyres_vlm.errors import UsageError
 from anyres_vlm.geometry import TilePlan, Tiling
 from anyres_vlm.model import attention
@@ -43,6 +43,7 @@ class VisionLanguageModel(nn.Module):
         # the deviation of transformers' own LlavaNext
         self.image_newline = nn.Parameter(torch.randn(width) / width**0.5)
         self.cached_features: Callable[[Tensor], Tensor] | None = None  # what stands in for a frozen encoder
+        self.image_position: ImagePosition = "as_is"  # where images stood in the questions of its training
         self.configure(config)
 
     def configure(self, config: ModelConfig) -> None:

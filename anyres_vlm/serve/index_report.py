@@ -59,6 +59,7 @@ def _page(index: Index, figures: Figures) -> str:
         ),
         numbers=_numbers(summary),
         figures=[(TITLES[name], caption, base64.b64encode(png).decode()) for name, (caption, png) in figures.items()],
+        changes=list(index.changes.items()),
         rejects_title=f"Rejects: up to {EXAMPLES} of each kind",
         rejects=_rejects(index),
         longest=_longest(index),

@@ -13,15 +13,14 @@ from jinja2 import Environment, StrictUndefined
 
 from anyres_vlm.config import load_config
 from anyres_vlm.data.sources import open_source
-from anyres_vlm.data.sources.kinds import MIXTURE_SUFFIXES
-from anyres_vlm.data.sources.llava import LlavaSource
+from anyres_vlm.data.sources.json import JsonSource
+from anyres_vlm.data.sources.open import MIXTURE_SUFFIXES, Peek, peek
 from anyres_vlm.data.sources.parquet import ParquetSource
-from anyres_vlm.data.sources.peek import Peek, peek
 from anyres_vlm.data.sources.webdataset import WebDatasetSource
 from anyres_vlm.errors import DataError, UsageError
 from anyres_vlm.starter.choices import MAX_LENGTH, TINY, Answers, fitting_batch
 
-KINDS = {LlavaSource: "LLaVA JSON", ParquetSource: "Parquet", WebDatasetSource: "WebDataset tar"}
+KINDS = {JsonSource: "LLaVA JSON", ParquetSource: "Parquet", WebDatasetSource: "WebDataset tar"}
 CONFIG, MIXTURE = "config.yaml", "mixture.yaml"
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from anyres_vlm.config import CheckpointConfig, RunConfig, StageName
+from anyres_vlm.config import CheckpointConfig, RunConfig, StageConfig, StageName, read_mapping
 
 CONFIG_FILE = "config.yaml"
 # An index's place is no content, and DeepSpeed splits the same steps.
@@ -35,7 +35,32 @@ def stage_settings(config: RunConfig, stage: StageName) -> dict[str, Any]:
     """What decides a stage's result; the rest of the configuration may change while it runs."""
     run = config.model_dump(mode="json", include={"model", "seed", "precision"})
     run["cache_features"] = config.cache_features is not None  # it rounds; where and how much is no matter
-    return {**run, **config.stage(stage).model_dump(mode="json", exclude=NOT_DECISIVE)}
+    settings = config.stage(stage).model_dump(mode="json", exclude=NOT_DECISIVE)
+    if settings["data"]["image_position"] == "as_is":
+        del settings["data"]["image_position"]  # runs of releases without the key had it so
+    return {**run, **settings}
+
+
+def as_begun(config: RunConfig, options: RunOptions) -> RunConfig:
+    """Return the configuration with the defaults under which the stages in the output folder began.
+
+    Older releases had no `data.image_position`, which is `as_is`, and a fixed `lora.alpha`. What the configuration sets
+    itself stays.
+    """
+    changed: dict[str, StageConfig] = {}
+    for name in options.stages:
+        file = options.output / name / CONFIG_FILE
+        if not options.resume or not file.exists():
+            continue
+        began, stage = read_mapping(file).get(name, {}), config.stage(name)
+        updates: dict[str, Any] = {}
+        if not ({"image_position"} & (began.get("data", {}).keys() | stage.data.model_fields_set)):
+            updates["data"] = stage.data.model_copy(update={"image_position": "as_is"})
+        lora = began.get("lora") or {}
+        if stage.lora is not None and "alpha" in lora and "alpha" not in stage.lora.model_fields_set:
+            updates["lora"] = stage.lora.model_copy(update={"alpha": lora["alpha"]})
+        changed[name] = stage.model_copy(update=updates)
+    return config.model_copy(update=changed)
 
 
 def needs_stage_1(config: RunConfig, options: RunOptions) -> bool:

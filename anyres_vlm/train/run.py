@@ -11,7 +11,7 @@ from anyres_vlm.train import checkpoint
 from anyres_vlm.train.engine import Engine, telling_lost_ranks
 from anyres_vlm.train.engine.trackers import require_trackers
 from anyres_vlm.train.interruption import unmark
-from anyres_vlm.train.options import CONFIG_FILE, RunOptions, model_folder, needs_stage_1, stage_settings
+from anyres_vlm.train.options import CONFIG_FILE, RunOptions, as_begun, model_folder, needs_stage_1, stage_settings
 from anyres_vlm.train.stage_run import Progress, StageRun
 
 logger = logging.getLogger(__name__)
@@ -26,12 +26,13 @@ def train(config: RunConfig, options: RunOptions, progress: Progress) -> bool:
     not installed; `Interrupted` after a signal; `RankLost` where another rank is gone.
     """
     require_trackers(config.trackers)
+    config = as_begun(config, options)
     minutes = config.rank_timeout_minutes
     with telling_lost_ranks(minutes), closing(Engine(config.precision, minutes)) as engine:
         unmark(options.output)
         for stage in options.stages:
             if options.resume and model_folder(options.output, stage).is_dir():
-                before = load_config(options.output / stage / CONFIG_FILE)
+                before = as_begun(load_config(options.output / stage / CONFIG_FILE), options)
                 settings = stage_settings(config, stage)
                 checkpoint.require_same_settings(options.output / stage, stage_settings(before, stage), settings)
                 logger.info("%s is finished: %s", stage, model_folder(options.output, stage))

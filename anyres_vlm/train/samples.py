@@ -35,7 +35,8 @@ def index_samples(
     """
     settings = config.stage(stage)
     path, images = _locate(settings.data, output, config.seed)
-    conversation = ConversationTokenizer(settings.template or model.config.template, tokenizer)
+    template = settings.template or model.config.template
+    conversation = ConversationTokenizer(template, tokenizer, settings.data.image_position)
     index = build_index(
         path,
         images,
@@ -55,6 +56,8 @@ def index_samples(
             f"{stage}: the longest sample has {longest:,} tokens, but layers of {model.config.llm} attend to the last "
             f"{window:,} only, which is not supported: set {stage}.max_length={window} or choose another llm"
         )
+    for change, count in index.changes.items():
+        logger.info("%s: %s: %s", path, change, f"{count:,}")
     return IndexedSamples(open_source(path, images), index, conversation, model.tiling)
 
 

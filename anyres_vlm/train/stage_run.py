@@ -116,6 +116,7 @@ class StageRun:
         model, tokenizer = build_model(self.config.model, self.config.seed, dtype)
         if self.stage == "stage2" and needs_stage_1(self.config, self.options):
             load_parts(model, model_folder(self.options.output, "stage1"), ADAPTER_PARTS)
+        model.image_position = self.settings.data.image_position
         generation = model.language_model.generation_config
         stops = ConversationTokenizer(model.config.template, tokenizer).stop_ids
         generation.eos_token_id = sorted({*stops, *end_tokens(generation)})

@@ -18,8 +18,8 @@ from anyres_vlm.data.conversation import ConversationTokenizer
 from anyres_vlm.data.index.build import build_index
 from anyres_vlm.data.index.rejects import count_rejects, rejects_path
 from anyres_vlm.data.index.rows import IndexSettings
-from anyres_vlm.data.sources.base import Source
-from anyres_vlm.data.sources.kinds import open_single
+from anyres_vlm.data.sources.open import open_single
+from anyres_vlm.data.sources.record import Source
 from anyres_vlm.errors import DataError, UsageError
 from anyres_vlm.evaluate.answers import Answered, read_answers
 from anyres_vlm.evaluate.benchmark import Benchmark

@@ -124,6 +124,16 @@ def test_logits_are_those_of_a_conversion_by_hand(published, tmp_path, capsys) -
     assert_equals(tmp_path / "stock", stock)
 
 
+def test_a_range_of_tiles_is_the_list_that_it_stands_for(published, tmp_path) -> None:
+    source = clone(published[0], tmp_path / "in", image_grid_pinpoints="(1x1),...,(2x3)")
+    assert run_import(source, tmp_path / "out", "--template", "vicuna_v1") == 0
+    model, _ = load_pretrained(tmp_path / "out")
+    side = model.vision_tower.tile
+    listed = [(side * first, side * second) for first in (1, 2) for second in (1, 2, 3)]
+    assert list(model.tiling.pinpoints) == listed
+    assert model.image_position == "front", "as its training code puts images"
+
+
 def test_the_encoder_of_the_weights_counts_more_than_the_tower(published, tmp_path) -> None:
     folder, stock = published
     source = clone(folder, tmp_path / "in", unfreeze_mm_vision_tower=True)
@@ -180,14 +190,16 @@ def test_the_flat_layout_and_the_linear_projector(published, tmp_path, capsys, p
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"image_aspect_ratio": "pad"}, "LLaVA-1.5 pads an image to a square"),
-        ({"image_aspect_ratio": "anyres_max_9"}, "image_aspect_ratio='anyres_max_9': expected 'anyres'"),
+        ({"image_aspect_ratio": "pad"}, "pads a picture to a square, which is not supported yet: import an AnyRes"),
+        ({"image_aspect_ratio": "square"}, "crops a picture to its central square"),
+        ({"image_aspect_ratio": None}, "crops a picture to its central square"),
+        ({"image_aspect_ratio": "anyres_max_9"}, "image_aspect_ratio='anyres_max_9' shrinks the features of large"),
         ({"mm_projector_type": "mlp3x_gelu"}, "mm_projector_type='mlp3x_gelu': linear and mlp2x_gelu are supported"),
         ({"mm_patch_merge_type": "spatial"}, "mm_patch_merge_type='spatial'"),
         ({"mm_vision_select_feature": "cls_patch"}, "features with CLS"),
         ({"mm_use_im_start_end": True}, "tokens around an image"),
         ({"mm_resampler_type": "qformer"}, "resamplers"),
-        ({"image_grid_pinpoints": "(1x1),...,(6x6)"}, "expected a list of pairs of pixels"),
+        ({"image_grid_pinpoints": "(1x1),...,(6x"}, "expected a list of pairs of pixels"),
         ({"architectures": ["LlavaMptForCausalLM"]}, "architecture 'LlavaMptForCausalLM'"),
         ({"architectures": ["LlavaNextForConditionalGeneration"], "model_type": "llava_next"}, "needs no import"),
         ({"mm_vision_tower": None}, "name the encoder with --encoder"),

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from anyres_vlm.config import load_config, shipped_config
+from anyres_vlm.config import ModelConfig, load_config, shipped_config
 from anyres_vlm.errors import UsageError
 
 CONFIGS = sorted(p for p in (Path(__file__).parents[2] / "configs").glob("*.yaml") if not p.stem.startswith("ablation"))
@@ -37,6 +37,24 @@ def test_overrides_and_flags() -> None:
 
 
 @pytest.mark.parametrize(
+    ("written", "pinpoints"),
+    [
+        ("(1x1),...,(2x3)", [(1, 1), (1, 2), (1, 3), (2, 1), (2, 2), (2, 3)]),
+        ("(1x2), (9x9), (2x3)", [(1, 2), (1, 3), (2, 2), (2, 3)]),  # the first and the last count
+        ("[[28, 56], [56, 28]]", [(1, 2), (2, 1)]),
+        ("[(28, 56), (56, 28)]", [(1, 2), (2, 1)]),
+        ("((28, 56),)", [(1, 2)]),
+    ],
+)
+def test_pinpoints_as_llava_next_writes_them(written: str, pinpoints: list[tuple[int, int]]) -> None:
+    model = load_config(TINY, [f"model.pinpoints='{written}'"]).model
+    assert isinstance(model, ModelConfig)
+    expected = tuple((28 * first, 28 * second) for first, second in pinpoints)
+    assert model.tiling(tile=28, patch=14).pinpoints == expected
+    assert ModelConfig.model_validate(model.model_dump(mode="json")) == model
+
+
+@pytest.mark.parametrize(
     ("override", "message"),
     [
         ("stage1.learning_rat=1", "unknown key stage1.learning_rat; did you mean learning_rate?"),
@@ -50,6 +68,10 @@ def test_overrides_and_flags() -> None:
         ("stage1.lora.rank=8", "stage 1 leaves the language model as it is; put lora under stage2"),
         ("stage2.lora.rnk=8", "unknown key stage2.lora.rnk; did you mean rank?"),
         ("stage2.lora.rank=0", "stage2.lora.rank"),
+        ("model.pinpoints=(0x1),...,(6x6)", "or a range of tiles such as (1x1),...,(6x6), at most 12 a side"),
+        ("model.pinpoints='336'", "expected pairs of pixels"),
+        ("model.pinpoints=[[336]]", "model.pinpoints"),
+        ("stage1.data.image_position=back", "stage1.data.image_position"),
         ("stage2.lora.target_modules=[]", "stage2.lora.target_modules"),
         ("model.encoder.layer=[]", "model.encoder.layer"),
         ("model.encoder.layer=last", "model.encoder.layer"),

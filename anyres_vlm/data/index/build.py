@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -127,6 +128,7 @@ def _make(
         "source": {"name": source.name, "fingerprint": fingerprint, "rows": len(source)},
         "settings": settings.words,
         "rows": [start, stop],
+        "changes": parts.changes(),
     }
     made = _write(parts.tables(), target, metadata)
     parts.remove()
@@ -136,7 +138,11 @@ def _make(
 
 def _merge(shards: Sequence[Index], out: Path) -> Index:
     """One index of all shards, byte for byte what one run over all rows makes; not yet in its place."""
-    metadata = shards[0].metadata | {"rows": [0, shards[0].metadata["source"]["rows"]]}
+    changes: Counter[str] = Counter()
+    for shard in shards:
+        changes.update(shard.changes)
+    rows = [0, shards[0].metadata["source"]["rows"]]
+    metadata = shards[0].metadata | {"rows": rows, "changes": dict(changes)}
     batches = (batch for shard in shards for batch in shard.batches(SCHEMA.names))
     return _write((pa.Table.from_batches([batch]) for batch in batches), out, metadata)
 

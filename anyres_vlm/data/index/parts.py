@@ -6,12 +6,14 @@ A run that was killed goes on with the parts it finds; parts of other data or se
 from __future__ import annotations
 
 import gc
+import json
 import multiprocessing
 import os
 import shutil
 import signal
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -21,8 +23,8 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from anyres_vlm.data.index.rows import IndexSettings, index_rows
-from anyres_vlm.data.sources.base import Source
+from anyres_vlm.data.index.rows import CHANGES_KEY, IndexSettings, index_rows
+from anyres_vlm.data.sources.record import Source
 from anyres_vlm.durable import replacing
 from anyres_vlm.errors import DataError
 
@@ -72,10 +74,19 @@ class Parts:
         return done - already
 
     def tables(self) -> Iterator[pa.Table]:
-        """The parts' rows in order, one part in memory at a time."""
+        """Yield the parts' rows in order, one part in memory at a time."""
         for span in self.ranges:
             with pa.OSFile(str(self.path(*span))) as file:
-                yield pa.ipc.open_file(file).read_all()
+                yield pa.ipc.open_file(file).read_all().replace_schema_metadata(None)
+
+    def changes(self) -> dict[str, int]:
+        """Count the samples that reading changed, by kind."""
+        counts: Counter[str] = Counter()
+        for span in self.ranges:
+            with pa.OSFile(str(self.path(*span))) as file:
+                metadata = pa.ipc.open_file(file).schema.metadata or {}
+            counts.update(json.loads(metadata.get(CHANGES_KEY, b"{}")))
+        return dict(counts)
 
     def remove(self) -> None:
         """Delete the folder."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from dataclasses import dataclass
 from functools import cached_property
 from operator import itemgetter
@@ -14,19 +15,22 @@ import pyarrow as pa
 from anyres_vlm.data.checks import check_sample, plan_image
 from anyres_vlm.data.conversation import ConversationTokenizer, Ids
 from anyres_vlm.data.index.table import COUNTS, FORMAT, OK, SCHEMA
-from anyres_vlm.data.sources.base import Source, follow_links
 from anyres_vlm.data.sources.mixture import MixtureSource
+from anyres_vlm.data.sources.paths import follow_links
+from anyres_vlm.data.sources.record import Source
 from anyres_vlm.errors import DataError, RejectKind
 from anyres_vlm.geometry import TilePlan, Tiling
 from anyres_vlm.schema import IMAGE_TOKEN, Record, Sample, Turn
 
 BATCH = 512  # conversations tokenised at once
 BATCH_CHARACTERS = 1 << 20  # and fewer where they are long: until it is a row, a token takes up to 270 bytes
+MOVED_IMAGE = f"moved {IMAGE_TOKEN} to the front"
+CHANGES_KEY = b"changes"  # of a part's schema: how many samples were changed while they were read, by kind
 PROBE = (Turn("user", f"{IMAGE_TOKEN}\nquestion"), Turn("assistant", "answer")) * 2
 
 Place = tuple[int, str]  # row and source
 Row = tuple[Any, ...]  # one value a column of the schema
-ROW = SCHEMA.names.index("row")
+ROW, STATUS = SCHEMA.names.index("row"), SCHEMA.names.index("status")
 
 
 @dataclass(frozen=True)
@@ -54,18 +58,22 @@ class IndexSettings:
             "tile": self.tiling.tile,
             "patch": self.tiling.patch,
             "max_length": self.max_length,
+            "image_position": self.conversation.image_position,
         }
 
     def key(self, fingerprint: str) -> str:
         """The content key of an index of a source with this fingerprint."""
         links = {"links": "followed"} if follow_links() else {}
-        return _digest({"format": FORMAT, "source": fingerprint, "settings": self.words, **links})
+        # As it was before there was a choice, so that indexes of that time stay valid.
+        words = {name: word for name, word in self.words.items() if (name, word) != ("image_position", "as_is")}
+        return _digest({"format": FORMAT, "source": fingerprint, "settings": words, **links})
 
 
 def index_rows(source: Source, settings: IndexSettings, start: int, stop: int) -> pa.Table:
     """Rows `start` to `stop` of the source, rejects included, as the schema has them."""
     rows: list[Row] = []
     planned: list[_Planned] = []
+    changes: Counter[str] = Counter()
     characters = 0
     name = source.name
     for row, item in enumerate(source.records(start, stop), start=start):
@@ -73,19 +81,29 @@ def index_rows(source: Source, settings: IndexSettings, start: int, stop: int) -
         if isinstance(item, DataError):
             rows.append(_reject(item.record or str(row + 1), place, item, "malformed_record"))
         else:
-            result = _plan(item, place, settings.tiling)
-            if isinstance(result, _Planned):
-                planned.append(result)
-                characters += sum(len(turn.text) for turn in result.record.turns)
+            plan = _plan(item, place, settings.tiling)
+            if isinstance(plan, _Planned):
+                planned.append(plan)
+                characters += len(plan.record.system) + sum(len(turn.text) for turn in plan.record.turns)
             else:
-                rows.append(result)
+                rows.append(plan)
         if len(planned) == BATCH or characters >= BATCH_CHARACTERS or row == stop - 1:
             encoded = settings.conversation.encode([sample.record for sample in planned])
-            rows += [_row(*pair, settings) for pair in zip(planned, encoded, strict=True)]
+            for sample, result in zip(planned, encoded, strict=True):
+                rows.append(_row(sample, result, settings))
+                if rows[-1][STATUS] == OK:
+                    changes.update(_changes(sample.record, settings.conversation))
             planned, characters = [], 0
     rows.sort(key=itemgetter(ROW))
     columns = zip(*rows, strict=True) if rows else iter([()] * len(SCHEMA))
-    return pa.table([pa.array(values, field.type) for values, field in zip(columns, SCHEMA, strict=True)], SCHEMA)
+    schema = SCHEMA.with_metadata({CHANGES_KEY: json.dumps(changes)})
+    return pa.table([pa.array(values, field.type) for values, field in zip(columns, SCHEMA, strict=True)], schema)
+
+
+def _changes(record: Record, conversation: ConversationTokenizer) -> tuple[str, ...]:
+    """What reading and image placement change in a record."""
+    is_moved = conversation.place_images(record.turns) is not record.turns
+    return (*record.changes, MOVED_IMAGE) if is_moved else record.changes
 
 
 class _Planned(NamedTuple):
@@ -104,7 +122,8 @@ def _plan(record: Record, place: Place, tiling: Tiling) -> _Planned | Row:
         except DataError as error:
             whole_file = image.path is not None and image.offset == 0 and image.length is None
             return _reject(record.id, place, error, "unreadable_image", str(image.path) if whole_file else None)
-    return _Planned(Record(record.id, (), record.turns), place, tuple(plans))
+    textual = Record(record.id, (), record.turns, system=record.system, changes=record.changes)
+    return _Planned(textual, place, tuple(plans))
 
 
 def _row(planned: _Planned, encoded: tuple[Ids, Ids] | DataError, settings: IndexSettings) -> Row:

@@ -19,6 +19,7 @@ def summarise(index: Index) -> dict[str, Any]:
         "samples": len(index),
         "ok": len(tokens),
         "rejects": count_rejects(index),
+        "changes": index.changes,
         "tokens": {
             "total": int(tokens.sum()),
             "mean": round(float(tokens.mean()), 2) if len(tokens) else 0.0,

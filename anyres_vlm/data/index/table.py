@@ -62,6 +62,11 @@ class Index:
         """What the key was made of, in words."""
         return dict(self.metadata["settings"])
 
+    @property
+    def changes(self) -> dict[str, int]:
+        """How many samples were changed while they were read, by kind."""
+        return dict(self.metadata.get("changes", {}))
+
     def batches(self, columns: list[str]) -> Iterator[pa.RecordBatch]:
         """Some columns, a few thousand rows at a time."""
         with self._reading(), pq.ParquetFile(self.path) as file:

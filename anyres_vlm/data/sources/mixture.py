@@ -6,7 +6,16 @@
       - {path: shards/, random: 1000, seed: 7}
       - {path: ocr.parquet, weight: 2.5}  # all rows twice, and a random half of them once more
 
-Paths are seen from the file's folder. The choice depends on the seed and the number of rows alone, so it is the same
+LLaVA-NeXT's layout is read too:
+
+    datasets:
+      - {json_path: llava.json, sampling_strategy: all}
+      - {json_path: charts.json, sampling_strategy: "first:10%", images: charts}  # or end:500, random:20%
+
+There a share is rounded up and a number above the file's size takes the whole file, as in LLaVA-NeXT; `random` draws
+with the entry's `seed`, 0 by default; `images` is optional and replaces the one image folder of the run.
+
+Paths are relative to the file's folder. The choice depends on the seed and the number of rows alone, so it is the same
 on every rank and machine, and a larger share with the same seed holds the smaller one. A source's rows keep their
 order. Record ids are prefixed by their source's name, as `ocr/17`; a repetition is `ocr/17#2`.
 """
@@ -14,23 +23,27 @@ order. Record ids are prefixed by their source's name, as `ocr/17`; a repetition
 from __future__ import annotations
 
 import hashlib
+import math
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from fractions import Fraction
 from itertools import compress
 from pathlib import Path
 from typing import Annotated
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from anyres_vlm.config import Frozen, Positive, Rate, read_mapping, validated
-from anyres_vlm.data.sources.base import Source
-from anyres_vlm.data.sources.kinds import find_files, open_single
+from anyres_vlm.data.sources.open import find_files, open_single
+from anyres_vlm.data.sources.record import Source
 from anyres_vlm.errors import DataError, UsageError
 from anyres_vlm.schema import Record
 
 DENSE = 4  # rows to read for each one that is wanted, before single reads are better
+STRATEGY = re.compile(r"(all|first|end|random)(?::(\d+)|:(\d+(?:\.\d+)?)%)?")
 
 
 class Part(Frozen):
@@ -58,6 +71,46 @@ class Mixture(Frozen):
     sources: tuple[Part, ...]  # one behind another
 
 
+class Dataset(Frozen):
+    """One source of a mixture in LLaVA-NeXT's layout."""
+
+    json_path: Path  # JSON, JSONL, Parquet or tar, relative to the mixture's folder
+    sampling_strategy: str = "all"  # all, or first, end or random with :N rows or :N% of them
+    images: Path | None = None  # image folder; None is the run's own
+    seed: Annotated[int, Field(ge=0)] = 0  # of `random`
+
+    @property
+    def path(self) -> Path:
+        """The data, as in `Part`."""
+        return self.json_path
+
+    @field_validator("sampling_strategy")
+    @classmethod
+    def _is_known(cls, strategy: str) -> str:
+        match = STRATEGY.fullmatch(strategy.strip())
+        if match is None or (match[1] == "all" and match.lastindex != 1):
+            raise ValueError("expected all, or first, end or random with a number, such as first:1000 or random:10%")
+        return strategy.strip()
+
+    def rows(self, size: int) -> NDArray[np.int64]:
+        """Choose rows of a source of `size` rows; without a number every strategy takes all of them."""
+        match = STRATEGY.fullmatch(self.sampling_strategy)
+        assert match is not None, "validated"
+        strategy, number, percent = match.groups()
+        count = size
+        if number is not None or percent is not None:
+            count = min(size, int(number) if number is not None else math.ceil(Fraction(percent) * size / 100))
+        if strategy == "random":
+            return _random_rows(size, count, self.seed)
+        return np.arange(size - count, size) if strategy == "end" else np.arange(count)
+
+
+class Datasets(Frozen):
+    """The content of a mixture file in LLaVA-NeXT's layout."""
+
+    datasets: tuple[Dataset, ...]  # one after the other
+
+
 @dataclass(frozen=True, eq=False)
 class MixtureSource:
     """Rows of several sources, one source behind another."""
@@ -69,18 +122,20 @@ class MixtureSource:
     starts: NDArray[np.int64]  # (sources + 1,)
 
     @classmethod
-    def open(cls, path: Path) -> MixtureSource:
-        """Open every source and choose its rows.
+    def open(cls, path: Path, images: Path | None = None) -> MixtureSource:
+        """Open every source and choose its rows; `images` is the image folder of LLaVA-NeXT's layout.
 
         Raises `UsageError` for a file that is no mixture, and `DataError` for a source that is missing, broken or
         smaller than what is asked of it.
         """
         parts = _read(path)
+        if images is not None and isinstance(parts[0], Part):
+            raise UsageError(f"{path}: a mixture names the image folder of each source itself: leave {images} out")
         sources, chosen = [], []
         for number, part in enumerate(parts, start=1):
-            images = None if part.images is None else _resolve(part.images, path)
+            folder = images if part.images is None else _resolve(part.images, path)
             try:
-                source = open_single(_resolve(part.path, path), images)
+                source = open_single(_resolve(part.path, path), folder)
                 rows = choose(part, len(source))
             except DataError as error:
                 raise DataError(f"{path} source {number}: {error}") from None
@@ -139,12 +194,18 @@ def mixture_files(path: Path) -> list[Path]:
     return [path, *(file for part in _read(path) for file in find_files(_resolve(part.path, path)))]
 
 
-def _read(path: Path) -> tuple[Part, ...]:
+def _read(path: Path) -> tuple[Part | Dataset, ...]:
     if not path.exists():
         raise DataError(f"{path}: no such file; expected a YAML mixture")
-    parts = validated(Mixture, read_mapping(path), path).sources
+    content = read_mapping(path)
+    parts: tuple[Part | Dataset, ...]
+    key = "datasets" if "datasets" in content and "sources" not in content else "sources"
+    if key == "datasets":
+        parts = validated(Datasets, content, path).datasets
+    else:
+        parts = validated(Mixture, content, path).sources
     if not parts:
-        raise UsageError(f"config {path}: sources is empty: list at least one")
+        raise UsageError(f"config {path}: {key} is empty: list at least one")
     return parts
 
 
@@ -163,13 +224,17 @@ def _items(source: Source, rows: NDArray[np.int64]) -> Iterator[Record | DataErr
                 yield error
 
 
-def choose(part: Part, size: int) -> NDArray[np.int64]:
-    """The rows of a source of `size` rows, ascending; with a weight, whole repetitions and then a random rest.
+def choose(part: Part | Dataset, size: int) -> NDArray[np.int64]:
+    """Choose rows of a source of `size` rows, ascending; with a weight, whole repetitions and then a random rest.
 
     Raises `DataError` when the source has fewer rows than asked for, or none are left.
     """
     if size == 0:
         raise DataError("contains no records")
+    if isinstance(part, Dataset):
+        if not len(rows := part.rows(size)):
+            raise DataError(f"sampling_strategy {part.sampling_strategy} of {size} records is none: raise it")
+        return rows
     asked = part.first or part.random
     if asked is not None and asked > size:
         key = "first" if part.first is not None else "random"

@@ -15,11 +15,11 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from anyres_vlm.data.blobs import open_file, read_slice
-from anyres_vlm.data.sources.base import CONVERSATION_KEYS, folder_key, image_file, shards_name, to_record
+from anyres_vlm.data.sources.paths import image_file
+from anyres_vlm.data.sources.record import CONVERSATION_KEYS, ENTRY_KEYS, folder_key, shards_name, to_record
 from anyres_vlm.errors import DataError
 from anyres_vlm.schema import ImageRef, Record
 
-COLUMNS = ("id", "task", "image", "images", *CONVERSATION_KEYS)  # those that are read, where a file has them
 CACHED_GROUPS = 2  # row groups kept for random access: neighbours of a border, not more, for they can be large
 BATCH = 64  # rows turned into Python objects at once
 FOOTER_END = 8  # bytes: the footer's length and the magic number
@@ -190,4 +190,4 @@ def _columns(footer: pq.FileMetaData, path: Path) -> list[str]:
             f"{path}: expected a column {', '.join(CONVERSATION_KEYS[:-1])} or {CONVERSATION_KEYS[-1]}, "
             f"got {', '.join(found[:20])}"
         )
-    return [name for name in COLUMNS if name in found]
+    return [name for name in ENTRY_KEYS if name in found]

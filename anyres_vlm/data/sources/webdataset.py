@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import re
 import tarfile
 from array import array
@@ -14,17 +15,29 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from anyres_vlm.data.blobs import open_file, read_blob, read_slice
+from anyres_vlm.data.blobs import is_sidecar, open_file, read_blob, read_slice
 from anyres_vlm.data.headers import IMAGE_SUFFIXES
-from anyres_vlm.data.sources.base import CONVERSATION_KEYS, shards_name, to_record
-from anyres_vlm.data.sources.parsing import parse_json, place_in_text
-from anyres_vlm.errors import DataError
+from anyres_vlm.data.sources.record import (
+    CONVERSATION_KEYS,
+    REMEDIES,
+    parse_json,
+    place_in_text,
+    shards_name,
+    to_record,
+)
+from anyres_vlm.errors import DataError, RejectKind
 from anyres_vlm.schema import IMAGE_TOKEN, ImageRef, Record
+
+logger = logging.getLogger(__name__)
 
 BLOCK = tarfile.BLOCKSIZE
 PADDING_READ = 1 << 20  # bytes behind the end that are looked at; tar pads with 10 kB as a rule
 MEMBER = re.compile(r"(?P<key>(?:.*/)?[^./][^./]*)\.(?P<suffix>[^/]+)", re.DOTALL)
 DIGITS = re.compile(r"(\d+)")
+REFUSED_SUFFIXES: dict[str, RejectKind] = {
+    **dict.fromkeys(("mp4", "webm", "avi", "mov", "mkv"), "video"),
+    **dict.fromkeys(("wav", "mp3", "flac", "ogg", "m4a"), "audio"),
+}
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,8 +79,8 @@ class WebDatasetSource:
     """A row is a sample: neighbours in a tar whose names agree up to the first dot of their last part.
 
     Images are the members with an image's suffix, in the order of what stands before it (`a.jpg`, `a.1.jpg`,
-    `a.2.jpg`, `a.10.jpg`). Text is a `.json` with a LLaVA entry, or else a `.txt` with a caption. Other members are
-    not read. Memory holds a table of offsets and keys, some 40 bytes a member.
+    `a.2.jpg`, `a.10.jpg`). Text is a `.json` with a LLaVA entry, or else a `.txt` with a caption. A sample with a video
+    or sound is a reject; other members are not read. Memory holds a table of offsets and keys, some 40 bytes a member.
     """
 
     def __init__(self, files: Sequence[Path]) -> None:
@@ -95,6 +108,9 @@ class WebDatasetSource:
         number = int(np.searchsorted(self.starts, row, side="right")) - 1
         shard, sample = self.shards[number], row - int(self.starts[number])
         members, key = shard.members(sample), shard.key(sample)
+        for suffix in members:
+            if (kind := REFUSED_SUFFIXES.get(suffix.rpartition(".")[2])) is not None:
+                raise DataError(f"record {key}: it has a .{suffix}: {REMEDIES[kind]}", kind=kind, record=key)
         images = sorted(filter(_is_image, members), key=_image_order)
         entry = _entry(members, key, len(images))
         if isinstance(entry, dict):
@@ -118,9 +134,13 @@ def scan_shard(path: Path) -> Shard:
     keys, suffix_ids, previous = bytearray(), dict[str, int](), None
     key_ends, firsts, offsets, lengths, suffixes = (array("q") for _ in range(5))
     digest = hashlib.sha256()
+    sidecars = 0
     with open_file(path, str(path)) as stream:
         for member in _members(stream, path):
             digest.update(f"{member.name!r} {member.offset_data} {member.size} {member.mtime}\n".encode())
+            if is_sidecar(member.name):
+                sidecars += 1
+                continue
             match = MEMBER.fullmatch(member.name)
             if not member.isreg() or match is None:
                 continue
@@ -138,6 +158,8 @@ def scan_shard(path: Path) -> Shard:
     if previous is not None:
         key_ends.append(len(keys))
     firsts.append(len(offsets))
+    if sidecars:
+        logger.info("%s: %d files of macOS or Windows (._*, .DS_Store, ...) are skipped", path, sidecars)
     tables = [np.array(table, np.int64) for table in (key_ends, firsts, offsets, lengths, suffixes)]
     return Shard(path, bytes(keys), tuple(suffix_ids), digest.hexdigest(), *tables)
 

@@ -294,3 +294,15 @@ def test_script_works_from_a_clone_without_torch(photo: Path, tmp_path: Path) ->
     done = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, cwd=tmp_path)
     assert (done.returncode, done.stderr.strip()) == (0, "")
     assert json.loads(done.stdout)[0]["total"] == 2340
+
+
+def test_what_macos_and_windows_leave_in_folders_is_no_image(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    (tmp_path / "__MACOSX").mkdir()
+    for name in ("._a.png", "__MACOSX/a.png"):
+        (tmp_path / name).write_bytes(b"junk")
+    for asked in (str(tmp_path), f"{tmp_path}/**/*.png"):
+        assert main(["tokens", asked, "--json"]) == 0
+        assert [row["path"] for row in json.loads(capsys.readouterr().out)] == [str(tmp_path / "a.png")]

@@ -114,7 +114,7 @@ def test_every_kind_of_reject_is_told(tmp_path: Path, settings: IndexSettings) -
         "empty": ("unreadable_image", "the file is empty", entry("empty", images=["empty.jpg"])),
         "strip": ("absurd_image", "1001x1 pixels", entry("strip", images=["strip.png"])),
         "vast": ("absurd_image", "at most 85,000,000 pixels", entry("vast", images=["vast.png"])),
-        "silent": ("malformed_record", "expected the user", {"id": "silent", "conversations": [{"from": "gpt"}]}),
+        "silent": ("malformed_record", "no question", {"id": "silent", "conversations": [{"from": "gpt"}]}),
         "alone": (
             "no_answer",
             "nothing answers it",

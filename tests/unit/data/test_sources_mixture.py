@@ -211,3 +211,67 @@ def test_files_that_are_no_mixture(folder: Path) -> None:
         open_source(folder / "none.yaml")
     with pytest.raises(UsageError, match="a mixture names the image folder of each source itself"):
         open_source(mixture(folder, {"path": "a.json"}), folder)
+
+
+@pytest.mark.parametrize(
+    ("strategy", "rows"),
+    [
+        (None, range(40)),
+        ("all", range(40)),
+        ("first:7", range(7)),
+        ("first:10%", range(4)),
+        ("first:11%", range(5)),  # rounded up
+        ("end:7", range(33, 40)),
+        ("end:10%", range(36, 40)),
+        ("first:4000", range(40)),
+        ("end", range(40)),
+        ("random:100%", range(40)),
+    ],
+)
+def test_llava_next_s_strategies(folder: Path, strategy: str | None, rows: range) -> None:
+    entry = {"json_path": "a.json"} | ({} if strategy is None else {"sampling_strategy": strategy})
+    (folder / "next.yaml").write_text(yaml.safe_dump({"datasets": [entry]}))
+    assert numbers(folder / "next.yaml") == list(rows)
+
+
+def test_llava_next_s_random_choice_is_its_seed_s(folder: Path) -> None:
+    def drawn(**changes: Any) -> list[int]:
+        entry = {"json_path": "sub/b.parquet", "sampling_strategy": "random:20%", **changes}
+        (folder / "next.yaml").write_text(yaml.safe_dump({"datasets": [entry]}))
+        return numbers(folder / "next.yaml")
+
+    assert drawn() == drawn(seed=0) == numbers(mixture(folder, {"path": "sub/b.parquet", "fraction": 0.2}))
+    assert drawn() != drawn(seed=1)
+    assert len(drawn()) == 60
+
+
+def test_llava_next_s_image_folder_is_the_run_s_or_the_entry_s(folder: Path) -> None:
+    listed = [{"json_path": str(folder / "a.json")}, {"json_path": "a.json", "images": "sub"}]
+    (folder / "next.yaml").write_text(yaml.safe_dump({"datasets": listed}))
+    source = open_source(folder / "next.yaml", folder / "pictures")
+    paths = [source.record(row).images[0].path for row in (0, 40)]
+    assert paths == [folder / "pictures" / "0.png", folder / "sub" / "0.png"]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"datasets": []}, "datasets is empty"),
+        (
+            {"datasets": [{"json_path": "a.json", "sampling_strategy": "last:5"}]},
+            "expected all, or first, end or random",
+        ),
+        (
+            {"datasets": [{"json_path": "a.json", "sampling_strategy": "all:5"}]},
+            "expected all, or first, end or random",
+        ),
+        ({"datasets": [{"json_path": "a.json", "sampling_strategy": "first:-5"}]}, "expected all, or first"),
+        ({"datasets": [{"json_path": "a.json", "sampling_strategy": "first:0"}]}, "of 40 records is none"),
+        ({"datasets": [{"json_path": "a.json", "sampling_strategie": "all"}]}, "did you mean sampling_strategy"),
+        ({"datasets": [{"path": "a.json"}]}, "unknown key datasets.0.path"),
+    ],
+)
+def test_llava_next_s_layout_and_its_mistakes(folder: Path, content: dict[str, Any], message: str) -> None:
+    (folder / "next.yaml").write_text(yaml.safe_dump(content))
+    with pytest.raises((DataError, UsageError), match=message):
+        open_source(folder / "next.yaml")

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from anyres_vlm.data.sources import scan
-from anyres_vlm.data.sources.scan import scan_rows
+from anyres_vlm.data.sources import json as scan
+from anyres_vlm.data.sources.json import scan_rows
 from anyres_vlm.errors import DataError
 
 TRICKY = st.text(st.sampled_from('\\"[]{},:\n\r\t é\u2028猫😀a/'), max_size=12)
@@ -59,7 +59,7 @@ def test_a_list_is_split_as_json_does(
 
 
 @given(
-    values=st.lists(VALUES, min_size=1, max_size=6),
+    values=st.lists(st.dictionaries(TRICKY, VALUES, max_size=3), min_size=1, max_size=6),
     gaps=st.lists(st.sampled_from(["", " ", "\r", "\t \r"]), max_size=9),
 )
 @settings(max_examples=200, deadline=None)
@@ -107,7 +107,7 @@ def test_runs_of_backslashes(tmp_path: Path, text: str, chunk: int) -> None:
         ('[{"a": 2}}', r"a\.json line 1 column 10: malformed JSON: Extra data"),
         ("[}", r"a\.json line 1 column 2: malformed JSON: Expecting value"),
         ('[[1,\n{"a": 2}, 3]', "the list does not end"),
-        ("{}", "expected a list of records, got dict; JSONL files end in .jsonl"),
+        ("{}", "expected a list of records, got dict: put the record into a list"),
         ("hello", "expected a list of records, got 'hello'"),
         ("", "the file is empty"),
         (" \n", "the file is empty"),

@@ -17,7 +17,7 @@ from PIL import Image
 from anyres_vlm.data.blobs import read_blob
 from anyres_vlm.data.headers import read_size
 from anyres_vlm.data.sources import open_source, read_records
-from anyres_vlm.data.sources.base import Source
+from anyres_vlm.data.sources.record import Source
 from anyres_vlm.errors import DataError
 from anyres_vlm.schema import Turn
 

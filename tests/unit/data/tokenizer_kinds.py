@@ -15,7 +15,7 @@ from anyres_vlm.data.templates import TEMPLATES
 MARKERS = ["<|im_start|>", "<|im_end|>", "<|eot_id|>", "<|start_header_id|>", "<|end_header_id|>"]
 SPECIAL = ["<unk>", "<s>", "</s>", "<pad>", "<image>", *MARKERS]
 CORPUS = [
-    *(text for template in TEMPLATES.values() for text in (template.opening, template.jinja)),
+    *(text for template in TEMPLATES.values() for text in (template.head(), template.jinja)),
     "USER: What colour is the star? ASSISTANT: The star is red. User: a Assistant: b [INST] c [/INST] d",
     "def f(x):\n    return x  # twice\n\n\nprint(f(1))\n\n    and more\n \n  the end\n\n",
     "naïve café 日本語 日本 😀😀 👩‍👩‍👧 مرحبا שלום 12.50 + 3,000 = ... :) (yes) “no” 100%",

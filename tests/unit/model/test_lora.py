@@ -105,3 +105,10 @@ def test_targets_that_are_no_linear_layers_of_the_decoder(tiny_bases: Path, targ
     model, _ = build(tiny_bases)
     with pytest.raises(UsageError, match=rf"which are down_proj, .*v_proj; got {targets[-1]}$"):
         add_lora(model, LoraSettings(target_modules=targets), seed=0)
+
+
+def test_alpha_follows_the_rank_unless_it_is_set() -> None:
+    assert LoraSettings() == LoraSettings(rank=128, alpha=256)
+    assert LoraSettings(rank=8).alpha == 16
+    assert LoraSettings(rank=8, alpha=256).alpha == 256
+    assert LoraSettings(rank=8).model_dump()["alpha"] == 16

@@ -1,17 +1,25 @@
-"""Which kind of source a path names."""
+"""Which kind of source a path names, and a first look at one."""
 
 from __future__ import annotations
 
 import glob
+import logging
 import re
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 
-from anyres_vlm.data.sources.base import Source
-from anyres_vlm.data.sources.llava import LlavaSource
+from anyres_vlm.data.blobs import is_sidecar
+from anyres_vlm.data.headers import read_size
+from anyres_vlm.data.sources.json import JsonSource
 from anyres_vlm.data.sources.parquet import ParquetSource
+from anyres_vlm.data.sources.record import Source
 from anyres_vlm.data.sources.webdataset import WebDatasetSource
 from anyres_vlm.errors import DataError
 
+logger = logging.getLogger(__name__)
+
+PEEKED = 32
 MIXTURE_SUFFIXES = (".yaml", ".yml")
 EXPECTED = ".json or .jsonl, .parquet or .tar files (a folder or pattern of them), or a .yaml mixture"
 COMPRESSED_TAR = re.compile(r"\.(tgz|tbz2?|txz|tar\.\w+)$", re.IGNORECASE)
@@ -20,7 +28,7 @@ BRACES = re.compile(r"\{(?:(?P<first>\d+)\.\.(?P<last>\d+)|(?P<choices>[^{}]*,[^
 
 
 def open_single(path: Path, images: Path | None) -> Source:
-    """A source that is no mixture: a file, a folder of Parquet or tar files, or a pattern of them (`*`, `{00..15}`).
+    """Open a source that is no mixture: a file, a folder of Parquet or tar files, or their pattern (`*`, `{00..15}`).
 
     Raises `DataError` if it is missing, of no known kind or broken as a whole.
     """
@@ -35,19 +43,19 @@ def open_single(path: Path, images: Path | None) -> Source:
             raise DataError(f"{path}: tar shards hold their images: leave the image folder {images} out")
         return WebDatasetSource(files)
     if len(files) == 1 and suffixes <= {".json", ".jsonl"}:
-        return LlavaSource.open(files[0], images)
+        return JsonSource.open(files[0], images)
     if suffixes & set(MIXTURE_SUFFIXES):
         raise DataError(f"{path}: a mixture inside a mixture: list its sources themselves")
     raise DataError(f"{path}: expected {EXPECTED}, got {', '.join(file.name for file in files[:3])}")
 
 
 def find_files(path: Path) -> list[Path]:
-    """The files that a path stands for: itself, those of a folder, or the matches of a pattern; sorted.
+    """Return the files that a path stands for: itself, those of a folder, or the matches of a pattern; sorted.
 
-    Raises `DataError` if there is none.
+    What macOS and Windows write next to files is left out. Raises `DataError` if there is none.
     """
     if path.is_dir():
-        found = sorted(file for file in path.iterdir() if SHARD.search(file.name))
+        found = sorted(_without_sidecars((file for file in path.iterdir() if SHARD.search(file.name)), path))
         if not found:
             raise DataError(f"{path}: no .parquet or .tar files directly in this folder; expected {EXPECTED}")
         return found
@@ -56,7 +64,7 @@ def find_files(path: Path) -> list[Path]:
     files = []
     for pattern in _expand_braces(str(path)):
         if glob.has_magic(pattern):
-            files += sorted(Path(match) for match in glob.glob(pattern, recursive=True))
+            files += sorted(_without_sidecars(map(Path, glob.glob(pattern, recursive=True)), path))
         else:
             files.append(Path(pattern))
     missing = next((file for file in files if not file.exists()), path if not files else None)
@@ -65,8 +73,16 @@ def find_files(path: Path) -> list[Path]:
     return files
 
 
+def _without_sidecars(files: Iterable[Path], path: Path) -> list[Path]:
+    listed = list(files)
+    kept = [file for file in listed if not is_sidecar(str(file))]
+    if len(kept) < len(listed):
+        logger.info("%s: %d files of macOS or Windows (._*, .DS_Store, ...) are skipped", path, len(listed) - len(kept))
+    return kept
+
+
 def _expand_braces(pattern: str) -> list[str]:
-    """`a{08..10}` to a08, a09, a10 and `{x,y}` to x, y; the first number's leading zeros set the width."""
+    """Expand `a{08..10}` to a08, a09, a10 and `{x,y}` to x, y; the first number's leading zeros set the width."""
     found = BRACES.search(pattern)
     if found is None:
         return [pattern]
@@ -77,3 +93,28 @@ def _expand_braces(pattern: str) -> list[str]:
         choices = [str(number).zfill(len(found["first"])) for number in numbers]
     before, after = pattern[: found.start()], pattern[found.end() :]
     return [expanded for choice in choices for expanded in _expand_braces(before + choice + after)]
+
+
+@dataclass(frozen=True)
+class Peek:
+    """What a few records are like: how many were read, how many of them have images, and what is wrong."""
+
+    looked: int
+    with_images: int
+    bad: tuple[str, ...]
+
+
+def peek(source: Source) -> Peek:
+    """Read up to `PEEKED` records, evenly spread."""
+    last = len(source) - 1
+    rows = sorted({row * last // (PEEKED - 1) for row in range(PEEKED)}) if last >= 0 else []
+    with_images, bad = 0, []
+    for row in rows:
+        try:
+            record = source.record(row)
+            with_images += bool(record.images)
+            for image in record.images:
+                read_size(image)
+        except DataError as error:
+            bad.append(str(error))
+    return Peek(len(rows), with_images, tuple(bad))
