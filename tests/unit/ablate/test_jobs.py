@@ -12,8 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from anyres_vlm.ablate.claim import claim
-from anyres_vlm.ablate.jobs import Job, work
+from anyres_vlm.ablate.jobs import Job, claim, work
 from anyres_vlm.errors import DataError
 
 WORKER = """
