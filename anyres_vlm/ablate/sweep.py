@@ -132,7 +132,9 @@ def read_sweep(path: Path) -> Sweep:
     sweep = validated(Sweep, read_mapping(path), path)
     base = path.parent / sweep.base.expanduser()
     if not base.is_file():
-        raise UsageError(f"config {path}: base {sweep.base}: no such file beside it; expected a configuration of a run")
+        raise UsageError(
+            f"config {path}: base {sweep.base}: no such file in its folder; expected a configuration of a run"
+        )
     return sweep.model_copy(update={"base": base})
 
 

@@ -21,9 +21,9 @@ Verdict = Literal["shown", "not shown", "too few seeds"]
 BySeed = Mapping[int, float]
 LEGEND = (
     "Mean ± standard deviation over seeds {seeds}; the difference from the baseline is in brackets. *Not shown*: the "
-    "seeds of the two rows overlap, so the effect does not exceed the spread at this scale. Fewer than {min_seeds} seeds "
-    "never show an effect. Without a real effect, the seeds would be apart in {chance:.0%} of comparisons. The published "
-    "differences are those of the same choice elsewhere, in points of that benchmark."
+    "seeds of the two rows overlap, so the effect does not exceed the spread at this scale. Fewer than {min_seeds} "
+    "seeds never show an effect. Without a real effect, the seeds would be apart in {chance:.0%} of comparisons. The "
+    "published differences are those of the same choice elsewhere, in points of that benchmark."
 )
 COLOURS = {"shown": "tab:blue", None: "black"}
 NOT_SHOWN_COLOUR = "0.6"  # grey

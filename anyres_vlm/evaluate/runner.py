@@ -128,12 +128,12 @@ def _read_task(run: Run, task: Task) -> Prepared:
         shown = ", ".join(twice[:SHOWN]) + (", ..." if len(twice) > SHOWN else "")
         raise DataError(f"{task.data}: {len(twice)} {benchmark.name} ids occur twice ({shown}); use the official file")
     annotations = benchmark.annotations(task.data)
-    if annotations:
-        benchmark.check_annotations(annotations, questions, partial=run.limit is not None)
     log = AnswerLog(run.out, task.title, _key(run, benchmark, questions))
     answers = log.read()
-    start, stop = run.shard.span(len(questions))
-    return Prepared(run, task, questions, annotations, log, [n for n in range(start, stop) if n not in answers])
+    still_open = [place for place in range(*run.shard.span(len(questions))) if place not in answers]
+    if annotations and still_open:
+        benchmark.check_annotations(annotations, questions, partial=run.limit is not None)
+    return Prepared(run, task, questions, annotations, log, still_open)
 
 
 def _check_writable(folder: Path) -> None:

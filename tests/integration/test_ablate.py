@@ -1,4 +1,4 @@
-"""A real sweep: a process is killed in the middle, two go on with it, and all is as plain runs of `train` give it."""
+"""A real sweep: a process is killed, two others resume, and the models equal those of plain runs of `train`."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def kill_in_stage2(process: subprocess.Popen[str], out: Path) -> None:
     process.communicate()
 
 
-def test_two_processes_behind_a_kill_give_the_numbers_of_plain_runs(tiny_bases: Path, tmp_path: Path) -> None:
+def test_two_processes_after_a_kill_give_the_numbers_of_plain_runs(tiny_bases: Path, tmp_path: Path) -> None:
     sweep, out = write_sweep(tiny_bases, tmp_path), tmp_path / "out"
     kill_in_stage2(start(sweep, out), out)
     for process in [start(sweep, out), start(sweep, out)]:

@@ -217,7 +217,7 @@ def without(key: str) -> Callable[[dict[str, Any]], dict[str, Any]]:
             "expected dict under 'types'",
         ),
         ("textvqa", change(TEXTVQA_FILE, lambda c: c | {"data": [e | {"answers": []} for e in c["data"]]}), "got 0"),
-        ("textvqa", remove(TEXTVQA_OCR), "no TextVQA_Rosetta_OCR_v0.2_val.json beside it"),
+        ("textvqa", remove(TEXTVQA_OCR), "no TextVQA_Rosetta_OCR_v0.2_val.json in its folder"),
         ("pope", change(POPE_FILE, lambda c: [e | {"label": "maybe"} for e in c]), "expected the label yes or no"),
         ("mmvet", change(MMVET_FILE, lambda c: {n: without("capability")(e) for n, e in c.items()}), "capability"),
     ],

@@ -121,8 +121,9 @@ def find_files(data: Path, patterns: Sequence[str], wanted: str) -> list[Path]:
         raise DataError(f"{data}: no such file or folder; expected {wanted}")
     for pattern in patterns:
         for depth in SEARCH_DEPTHS:
-            found = [path for path in data.glob(depth + pattern) if path.is_file() and path.name[0] != "."]
-            if found:  # names that begin with a dot are those of macOS archives
+            paths = (path for path in data.glob(depth + pattern) if path.is_file())
+            # Not ._mm-vet.json, which macOS adds to archives.
+            if found := [path for path in paths if not any(p[0] == "." for p in path.relative_to(data).parts)]:
                 return sorted(found)
     raise DataError(f"{data}: no {wanted} in it ({', '.join(patterns)}); name its folder or the file itself")
 

@@ -131,7 +131,9 @@ def _ocr_tokens(path: Path, entries: Mapping[str, Any]) -> dict[str, list[str]]:
         name = f"TextVQA_Rosetta_OCR_v0.2_{split}.json"
         file = path.with_name(name)
         if not file.exists():
-            raise DataError(f"{path}: no ocr_tokens in it and no {name} beside it; download it or use --no-ocr-tokens")
+            raise DataError(
+                f"{path}: no ocr_tokens in it and no {name} in its folder; download it or use --no-ocr-tokens"
+            )
         holders, where = take(read_json(file), "data", list, str(file)), str(file)
     tokens = {}
     for number, entry in enumerate(holders, start=1):

@@ -104,7 +104,7 @@ class VQAv2(Benchmark):
         if subset not in WITH_ANSWERS:
             return []
         if data.is_file():
-            raise DataError(f"{questions}: no {name} beside it; the answers to {subset} are public: download them")
+            raise DataError(f"{questions}: no {name} in its folder; the answers to {subset} are public: download them")
         return find_files(data, [name], f"answers to {subset}, which are public,")[:1]
 
     def submission(self, data: Path, answers: Sequence[tuple[Question, str]]) -> tuple[str, Any]:

@@ -255,17 +255,17 @@ def _heldout(path: Path, label: str, found: _HeldoutFile) -> Result:
 
 
 def _marks(path: Path, found: _ResultFile) -> dict[str, Answer]:
-    """Read the marks beside a result; without that file only the points are known."""
-    beside = path.with_name(f"{path.stem}.marks.jsonl")
+    """Read the marks of a result; without their file only the points are known."""
+    marks_file = path.with_name(f"{path.stem}.marks.jsonl")
     bare = {question: Answer(points) for question, points in found.points.items()}
-    if not beside.exists() or not bare:
+    if not marks_file.exists() or not bare:
         return bare
-    content = read_json(beside)
+    content = read_json(marks_file)
     lines = TypeAdapter(list[_Mark]).validate_python(content if isinstance(content, list) else [content])
     marks = {
         line.question_id: Answer(line.points, line.question, line.image, line.text, line.reference, line.kinds)
         for line in lines
     }
     if {question: mark.points for question, mark in marks.items()} != found.points:
-        raise DataError(f"{beside}: belongs to another result than {path.name}: score again, or delete the marks")
+        raise DataError(f"{marks_file}: belongs to another result than {path.name}: score again, or delete the marks")
     return marks

@@ -105,7 +105,7 @@ def test_keys_are_of_what_decides_and_not_of_names(tmp_path: Path) -> None:
         ({"axes": {"a": {"x": {}, "y": {"seeds": [5]}}}}, r"axes\.a\.y\.seeds has 5.*\[0, 1\]"),
         ({"measure": [{**MEASURE, "rendred": 3}]}, r"unknown key measure\.0\.rendred; did you mean rendered\?"),
         ({"measure": [MEASURE, MEASURE]}, "numbers: 'read' occurs twice"),
-        ({"base": "no.yaml"}, r"base no\.yaml: no such file beside it"),
+        ({"base": "no.yaml"}, r"base no\.yaml: no such file in its folder"),
         ({"seeds": []}, "seeds: .* at least 1"),
     ],
 )

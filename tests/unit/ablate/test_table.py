@@ -1,4 +1,4 @@
-"""The table's figures against NumPy and plain definitions, and what it says of effects that do not stand out."""
+"""The table's figures against NumPy and plain definitions, and its verdict on effects within the seeds' spread."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The page of `anyres report`: what it shows, that texts stay texts, what it says where something is missing."""
+"""The page of `anyres report`: its content, the escaping of texts, and missing data."""
 
 from __future__ import annotations
 
@@ -62,10 +62,10 @@ def test_a_page_of_two_runs(tmp_path: Path) -> None:
     assert len(pictures) == 6 + 6 + 6
     assert all(source.startswith("data:image/jpeg;base64,") for source in pictures)
     assert not [attrs for tag, attrs in page.tags if tag in ("script", "link") or "href" in attrs], "self-contained"
-    beside = (tmp_path / "report.md").read_text(encoding="utf-8")
-    assert "| LLaVA-1.6-Vicuna-7B | 64.2 |" in beside
-    assert re.search(r"\| second \(models/second\) \| 35\.0 ± [\d.]+ \\\* \|", beside)
-    assert "### second minus first: -15.0 points" in beside
+    markdown = (tmp_path / "report.md").read_text(encoding="utf-8")
+    assert "| LLaVA-1.6-Vicuna-7B | 64.2 |" in markdown
+    assert re.search(r"\| second \(models/second\) \| 35\.0 ± [\d.]+ \\\* \|", markdown)
+    assert "### second minus first: -15.0 points" in markdown
     again = (tmp_path / "report.html").read_bytes()
     report(tmp_path / "report.html", tmp_path / "first", tmp_path / "second")
     assert (tmp_path / "report.html").read_bytes() == again
@@ -90,14 +90,14 @@ def test_hostile_texts_stay_texts(tmp_path: Path) -> None:
     assert "(2,1" in page.text, "a long answer says how long it is"
     raw = (tmp_path / "page.html").read_text(encoding="utf-8")
     assert not set("\x00\u202e") & set(raw)
-    beside = (tmp_path / "page.md").read_text(encoding="utf-8")
-    assert "<script" not in beside
-    assert not set("\x00\u202e") & set(beside)
-    tables = [[line for line in block.splitlines() if line[0] == "|"] for block in beside.split("\n\n")]
+    markdown = (tmp_path / "page.md").read_text(encoding="utf-8")
+    assert "<script" not in markdown
+    assert not set("\x00\u202e") & set(markdown)
+    tables = [[line for line in block.splitlines() if line[0] == "|"] for block in markdown.split("\n\n")]
     for table in tables:
         assert len({len(re.findall(r"(?<!\\)\|", line)) for line in table}) <= 1, "rows are as wide as their head"
     assert sum(map(len, tables)) > 20
-    assert "\\*\\*b\\*\\*" in beside
+    assert "\\*\\*b\\*\\*" in markdown
 
 
 @pytest.mark.parametrize(

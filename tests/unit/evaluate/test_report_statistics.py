@@ -1,4 +1,4 @@
-"""Intervals, differences and caveats of a report, beside closed forms and brute force."""
+"""Intervals, differences and caveats of a report, against closed forms and brute force."""
 
 from __future__ import annotations
 
