@@ -8,6 +8,7 @@ import logging
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from glob import escape
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Any
@@ -287,7 +288,7 @@ class AnswerLog:
     def read(self) -> dict[int, str | None]:
         """Return the answers of all shards by the question's position; None is a question that cannot be asked."""
         answers: dict[int, str | None] = {}
-        for path in sorted(self.folder.glob(f"{self.title}.log.*.jsonl")):
+        for path in sorted(self.folder.glob(f"{escape(self.title)}.log.*.jsonl")):
             lines = whole_lines(path)
             if next(lines, b"") != _line({"key": self.key}):
                 continue
