@@ -178,9 +178,11 @@ def _judging(judge: str, protocol: Mapping[str, str]) -> list[str]:
 
 def run_differences(results: Sequence[Result]) -> list[str]:
     """Return how the runs of one benchmark differ in anything but the model."""
+    are_files_known = all(result.annotations for result in results)  # results of earlier versions do not name them
     choices = [
         {
             **result.protocol,
+            "files": ", ".join(result.annotations) if are_files_known else "",
             "judged by": result.judged_by,
             "questions": f"{result.questions:,}",
             "limit": "none" if result.limit is None else str(result.limit),
@@ -192,5 +194,5 @@ def run_differences(results: Sequence[Result]) -> list[str]:
         values = [choice.get(key, "unknown") for choice in choices]
         if len(set(values)) > 1:
             listed = "; ".join(f"{result.label}: {value}" for result, value in zip(results, values, strict=True))
-            found.append(f"{key.replace('_', ' ')} differs: {listed}")
+            found.append(f"different {key.replace('_', ' ')}: {listed}")
     return found

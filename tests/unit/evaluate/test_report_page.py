@@ -142,7 +142,7 @@ def test_one_bare_result_and_mixed_runs(tmp_path: Path) -> None:
     assert "no score: no answers or no judge" in page.text
     assert "the result has no marks.jsonl" in page.text
     assert "seen minus blind: +50.0 points" in page.text
-    assert "image shown differs: blind: another question's (blind); seen: its own" in page.text
+    assert "different image shown: blind: another question's (blind); seen: its own" in page.text
 
 
 def test_pope_shows_its_share_of_yes(tmp_path: Path) -> None:

@@ -147,8 +147,13 @@ def test_what_is_not_like_with_like_is_said() -> None:
     first, second = caveats(without)
     assert first.startswith("only the first 2 questions (--limit)")
     assert second.startswith("OCR tokens: not in the prompt; published scores have them")
-    assert "ocr tokens differs: a: in the prompt (Rosetta); b: not in the prompt" in run_differences([plain, without])
+    assert "different ocr tokens: a: in the prompt (Rosetta); b: not in the prompt" in run_differences([plain, without])
     assert run_differences([plain, plain]) == []
+    coco, gqa = (
+        result([1.0, 0.0], name, "pope", annotations=(f"{name}_pope_random.json",)) for name in ("coco", "gqa")
+    )
+    assert run_differences([coco, gqa]) == ["different files: coco: coco_pope_random.json; gqa: gqa_pope_random.json"]
+    assert run_differences([coco, result([1.0, 0.0], benchmark="pope")]) == []
     official = {"judge": "gpt-4-0613", "judge_prompt": "MM-Vet's own, sha256 d1"}
     same = result([1.0, 0.0], benchmark="mmvet", questions=218, protocol=official, scores={"judged_by": ["gpt-4-0613"]})
     assert caveats(same) == []
