@@ -1,1 +1,1 @@
-"""Ablations: a grid of runs that share what they have in common, and the table of what each choice made of it."""
+"""Ablations: a grid of runs that share stages and data, and the table of their differences."""

@@ -1,4 +1,4 @@
-"""`anyres ablate`: a grid of runs from one YAML file, and the table of what each choice made of it."""
+"""`anyres ablate`: train and measure a grid of runs from one YAML file, and compare them in a table."""
 
 from __future__ import annotations
 
@@ -16,29 +16,27 @@ from anyres_vlm.cli.probe import probe
 from anyres_vlm.errors import DataError, UsageError
 
 if TYPE_CHECKING:
-    from anyres_vlm.ablate.jobs import Job
-    from anyres_vlm.ablate.run import SweepRun
+    from anyres_vlm.ablate.jobs import Job, SweepRun
 
 MEASURES = typer.Typer(rich_markup_mode=None, pretty_exceptions_enable=False)
-"""The commands that may measure, which here only read their options."""
+"""The commands that a sweep may use as measures; here they only parse their options."""
 MEASURES.command("eval")(wraps(evaluate)(lambda **options: None))
 MEASURES.command("probe")(wraps(probe)(lambda **options: None))
 
 
 def ablate(
     config: Path = typer.Argument(..., help="YAML file of the sweep, such as configs/ablation_tiny.yaml."),
-    out: Path | None = typer.Option(None, help="Folder of the sweep; without it runs/NAME-OF-CONFIG."),
-    table: bool = typer.Option(False, "--table", help="Train nothing: the table of what is finished."),
-    dry_run: bool = typer.Option(False, "--dry-run", help="Only list the runs, and what they share."),
+    out: Path | None = typer.Option(None, help="Folder of the sweep; default: runs/NAME-OF-CONFIG."),
+    table: bool = typer.Option(False, "--table", help="Only write the table of finished runs."),
+    dry_run: bool = typer.Option(False, "--dry-run", help="Only list the runs and the stages they share."),
 ) -> None:
-    """Train and measure every combination of a sweep. Started again it goes on; started twice, two share the work.
+    """Train and measure every combination of a sweep. A rerun resumes; several processes share the work.
 
     Example: anyres ablate configs/ablation_tiny.yaml
     """
     # Start-up time.
-    from anyres_vlm.ablate.cell import expand
-    from anyres_vlm.ablate.run import SweepRun
-    from anyres_vlm.ablate.sweep import read_sweep
+    from anyres_vlm.ablate.jobs import SweepRun
+    from anyres_vlm.ablate.sweep import expand, read_sweep
     from anyres_vlm.train.interruption import catch_signals
 
     sweep = read_sweep(config)
@@ -50,18 +48,18 @@ def ablate(
         jobs = run.jobs(cells)
         if dry_run:
             for job in jobs:
-                shared = "".join(f"  behind stage 1 {need.folder.name}" for need in job.needs)
+                shared = "".join(f"  after stage 1 {need.folder.name}" for need in job.needs)
                 print(f"{'done' if job.is_done() else 'open'}  {job.folder.name}{shared}")
             return
         failed = [] if table or all(job.is_done() for job in jobs) else _work(run, jobs)
     _report(run)
     if failed:
-        raise DataError(f"{len(failed)} of {len(jobs)} runs failed, the first one {failed[0].folder}: see its log.txt")
+        raise DataError(f"{len(failed)} of {len(jobs)} runs failed; see {failed[0].folder}/log.txt of the first")
 
 
 def _work(run: SweepRun, jobs: list[Job]) -> list[Job]:
-    # Start-up time: children take over what is imported here, which takes seconds.
-    import anyres_vlm.evaluate.probes.run
+    # Child processes inherit these imports, which take seconds.
+    import anyres_vlm.evaluate.probes.suite
     import anyres_vlm.train.run  # noqa: F401
     from anyres_vlm.ablate.jobs import work
 
@@ -69,9 +67,7 @@ def _work(run: SweepRun, jobs: list[Job]) -> list[Job]:
 
 
 def _report(run: SweepRun) -> None:
-    from anyres_vlm.ablate.markdown import markdown
-    from anyres_vlm.ablate.picture import draw_table
-    from anyres_vlm.ablate.table import make_table
+    from anyres_vlm.ablate.table import draw_table, make_table, markdown
     from anyres_vlm.durable import replacing
 
     made = make_table(run)
@@ -85,10 +81,10 @@ def _report(run: SweepRun) -> None:
 
 
 def _check(command: str, has_data: bool) -> None:
-    """Raises `UsageError` for a measure that its command would refuse, before hours of training."""
+    """Raise `UsageError` for a measure that its command would refuse, before hours of training."""
     words = [*shlex.split(command), "--model", "MODEL", "--json", *(["--data", "DATA"] if has_data else [])]
     try:
         MEASURES(words, prog_name="anyres")
-    except SystemExit as end:  # always: typer ends what it was called for, and has said what there is to say
+    except SystemExit as end:  # typer always exits, and has printed what is wrong
         if end.code:
-            raise UsageError(f"measure {command!r} is no command of anyres, as said above") from None
+            raise UsageError(f"measure {command!r} is not a command of anyres (see above)") from None

@@ -1,10 +1,10 @@
-"""`anyres eval`: ask a checkpoint the questions of benchmarks, or held-out questions, and score the answers."""
+"""`anyres eval`: run benchmarks or held-out questions on a checkpoint and score the answers."""
 
 from __future__ import annotations
 
 import json
 import os
-import sys
+from collections.abc import Sequence
 from enum import StrEnum
 from functools import cache, partial
 from pathlib import Path
@@ -17,12 +17,12 @@ from anyres_vlm.cli.score import JUDGE_HELP, JUDGE_PROMPT_HELP, JUDGE_URL_HELP, 
 from anyres_vlm.errors import UsageError
 
 if TYPE_CHECKING:
-    from anyres_vlm.config import TemplateName
     from anyres_vlm.data.index.build import Shard
+    from anyres_vlm.evaluate.runner import Task
 
 
 class Name(StrEnum):
-    """What can be asked: benchmarks, and the held-out questions of `anyres render`."""
+    """A benchmark, or the held-out questions of a dataset."""
 
     VQAV2 = "vqav2"
     GQA = "gqa"
@@ -34,99 +34,125 @@ class Name(StrEnum):
 
 def evaluate(
     benchmarks: list[Name] = typer.Argument(
-        ..., metavar="BENCH...", help="vqav2, gqa, textvqa, pope, mmvet; or heldout alone: exact answers, by task."
+        ..., metavar="BENCH...", help="vqav2, gqa, textvqa, pope, mmvet, heldout (exact answers, by task)."
     ),
-    model: str = typer.Option(..., help="Checkpoint folder, ours or LlavaNext's, or a hub id."),
+    model: str = typer.Option(..., help="Checkpoint folder (anyres_vlm or LlavaNext) or hub id."),
     data: Path = typer.Option(
         ...,
-        help="Folder of the benchmark's official files, or its question file; for several benchmarks a folder that has "
-        "one of each name. heldout: LLaVA JSON, Parquet or tar with a `task` each; see anyres render.",
+        help="Folder with the official files, as unpacked, or the question file; for several benchmarks a folder with "
+        "one subfolder each. heldout: LLaVA JSON, Parquet or tar whose records have a `task`; see anyres render.",
     ),
-    images: Path | None = typer.Option(None, help="Image folder; without it, the usual names beside the data."),
+    images: Path | None = typer.Option(None, help="Image folder; default: the usual folders near the question file."),
     template: str | None = TEMPLATE,
-    limit: int | None = typer.Option(None, min=1, help="Questions at most; of POPE, of each split."),
+    limit: int | None = typer.Option(None, min=1, help="Use the first questions only; for POPE, of each split."),
     ocr_tokens: bool | None = typer.Option(
-        None, "--ocr-tokens/--no-ocr-tokens", help="textvqa: with or without Rosetta's words in the prompt; required."
+        None, "--ocr-tokens/--no-ocr-tokens", help="textvqa: Rosetta OCR tokens in the prompt or not; required."
     ),
     judge: str | None = typer.Option(None, help=JUDGE_HELP),
     judge_url: str | None = typer.Option(None, "--judge-url", help=JUDGE_URL_HELP),
     judge_prompt: Path | None = typer.Option(None, "--judge-prompt", help=JUDGE_PROMPT_HELP),
     shard: str | None = typer.Option(
-        None, metavar="I/N", help="Answer the I-th of N ranges, from 1; the last to end writes the result. Or torchrun."
+        None,
+        metavar="I/N",
+        help="Answer the I-th of N ranges; the last process writes the result. Default: torchrun's.",
     ),
     swap_images: bool = typer.Option(
-        False, "--swap-images", help="heldout: blind baseline, every question about another image."
+        False, "--swap-images", help="heldout: blind baseline, which shows each question another question's image."
     ),
     against: Path | None = typer.Option(
-        None, help="heldout: answers to the same questions that another --out has; prints the difference."
+        None, help="heldout: result of another run on the same questions; prints the difference."
     ),
     batch_tokens: int | None = typer.Option(
-        None, "--batch-tokens", min=1, help="Tokens that are answered at once; fewer need less memory. Default: 8192."
+        None, "--batch-tokens", min=1, help="Tokens in a batch; fewer need less memory. Default: 8192."
     ),
     out: Path | None = typer.Option(
-        None, help="Folder for answers, submissions and results; default: eval beside the model. heldout: a JSON file."
+        None,
+        help="Folder for answers and results; default: eval next to the model. heldout: also NAME.json.",
     ),
     as_json: bool = typer.Option(False, "--json", help="Print the results as JSON."),
 ) -> None:
-    """Score a checkpoint on benchmarks. A run that was killed goes on where it was.
+    """Score a checkpoint on benchmarks. All files are checked before the first question; a killed run resumes.
 
     Example: anyres eval gqa pope --model runs/tiny/stage2/model --data playground/eval
     """
     from anyres_vlm.config import template_name
 
     named = template_name(template)
-    if Name.HELDOUT in benchmarks:
-        if len(benchmarks) > 1 or shard is not None:
-            raise UsageError("heldout is scored alone, in one process: name it by itself")
-        _heldout(model, named, data, images, limit, swap_images, against, batch_tokens, out, as_json)
-        return
-    if swap_images or against is not None:
-        raise UsageError("--swap-images and --against are heldout's: name it, or leave them out")
-    folder = out or _default_out(model)
-    judging = "mmvet" in benchmarks
-    grader = make_judge(judge, judge_url, judge_prompt, folder / "mmvet.grades.jsonl") if judging else None
+    if Name.HELDOUT not in benchmarks and (swap_images or against is not None):
+        raise UsageError("--swap-images and --against need the benchmark heldout")
+    folder, heldout_title = _destination(model, out, benchmarks, swap_images)
+    grader = None
+    if Name.MMVET in benchmarks:
+        grader = make_judge(judge, judge_url, judge_prompt, folder / "mmvet.grades.jsonl")
     if grader is not None:
-        grader.connect()  # a key that is missing shows now, not behind hours of answers
+        grader.connect()  # a missing key is reported before the first question
     # Start-up time: torch and transformers take seconds to import.
     from anyres_vlm.evaluate.benchmarks import make_benchmark
-    from anyres_vlm.evaluate.runner import Run, evaluate as run_benchmark
+    from anyres_vlm.evaluate.benchmarks.heldout import check_same_questions, gain, read_correct
+    from anyres_vlm.evaluate.runner import Run, Task, check_prompts, evaluate as run_benchmark, prepare
     from anyres_vlm.inference import BATCH_TOKENS, Assistant
     from anyres_vlm.serve.progress import RowProgress
 
-    load = cache(partial(Assistant.load, model, named))  # when the first benchmark has an open question
-    chosen = {str(name): make_benchmark(name, ocr_tokens, grader) for name in benchmarks}
-    places = {name: data / name if (data / name).is_dir() else data for name in chosen}
-    for name, benchmark in chosen.items():
-        benchmark.questions(places[name], images, limit)  # what is wrong with the last shows before the first is asked
-    results: dict[str, Any] = {}
-    for name, benchmark in chosen.items():
-        run = Run(model, load, places[name], images, folder, limit, _shard(shard), batch_tokens or BATCH_TOKENS, named)
+    run = Run(model, images, folder, limit, _shard(shard), batch_tokens or BATCH_TOKENS, named)
+    tasks = [
+        Task(
+            make_benchmark(name, ocr_tokens, grader, swap_images),
+            data / name if (data / name).is_dir() else data,
+            heldout_title if name == Name.HELDOUT else str(name),
+        )
+        for name in dict.fromkeys(benchmarks)
+    ]
+    others = {} if against is None else read_correct(against)
+    prepared = prepare(run, tasks)
+    for one in prepared:
+        if against is not None and one.task.benchmark.name == "heldout":
+            check_same_questions([str(question.id) for question in one.questions], others)
+    results: dict[str, dict[str, Any] | None] = {}
+    load = cache(partial(Assistant.load, model, named))
+    check_prompts(prepared, load)
+    for one in prepared:
+        name = one.task.benchmark.name
         with RowProgress(name) as progress:
-            results[name] = run_benchmark(run, benchmark, progress.update)
+            results[name] = run_benchmark(one, load, progress.update)
         if not as_json:
-            _print(name, results[name], folder)
+            _print(one.task, results[name], folder)
     if as_json:
-        print(json.dumps(results, indent=2))
+        heldout = results.get("heldout") if len(tasks) == 1 else None
+        print(json.dumps(results if heldout is None else heldout["scores"], indent=2))
+    if against is not None and results["heldout"] is not None:
+        more, margin = gain(read_correct(folder / f"{heldout_title}.json"), others)
+        print(f"difference from {against.stem}: {100 * more:+.1f} points, 95% interval +-{100 * margin:.1f}")
 
 
-def _print(name: str, result: dict[str, Any] | None, folder: Path) -> None:
-    if result is None:
-        print(f"{name}: this range is answered; the process that ends last writes {folder / name}.json")
-        return
-    print_scores(name, result)
-    if not result["scores"]:
-        print(f"  no published answers beside the questions, or no --judge: {folder / name}.submission.json")
-
-
-def _default_out(model: str) -> Path:
+def _destination(model: str, out: Path | None, benchmarks: Sequence[Name], swap_images: bool) -> tuple[Path, str]:
+    """Return the folder of the results, and the stem of the files of held-out questions."""
+    title = "heldout-blind" if swap_images else "heldout"
+    if out is not None and out.suffix == ".json" and list(benchmarks) == [Name.HELDOUT]:
+        return out.parent, out.stem
+    if out is not None:
+        return out, title
     folder = Path(model)
     if not folder.is_dir():
-        raise UsageError(f"{model}: results go beside a checkpoint folder, this is none: name a folder with --out")
-    return folder.absolute().parent / "eval"
+        raise UsageError(f"{model}: not a checkpoint folder, next to which results could go: name a folder with --out")
+    return folder.absolute().parent / "eval", title
+
+
+def _print(task: Task, result: dict[str, Any] | None, folder: Path) -> None:
+    name = task.benchmark.name
+    if result is None:
+        print(f"{name}: this range is answered; the last process writes {folder / task.title}.json")
+    elif name == Name.HELDOUT:
+        print(f"{name}: {result['score']} ({result['questions']:,} questions)")
+        for kind, share in sorted(result["scores"].items(), key=lambda item: item[0] == "all"):
+            print(f"  {kind:<10} {share:6.1%}")
+    else:
+        print_scores(name, result)
+        if not result["scores"]:
+            print(f"  no published answers, or no --judge: submit {folder / name}.submission.json")
 
 
 def _shard(text: str | None) -> Shard:
-    """The range that is asked for, or this rank's under torchrun, which then has its own GPU."""
+    """Return the range that is named, or this rank's under torchrun, which then has its own GPU."""
     # Start-up time.
     import torch
 
@@ -138,48 +164,3 @@ def _shard(text: str | None) -> Shard:
     if ranks > 1 and torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     return Shard(int(os.environ.get("RANK", "0")) + 1, ranks)
-
-
-def _heldout(
-    model: str,
-    template: TemplateName | None,
-    data: Path,
-    images: Path | None,
-    limit: int | None,
-    swap_images: bool,
-    against: Path | None,
-    batch_tokens: int | None,
-    out: Path | None,
-    as_json: bool,
-) -> None:
-    # Start-up time: torch and transformers take seconds to import.
-    from dataclasses import asdict
-
-    from anyres_vlm.data.sources import read_records
-    from anyres_vlm.evaluate import heldout
-    from anyres_vlm.inference import BATCH_TOKENS, Assistant
-
-    assistant = Assistant.load(model, template)
-    tiling = asdict(assistant.model.tiling)
-    records = read_records(data, images, max_bad_fraction=0.0)[:limit]
-    asked = heldout.swap_images(records) if swap_images else records
-
-    def progress(done: int) -> None:
-        if sys.stderr.isatty():
-            print(f"\r{done}/{len(records)}", end="\n" if done == len(records) else "", file=sys.stderr)
-
-    results = heldout.ask_all(assistant, asked, progress, batch_tokens or BATCH_TOKENS)
-    accuracies = heldout.accuracy_by_task(results)
-    if out is not None:
-        answers = [asdict(result) | {"correct": result.correct} for result in results]
-        out.parent.mkdir(parents=True, exist_ok=True)
-        content = {"model": model, "limit": limit, "blind": swap_images, "tiling": tiling, "accuracy": accuracies}
-        out.write_text(json.dumps(content | {"answers": answers}, indent=1) + "\n", encoding="utf-8")
-    if as_json:
-        print(json.dumps(accuracies, indent=2))
-    else:
-        for task, share in sorted(accuracies.items(), key=lambda item: item[0] == "all"):
-            print(f"{task:<10} {share:6.1%}")
-    if against is not None:
-        more, margin = heldout.gain(results, heldout.read_correct(against))
-        print(f"more than {against.stem}: {100 * more:+.1f} points, 95% interval +-{100 * margin:.1f}")

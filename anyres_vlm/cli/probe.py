@@ -1,4 +1,4 @@
-"""`anyres probe`: failure modes of a checkpoint on pictures drawn for the purpose."""
+"""`anyres probe`: measure failure modes of a checkpoint on rendered images."""
 
 from __future__ import annotations
 
@@ -23,18 +23,16 @@ class Probe(StrEnum):
 
 
 def probe(
-    probes: list[Probe] = typer.Argument(None, metavar="[PROBE]...", help="Those to run; all without any."),
-    model: str = typer.Option(..., help="Checkpoint folder, ours or LlavaNext's, or a hub id."),
-    count: int = typer.Option(20, min=1, help="Pictures for each value of what a probe varies."),
+    probes: list[Probe] = typer.Argument(None, metavar="[PROBE]...", help="Probes to run; default: all."),
+    model: str = typer.Option(..., help="Checkpoint folder (anyres_vlm or LlavaNext) or hub id."),
+    count: int = typer.Option(20, min=1, help="Images for each value of the factor that a probe varies."),
     template: str | None = TEMPLATE,
-    seed: int = typer.Option(0, help="Other pictures for another number."),
-    batch_tokens: int | None = typer.Option(
-        None, "--batch-tokens", min=1, help="Tokens answered at once; default 8192."
-    ),
-    out: Path | None = typer.Option(None, help="Folder for probes.json, with every answer, and probes.png."),
+    seed: int = typer.Option(0, help="Seed of the images."),
+    batch_tokens: int | None = typer.Option(None, "--batch-tokens", min=1, help="Tokens in a batch; default: 8192."),
+    out: Path | None = typer.Option(None, help="Folder for probes.json, with all answers, and probes.png."),
     as_json: bool = typer.Option(False, "--json", help="Print the scores as JSON."),
 ) -> None:
-    """Measure hallucination, spatial relations, counting and reading on pictures with exact ground truth.
+    """Measure hallucination, spatial relations, counting and reading on images with exact answers.
 
     Example: anyres probe reading --model runs/tiny/stage2/model --out runs/probes
     """
@@ -42,8 +40,8 @@ def probe(
     from dataclasses import asdict
 
     from anyres_vlm.config import template_name
-    from anyres_vlm.evaluate.probes.picture import draw_probes
-    from anyres_vlm.evaluate.probes.run import PROBES, run_probes
+    from anyres_vlm.evaluate.probes.suite import PROBES, run_probes
+    from anyres_vlm.evaluate.report.probing import draw_probes
     from anyres_vlm.inference import BATCH_TOKENS, Assistant
 
     def progress(name: str, answers: int) -> None:

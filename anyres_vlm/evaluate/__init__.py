@@ -1,1 +1,1 @@
-"""What a model can do: questions with exact answers, scored by task."""
+"""Evaluation: benchmarks, probes and reports."""

@@ -1,4 +1,4 @@
-"""Answer files: a model's own words, or what a benchmark's server takes; every question answered exactly once."""
+"""Answer files: raw answers of a model or official submissions, and their match with the annotations."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ SHOWN = 3  # ids named in a message
 
 @dataclass(frozen=True, slots=True)
 class Answered:
-    """One line of an answer file. `id` is None where the file relies on its order.
+    """One line of an answer file. `id` is None if the file relies on its order.
 
-    `raw` is a model's own text, which a benchmark may post-process; a submission is scored as it is.
+    A `raw` answer is a model's text, which a benchmark may post-process; a submission is scored unchanged.
     """
 
     id: str | None
@@ -32,10 +32,10 @@ class Answered:
 
 
 def read_answers(path: Path) -> list[Answered]:
-    """Lines or a list of `question_id` and `text` (a model's), `question_id` and `answer` or `questionId` and
-    `prediction` (a submission), or one object of answers by id (MM-Vet).
+    """Read an answer file. Raises `DataError` for an unknown format.
 
-    Raises `DataError` for anything else.
+    Known are lines or a list of `question_id` and `text` (raw answers), `question_id` and `answer` or `questionId` and
+    `prediction` (submissions), and one object of answers by id (MM-Vet).
     """
     content = read_json(path)
     if isinstance(content, dict) and not any(key in content for key in (*ID_KEYS, *SUBMITTED_KEYS, "text")):
@@ -45,7 +45,7 @@ def read_answers(path: Path) -> list[Answered]:
 
 
 def read_json(path: Path) -> Any:
-    """JSON, or JSON lines as a list. Raises `DataError` where it is neither or an object has a key twice."""
+    """Read JSON, or JSON lines as a list. Raises `DataError` if it is neither or an object repeats a key."""
     try:
         text = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
@@ -55,7 +55,7 @@ def read_json(path: Path) -> Any:
     try:
         return _parse(text, path)
     except json.JSONDecodeError as whole:
-        lines = [line for line in text.split("\n") if line.strip()]  # not splitlines: U+2028 may stand in a text
+        lines = [line for line in text.split("\n") if line.strip()]  # not splitlines: a text may contain U+2028
         if len(lines) < 2 or whole.msg != "Extra data":
             raise DataError(f"{path}: not JSON ({whole}); expected JSON or JSON lines") from None
     parsed = []
@@ -63,21 +63,21 @@ def read_json(path: Path) -> Any:
         try:
             parsed.append(_parse(line, path))
         except json.JSONDecodeError as error:
-            raise DataError(f"{path} line {number}: not JSON ({error.msg}); mend or remove it") from None
+            raise DataError(f"{path} line {number}: not JSON ({error.msg}); fix or remove it") from None
     return parsed
 
 
 def as_id(value: Any, where: str) -> str:
-    """A question's id, the same for 12 and "12"."""
+    """Return a question's id as text, the same for 12 and "12"."""
     if isinstance(value, bool) or not isinstance(value, int | str) or value == "":
         raise DataError(f"{where}: expected a number or text as the question's id, got {value!r}")
     return str(value)
 
 
 def match(given: Sequence[Answered], wanted: Iterable[str], ids: Sequence[str] | None = None) -> dict[str, Answered]:
-    """Answers by question in the order given; `ids` replaces the answers' own ids.
+    """Return the answers by question, in the order given; `ids` replaces the ids in the answers.
 
-    Raises `DataError` if a question has no answer or two, or an answer no question.
+    Raises `DataError` unless every question has exactly one answer and every answer a question.
     """
     names = [answer.id or "" for answer in given] if ids is None else list(ids)
     expected = set(wanted)
@@ -87,7 +87,7 @@ def match(given: Sequence[Answered], wanted: Iterable[str], ids: Sequence[str] |
     for kind, found, remedy in (
         ("answered twice", twice, "keep one answer each"),
         ("not among the annotations", unknown, "check that both files are of the same split"),
-        ("without an answer", missing, "answer every question, with an empty text at least"),
+        ("without an answer", missing, "answer every question; the text may be empty"),
     ):
         if found:
             shown = ", ".join(repr(name) for name in found[:SHOWN]) + (", ..." if len(found) > SHOWN else "")
@@ -109,7 +109,7 @@ def _answered(entry: Any, where: str) -> Answered:
         raw=text_key == "text",
         prompt=_text(entry.get("prompt", ""), f"{where}: prompt"),
         category=_text(entry.get("category", ""), f"{where}: category"),
-        image=image if isinstance(image := entry.get("image"), str) else "",  # no part of any official format
+        image=image if isinstance(image := entry.get("image"), str) else "",  # not in any official format
     )
 
 
@@ -124,7 +124,7 @@ def _parse(text: str, path: Path) -> Any:
         found = dict(pairs)
         if len(found) < len(pairs):
             twice = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
-            raise DataError(f"{path}: key {twice!r} stands twice in one object: keep one")
+            raise DataError(f"{path}: key {twice!r} occurs twice in one object: keep one")
         return found
 
     try:
@@ -133,5 +133,5 @@ def _parse(text: str, path: Path) -> Any:
         raise DataError(f"{path}: nested too deeply; expected an answer or annotation file") from None
     except json.JSONDecodeError:
         raise
-    except ValueError as error:  # a number of thousands of digits
+    except ValueError as error:  # a number with thousands of digits
         raise DataError(f"{path}: cannot be parsed as JSON: {error}") from None

@@ -1,49 +1,49 @@
-"""One benchmark on one checkpoint: questions, answers in durable batches over any number of processes, files, score."""
+"""Benchmarks on one checkpoint: check everything, answer in durable batches over any number of processes, score."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from glob import escape
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
 from anyres_vlm.config import TemplateName
 from anyres_vlm.data.checks import plan_image
 from anyres_vlm.data.images import open_image
 from anyres_vlm.data.index.build import Shard
-from anyres_vlm.durable import replacing
+from anyres_vlm.durable import append, cut_partial_line, replacing, whole_lines
 from anyres_vlm.errors import DataError, UsageError
-from anyres_vlm.evaluate.answer_log import AnswerLog
 from anyres_vlm.evaluate.answers import read_answers
-from anyres_vlm.evaluate.benchmark import Benchmark, Question, Scored
-from anyres_vlm.evaluate.marks import image_path, write_result
+from anyres_vlm.evaluate.benchmarks.base import Benchmark, Question, Scored, image_path
+from anyres_vlm.evaluate.report.results import write_result
 from anyres_vlm.inference import Assistant, Conversation
 from anyres_vlm.model.description import describe
 from anyres_vlm.model.files import checkpoint_folder
 from anyres_vlm.model.generation import Decoding
-from anyres_vlm.schema import IMAGE_TOKEN, ImageRef, Turn
+from anyres_vlm.schema import ImageRef, Turn
 
 logger = logging.getLogger(__name__)
 
 WINDOW = 1024  # questions whose prompts are in memory and sorted by length together: 25 MB at 3,000 tokens each
 MODEL_FILES = {".safetensors", ".bin", ".json", ".jinja", ".model"}  # what decides an answer; a model card does not
-MAX_UNASKED = 0.01  # of the questions may be too long for the model or hold its control tokens: they count as ""
+MAX_UNASKED = 0.01  # of the questions may be too long or contain control tokens: their answer is ""
 SHOWN = 3  # questions named in a message
 
 Progress = Callable[[int, int], None]
-"""Called with the answered and all questions."""
+"""Called with the number of answers and of questions."""
 
 
 @dataclass(frozen=True)
 class Run:
-    """What is asked of which checkpoint, and where the files go. `assistant` is called when a question is open."""
+    """A checkpoint, the range of questions to answer, and the folder for the files."""
 
     model: str
-    assistant: Callable[[], Assistant]
-    data: Path
     images: Path | None
     out: Path
     limit: int | None
@@ -52,140 +52,205 @@ class Run:
     template: TemplateName | None = None
 
 
-def evaluate(run: Run, benchmark: Benchmark, progress: Progress = lambda done, total: None) -> dict[str, Any] | None:
-    """Answer this shard's questions; the process that ends last writes the files in `out` and returns the result.
+@dataclass(frozen=True)
+class Task:
+    """One benchmark of a run. `title` is the stem of its files, usually the benchmark's name."""
 
-    Others return None. Raises `DataError` for broken files and for images that are missing or cannot be decoded; what
-    has been answered is kept, and the same call goes on.
+    benchmark: Benchmark
+    data: Path
+    title: str
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A benchmark whose files are checked. `open` are the positions of this shard's questions without an answer."""
+
+    run: Run
+    task: Task
+    questions: list[Question]
+    annotations: list[Path]
+    log: AnswerLog
+    open: list[int]
+    unasked: set[int] = field(default_factory=set)  # of the open ones; see check_prompts
+
+
+def prepare(run: Run, tasks: Sequence[Task]) -> list[Prepared]:
+    """Check whatever needs no model, of all benchmarks: question files, ids, right answers, images, the output folder.
+
+    Raises `DataError` for files, `UsageError` for flags.
     """
-    questions = benchmark.questions(run.data, run.images, run.limit)
-    if not questions:
-        raise DataError(f"{run.data}: no {benchmark.name} questions in it")
-    log = AnswerLog(run.out, benchmark.name, _key(run, benchmark, questions))
-    answers = log.read()
-    start, stop = run.shard.span(len(questions))
-    still_open = [place for place in range(start, stop) if place not in answers]
-    reason = "the warnings of the run that asked them say why"
-    if still_open:
-        reason = _answer(run, benchmark, questions, still_open, log, progress) or reason
-        answers = log.read()
-    if len(answers) < len(questions):
+    prepared = [_read_task(run, task) for task in tasks]
+    tiling = describe(_model_folder(run), run.template).tiling
+    for one in prepared:
+        _check_images(one, one.open, lambda ref: plan_image(ref, tiling))
+    _check_writable(run.out)
+    return prepared
+
+
+def check_prompts(prepared: Sequence[Prepared], load: Callable[[], Assistant]) -> None:
+    """Find the questions that the model cannot be asked and warn about each. Raises `DataError` if they are many.
+
+    `load` is called if a question is open.
+    """
+    for one in prepared:
+        reason = ""
+        for place in one.open:
+            question = one.questions[place]
+            try:
+                load().check(_conversation(question))
+            except (UsageError, DataError) as error:
+                reason = reason or str(error)
+                logger.warning("question %s gets an empty answer: %s", question.id, error)
+                one.unasked.add(place)
+        earlier = {place for place, text in one.log.read().items() if text is None}
+        _check_unasked(one, earlier | one.unasked, reason)
+
+
+def evaluate(
+    one: Prepared, load: Callable[[], Assistant], progress: Progress = lambda done, total: None
+) -> dict[str, Any] | None:
+    """Answer this shard's open questions; the process that finishes last writes the files and returns the result.
+
+    Others return None. Raises `DataError` for images that cannot be decoded; answers are kept, and the same call
+    resumes.
+    """
+    if one.open:
+        _answer(one, load(), progress)
+    answers = one.log.read()
+    if len(answers) < len(one.questions):
         return None
-    unasked = [question.id for place, question in enumerate(questions) if answers[place] is None]
-    if len(unasked) > MAX_UNASKED * len(questions):
-        shown = ", ".join(str(name) for name in unasked[:SHOWN])
+    _check_unasked(one, {place for place, text in answers.items() if text is None})
+    return _finish(one, answers)
+
+
+def _read_task(run: Run, task: Task) -> Prepared:
+    benchmark = task.benchmark
+    questions = benchmark.questions(task.data, run.images, run.limit)
+    if not questions:
+        raise DataError(f"{task.data}: no {benchmark.name} questions in it")
+    twice = [name for name, count in Counter(str(question.id) for question in questions).items() if count > 1]
+    if twice:
+        shown = ", ".join(twice[:SHOWN]) + (", ..." if len(twice) > SHOWN else "")
+        raise DataError(f"{task.data}: {len(twice)} {benchmark.name} ids occur twice ({shown}); use the official file")
+    annotations = benchmark.annotations(task.data)
+    log = AnswerLog(run.out, task.title, _key(run, benchmark, questions))
+    answers = log.read()
+    still_open = [place for place in range(*run.shard.span(len(questions))) if place not in answers]
+    if annotations and still_open:
+        benchmark.check_annotations(annotations, questions, partial=run.limit is not None)
+    return Prepared(run, task, questions, annotations, log, still_open)
+
+
+def _check_writable(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise UsageError(f"--out {folder}: cannot write there ({error.strerror}): name another folder") from None
+
+
+def _check_images(one: Prepared, places: Sequence[int], read: Callable[[ImageRef], object]) -> None:
+    """Raise one `DataError` for all images that cannot be read, with their number and the first questions' ids."""
+    faults: dict[ImageRef, DataError | None] = {}
+    broken = []
+    for question in (one.questions[place] for place in places):
+        for image in question.images:
+            if image not in faults:
+                try:
+                    read(image)
+                    faults[image] = None
+                except DataError as error:
+                    faults[image] = error
+            if faults[image] is not None:
+                broken.append(f"question {question.id}: {faults[image]}")
+    if broken:
+        shown = "; ".join(broken[:SHOWN]) + ("; ..." if len(broken) > SHOWN else "")
         raise DataError(
-            f"{benchmark.name}: {len(unasked)} questions cannot be asked ({shown}; see the warnings), "
-            f"at most {MAX_UNASKED:.0%} may: {reason}; where prompts are too long, lower the checkpoint's grid or "
-            "leave OCR tokens out"
+            f"{one.task.title}: images of {len(broken)} of {len(places)} questions are missing or broken ({shown}); "
+            "a score needs all of them: add them or name their folder with --images, then rerun to resume"
         )
-    return _finish(run, benchmark, questions, [answers[place] or "" for place in range(len(questions))], unasked)
 
 
-def _answer(
-    run: Run,
-    benchmark: Benchmark,
-    questions: Sequence[Question],
-    still_open: Sequence[int],
-    log: AnswerLog,
-    progress: Progress,
-) -> str | None:
-    """Answer what is open. Returns why the first question that cannot be asked cannot."""
-    assistant = run.assistant()
-    reason: str | None = None
-    _check(benchmark, [questions[place] for place in still_open], lambda ref: plan_image(ref, assistant.model.tiling))
+def _check_unasked(one: Prepared, places: set[int], reason: str = "") -> None:
+    if len(places) > MAX_UNASKED * len(one.questions):
+        unasked = [str(one.questions[place].id) for place in sorted(places)]
+        shown = ", ".join(unasked[:SHOWN]) + (", ..." if len(unasked) > SHOWN else "")
+        raise DataError(
+            f"{one.task.title}: {len(unasked)} of {len(one.questions)} questions cannot be asked ({shown}; see the "
+            f"warnings), at most {MAX_UNASKED:.0%} may: {reason or 'the warnings of the run that found them say why'}; "
+            "if prompts are too long, lower the checkpoint's grid or use --no-ocr-tokens"
+        )
+
+
+def _conversation(question: Question) -> Conversation:
+    return Conversation([Turn("user", question.turn)], question.images, question.system)
+
+
+def _answer(one: Prepared, assistant: Assistant, progress: Progress) -> None:
+    """Answer the open questions; every batch is on disk before the next one starts."""
+    questions, log, run = one.questions, one.log, one.run
     shard = f"{run.shard.number}-of-{run.shard.count}"
     log.open(shard)
     start, stop = run.shard.span(len(questions))
-    done = stop - start - len(still_open)
-    for first in range(start, stop, WINDOW):  # fixed, so that a run that goes on has the batches of one that was whole
-        window = [place for place in still_open if first <= place < first + WINDOW]
-        asked, refusal = _conversations(assistant, questions, window)
-        reason = reason or refusal
-        if unasked := {place: None for place in window if place not in asked}:
-            log.append(shard, unasked)
-        places = list(asked)
-        decoding = Decoding(benchmark.max_new_tokens)
+    done = stop - start - len(one.open)
+    decoding = Decoding(one.task.benchmark.max_new_tokens)
+    for first in range(start, stop, WINDOW):  # fixed windows, so that a resumed run has the batches of a whole one
+        window = [place for place in one.open if first <= place < first + WINDOW]
+        if left_out := {place: None for place in window if place in one.unasked}:
+            log.append(shard, left_out)
+        places = [place for place in window if place not in one.unasked]
+        asked = [_conversation(questions[place]) for place in places]
         try:
-            for batch in assistant.answer_batches(list(asked.values()), decoding, run.batch_tokens):
+            for batch in assistant.answer_batches(asked, decoding, run.batch_tokens):
                 log.append(shard, {places[number]: answer.text for number, answer in batch.items()})
                 done += len(batch)
                 progress(done, stop - start)
         except DataError:
-            _check(benchmark, [questions[place] for place in window], open_image)
+            _check_images(one, window, open_image)
             raise
-    return reason
 
 
-def _conversations(
-    assistant: Assistant, questions: Sequence[Question], window: Sequence[int]
-) -> tuple[dict[int, Conversation], str | None]:
-    """Conversations by place. A question that the model cannot be asked is left out with a warning.
-
-    The second value is the reason for the first one left out.
-    """
-    asked, reason = {}, None
-    for place in window:
-        question = questions[place]
-        conversation = Conversation([Turn("user", f"{IMAGE_TOKEN}\n{question.prompt}")], [question.image])
-        try:
-            assistant.check(conversation)
-        except (UsageError, DataError) as error:
-            reason = reason or str(error)
-            logger.warning("question %s is answered with an empty text: %s", question.id, error)
-        else:
-            asked[place] = conversation
-    return asked, reason
-
-
-def _check(benchmark: Benchmark, questions: Sequence[Question], read: Callable[[ImageRef], object]) -> None:
-    """Raises one `DataError` for all images that cannot be read, with their number and the first questions' ids."""
-    broken = []
-    for question in questions:
-        try:
-            read(question.image)
-        except DataError as error:
-            broken.append(f"question {question.id}: {error}")
-    if broken:
-        shown = "; ".join(broken[:SHOWN]) + ("; ..." if len(broken) > SHOWN else "")
-        raise DataError(
-            f"{benchmark.name}: images of {len(broken)} of {len(questions)} questions are missing or broken ({shown}); "
-            "a score needs all of them: mend them or name their folder with --images, and run it again"
-        )
-
-
-def _finish(
-    run: Run, benchmark: Benchmark, questions: Sequence[Question], texts: Sequence[str], unasked: Sequence[int | str]
-) -> dict[str, Any]:
-    """Write answers, submission and result; the score is that of the answer file, as `anyres score` would read it."""
-    answer_file = run.out / f"{benchmark.name}.answers.jsonl"
+def _finish(one: Prepared, answers: Mapping[int, str | None]) -> dict[str, Any]:
+    """Write answers, submission and result. The score is that of the answer file, as `anyres score` reads it."""
+    run, task, benchmark = one.run, one.task, one.task.benchmark
+    texts = [(question, answers[place] or "") for place, question in enumerate(one.questions)]
+    answer_file = run.out / f"{task.title}.answers.jsonl"
     lines = [
-        {"question_id": question.id, "prompt": question.prompt, "text": text, "image": image_path(question.image)}
-        for question, text in zip(questions, texts, strict=True)
+        {
+            "question_id": question.id,
+            "prompt": question.prompt,
+            "text": text,
+            "image": ", ".join(map(image_path, question.images)),
+        }
+        for question, text in texts
     ]
     _write(answer_file, lines)
-    suffix, submission = benchmark.submission(run.data, list(zip(questions, texts, strict=True)))
-    _write(run.out / f"{benchmark.name}.submission{suffix}", submission)
+    if submission := benchmark.submission(task.data, texts):
+        suffix, content = submission
+        _write(run.out / f"{task.title}.submission{suffix}", content)
+    scored = Scored(None, {}, {})
+    if one.annotations:
+        scored = benchmark.score(one.annotations, read_answers(answer_file), partial=run.limit is not None)
     result: dict[str, Any] = {
         "benchmark": benchmark.name,
         "model": run.model,
-        "questions": len(questions),
+        "questions": len(one.questions),
         "limit": run.limit,
-        "unasked": list(unasked),
+        "unasked": [one.questions[place].id for place in sorted(answers) if answers[place] is None],
         "max_new_tokens": benchmark.max_new_tokens,
-        "tiling": asdict(describe(checkpoint_folder(run.model)).tiling),
+        "tiling": asdict(describe(_model_folder(run), run.template).tiling),
+        "annotations": [path.name for path in one.annotations],
         "protocol": dict(benchmark.protocol),
+        "score": scored.score,
+        "scores": dict(scored.scores),
     }
-    scored = Scored(None, {}, {})
-    if annotations := benchmark.annotations(run.data):
-        scored = benchmark.score(annotations, read_answers(answer_file), partial=run.limit is not None)
-    result |= {"score": scored.score, "scores": dict(scored.scores)}
-    write_result(run.out, result, scored)
+    write_result(run.out, task.title, result, scored)
     return result
 
 
 def _write(path: Path, content: Any) -> None:
-    """A .jsonl file of a list, else indented JSON."""
+    """Write a list as the lines of a .jsonl file, anything else as indented JSON."""
     if path.suffix == ".jsonl":
         text = "".join(json.dumps(line) + "\n" for line in content)
     else:
@@ -194,13 +259,67 @@ def _write(path: Path, content: Any) -> None:
         file.write(text)
 
 
-def _key(run: Run, benchmark: Benchmark, questions: Sequence[Question]) -> str:
-    """Answers are kept for the same weights, template, prompts, images and length; weights by size and change time."""
+def _model_folder(run: Run) -> Path:
     folder = checkpoint_folder(run.model)
     if not folder.is_dir():
         raise UsageError(f"{run.model}: no such folder; name a checkpoint folder or a hub id with --model")
-    files = sorted(path for path in folder.iterdir() if path.suffix in MODEL_FILES)
+    return folder
+
+
+def _key(run: Run, benchmark: Benchmark, questions: Sequence[Question]) -> str:
+    """Return a key of the weights (by size and time of change), template, prompts, images and answer length."""
+    files = sorted(path for path in _model_folder(run).iterdir() if path.suffix in MODEL_FILES)
     weights = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
-    asked = [(question.id, question.image.name, question.prompt) for question in questions]
+    asked = [
+        (q.id, ", ".join(image.name for image in q.images), q.prompt, *filter(None, [q.system])) for q in questions
+    ]
     template = [] if run.template is None else [run.template]
     return hashlib.sha256(json.dumps([weights, benchmark.max_new_tokens, asked, *template]).encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class AnswerLog:
+    """The answers of an unfinished evaluation: each process appends to its own file, and all of them are read.
+
+    A line holds a whole batch, so a killed run leaves whole batches; the remaining questions are then batched as they
+    would have been, and every answer is the same to the bit. Logs with another `key` are ignored.
+    """
+
+    folder: Path
+    title: str
+    key: str
+
+    def path(self, shard: str) -> Path:
+        """Return the log of the process of a shard, such as `1-of-4`."""
+        return self.folder / f"{self.title}.log.{shard}.jsonl"
+
+    def read(self) -> dict[int, str | None]:
+        """Return the answers of all shards by the question's position; None is a question that cannot be asked."""
+        answers: dict[int, str | None] = {}
+        for path in sorted(self.folder.glob(f"{escape(self.title)}.log.*.jsonl")):
+            lines = whole_lines(path)
+            if next(lines, b"") != _line({"key": self.key}):
+                continue
+            for number, line in enumerate(lines, start=2):
+                try:
+                    answers |= dict(json.loads(line)["answers"])
+                except (ValueError, KeyError, TypeError):
+                    raise DataError(f"{path} line {number}: not a batch; delete the file to answer again") from None
+        return answers
+
+    def open(self, shard: str) -> None:
+        """Prepare the log for appending: cut a partial last line, replace a log with another key."""
+        path = self.path(shard)
+        if next(whole_lines(path), b"") == _line({"key": self.key}):
+            cut_partial_line(path)
+            return
+        with replacing(path, "wb") as file:
+            file.write(_line({"key": self.key}))
+
+    def append(self, shard: str, answers: Mapping[int, str | None]) -> None:
+        """Append one batch and wait until it is on disk."""
+        append(self.path(shard), _line({"answers": list(answers.items())}))
+
+
+def _line(entry: object) -> bytes:
+    return json.dumps(entry).encode() + b"\n"

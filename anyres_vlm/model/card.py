@@ -107,9 +107,10 @@ def _accuracies(folder: Path) -> str:
     results: dict[str, dict[str, float]] = {}
     for path in sorted(folder.glob("*.json")):
         try:
-            accuracy = read_json(path).get("accuracy")
+            content = read_json(path)
         except DataError:  # any JSON may lie there
             continue
+        accuracy = content.get("scores" if content.get("benchmark") == "heldout" else "accuracy")
         if isinstance(accuracy, dict):
             results[path.stem] = accuracy
     tasks = sorted({task for accuracy in results.values() for task in accuracy}, key=lambda task: (task == "all", task))

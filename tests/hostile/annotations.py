@@ -22,8 +22,8 @@ from anyres_vlm.data.sources.open import open_single
 from anyres_vlm.data.sources.record import Source
 from anyres_vlm.errors import DataError, UsageError
 from anyres_vlm.evaluate.answers import Answered, read_answers
-from anyres_vlm.evaluate.benchmark import Benchmark
 from anyres_vlm.evaluate.benchmarks import make_benchmark
+from anyres_vlm.evaluate.benchmarks.base import Benchmark
 from anyres_vlm.instruct.coco import read_coco
 from anyres_vlm.instruct.descriptions import read_descriptions
 from anyres_vlm.schema import Record
@@ -130,12 +130,12 @@ def _picture() -> bytes:
 
 BENCHMARKS: dict[str, tuple[Benchmark, str, Any]] = {
     "vqav2": (
-        make_benchmark("vqav2", None, None),
-        "v2_OpenEnded_mscoco_val2014_questions.json",
-        {"data_subtype": "val2014", "questions": [{"image_id": 1, "question": "what?", "question_id": 2}]},
+        make_benchmark("vqav2"),
+        "v2_OpenEnded_mscoco_test-dev2015_questions.json",
+        {"data_subtype": "test-dev2015", "questions": [{"image_id": 1, "question": "what?", "question_id": 2}]},
     ),
     "gqa": (
-        make_benchmark("gqa", None, None),
+        make_benchmark("gqa"),
         "testdev_balanced_questions.json",
         {
             "2": {
@@ -153,17 +153,17 @@ BENCHMARKS: dict[str, tuple[Benchmark, str, Any]] = {
         },
     ),
     "textvqa": (
-        make_benchmark("textvqa", False, None),
+        make_benchmark("textvqa", ocr_tokens=False),
         "TextVQA_0.5.1_val.json",
         {"data": [{"image_id": "a", "question": "what?", "question_id": 2, "answers": ["a"] * 10}]},
     ),
     "pope": (
-        make_benchmark("pope", None, None),
+        make_benchmark("pope"),
         "coco_pope_random.json",
         [{"question_id": 2, "image": "a.png", "text": "is it?", "label": "yes"}],
     ),
     "mmvet": (
-        make_benchmark("mmvet", None, None),
+        make_benchmark("mmvet"),
         "mm-vet.json",
         {"v1_0": {"imagename": "a.png", "question": "what?", "answer": "a", "capability": ["ocr"]}},
     ),
@@ -196,10 +196,13 @@ def check_benchmark(given: tuple[str, str], folder: Path) -> bool:
     try:
         questions = benchmark.questions(folder, None, None)
         for question in questions:
-            assert question.image.path is not None
-            assert question.image.path.resolve().is_relative_to(folder.resolve())
+            (image,) = question.images
+            assert image.path is not None
+            assert image.path.resolve().is_relative_to(folder.resolve())
         answers = [(question, "yes") for question in questions]
-        suffix, submission = benchmark.submission(folder, answers)
+        submitted = benchmark.submission(folder, answers)
+        assert submitted is not None
+        suffix, submission = submitted
         lines = submission if suffix == ".jsonl" else [submission]
         (folder / "answers").mkdir()
         said = folder / "answers" / f"answers{suffix}"

@@ -26,7 +26,7 @@ from watch import watched
 
 from anyres_vlm.data.sources import read_records
 from anyres_vlm.errors import DataError
-from anyres_vlm.evaluate.benchmark import ImageFolders
+from anyres_vlm.evaluate.benchmarks.base import ImageFolders
 
 OUTSIDE = [
     "../secret.png",
@@ -60,7 +60,7 @@ def test_images_outside_the_folder_are_rejects(data: Path, name: str) -> None:
     with pytest.raises(DataError, match=r"out of the image folder|outside the image folder"):
         read_records(data, None, 0.0)
     with pytest.raises(DataError, match=r"out of the image folder|outside the image folder"):
-        ImageFolders(data, data.parent, ()).find(name, "question 1")
+        ImageFolders(data, data, data.parent, ()).find(name, "question 1")
 
 
 def test_links_of_ones_own_are_followed_when_asked(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -111,7 +111,7 @@ def test_messages_stay_on_one_line(data: Path) -> None:
 
 
 def test_a_benchmark_may_name_no_picture(data: Path) -> None:
-    assert ImageFolders(data, None, ()).find("x" * 5000, "question 1").path is not None
+    assert ImageFolders(data, data, None, ()).find("x" * 5000, "question 1").path is not None
 
 
 def nested(key: str, value: str) -> str:

@@ -126,7 +126,31 @@ def test_eval_scores_every_question(checkpoint, tmp_path, capsys) -> None:
     accuracies = json.loads(capsys.readouterr().out)
     assert len(accuracies) == 12
     kept = json.loads(out.read_text())
-    assert kept["accuracy"] == accuracies
-    assert len(kept["answers"]) == 22
-    assert accuracies["all"] == sum(answer["correct"] for answer in kept["answers"]) / 22
-    assert main([*arguments, "--swap-images", "--limit", "22"]) == 0
+    assert kept["scores"] == accuracies
+    assert len(kept["points"]) == 22
+    assert accuracies["all"] == sum(kept["points"].values()) / 22
+    capsys.readouterr()
+    blind = ["--swap-images", "--against", str(out), "--out", str(tmp_path / "blind.json")]
+    assert main([*arguments[:-3], *blind]) == 0
+    assert "difference from result: " in capsys.readouterr().out
+    assert main(["report", str(out), str(tmp_path / "blind.json"), "--out", str(tmp_path / "r.html")]) == 0
+    assert "blind minus result: " in (tmp_path / "r.html").read_text()
+    others = json.loads(out.read_text())
+    del others["points"][next(iter(others["points"]))]
+    out.write_text(json.dumps(others))
+    assert main([*arguments[:-3], *blind[:3], "--out", str(tmp_path / "refused.json")]) == 1
+    assert "answered 21 questions, not the same 22" in capsys.readouterr().err
+    assert not list(tmp_path.glob("refused*")), "refused before the first question"
+
+
+def test_held_out_questions_are_answered_in_shards(checkpoint, tmp_path, capsys) -> None:
+    assert main(["render", str(tmp_path / "heldout"), "--count", "22"]) == 0
+    data, out = capsys.readouterr().out.strip(), tmp_path / "out"
+    command = ["eval", "heldout", "--model", str(checkpoint), "--data", data]
+    assert main([*command, "--out", str(tmp_path / "whole.json")]) == 0
+    for shard in ("2/2", "1/2"):
+        assert not (out / "heldout.json").exists()
+        assert main([*command, "--out", str(out), "--shard", shard]) == 0
+    whole, sharded = (json.loads(path.read_text()) for path in (tmp_path / "whole.json", out / "heldout.json"))
+    assert whole == sharded
+    assert (tmp_path / "whole.answers.jsonl").read_bytes() == (out / "heldout.answers.jsonl").read_bytes()

@@ -11,7 +11,7 @@ from judge_server import requests, serving
 
 from anyres_vlm.cli.main import main
 from anyres_vlm.errors import DataError, UsageError
-from anyres_vlm.evaluate.judge import Grade, Judge
+from anyres_vlm.evaluate.benchmarks.mmvet import Grade, Judge
 
 INSTRUCTIONS = "Grade.\n"
 
@@ -71,9 +71,7 @@ def test_refused_for_good_keeps_what_is_graded(tmp_path: Path) -> None:
     with serving(["0.4", 401, "0.6"], tmp_path / "log.jsonl") as url:
         judge = Judge("gpt-x", INSTRUCTIONS, tmp_path / "grades.jsonl", url)
         judge.grade("q", "t", "first")
-        with pytest.raises(
-            DataError, match=r"AuthenticationError: .*status 401.*: the 1 grades so far are in .*grades"
-        ):
+        with pytest.raises(DataError, match=r"AuthenticationError: .*status 401.*: 1 grades are kept in .*grades"):
             judge.grade("q", "t", "second")
         with (tmp_path / "grades.jsonl").open("a") as file:
             file.write('{"key": "cut')

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from score_command import run_score, scored
 
-from anyres_vlm.evaluate.pope import yes_or_no
+from anyres_vlm.evaluate.benchmarks.pope import yes_or_no
 
 # ---- GQA ------------------------------------------------------------------------------------------------------------
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from anyres_vlm.durable import append, replacing
+from anyres_vlm.durable import append, cut_partial_line, replacing, whole_lines
 
 
 @pytest.mark.parametrize(("mode", "content"), [("w", "new ü"), ("wb", b"new \xff")])
@@ -64,3 +64,18 @@ def test_append_makes_the_file(tmp_path: Path) -> None:
     append(tmp_path / "lines", b"a\n")
     append(tmp_path / "lines", b"b\n")
     assert (tmp_path / "lines").read_bytes() == b"a\nb\n"
+
+
+@pytest.mark.parametrize("length", [1, 10, (1 << 16) - 1, 1 << 16, (1 << 17) + 3])
+def test_a_line_cut_short_is_dropped(tmp_path: Path, length: int) -> None:
+    log = tmp_path / "log"
+    assert list(whole_lines(log)) == []
+    cut_partial_line(log)
+    assert not log.exists()
+    for kept in (b"", b"first\n", b"first\n" + b"y" * 70_000 + b"\n"):
+        log.write_bytes(kept + b"x" * length)
+        assert b"".join(whole_lines(log)) == kept
+        cut_partial_line(log)
+        assert log.read_bytes() == kept
+        append(log, b"next\n")
+        assert list(whole_lines(log))[-1] == b"next\n"

@@ -1,1 +1,1 @@
-"""Probes of failure modes on pictures drawn for the purpose, with exact ground truth."""
+"""Probes of failure modes on images drawn for them, with exact answers."""

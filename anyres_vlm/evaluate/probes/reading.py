@@ -1,4 +1,4 @@
-"""Reading one word: by its height, rotation, typeface and how much of it is covered; by height known words, too."""
+"""Probe of reading one word, by height, rotation, typeface and covered share; by height also with known words."""
 
 from __future__ import annotations
 
@@ -10,32 +10,33 @@ from typing import Any
 
 from PIL import Image, ImageDraw
 
-from anyres_vlm.evaluate.probes.case import GROUND, Case, Reply, draws
+from anyres_vlm.evaluate.probes.case import BACKGROUND, Case, Probe, Reply, seeded
 from anyres_vlm.synthetic.drawing import FACES, font
 from anyres_vlm.synthetic.vocabulary import HELDOUT_WORDS, RGB, words_of
 
-HEIGHTS = (5, 6, 8, 10, 12, 16, 20, 24)  # pixels of a capital in the picture, which AnyRes shows at its own size
+HEIGHTS = (5, 6, 8, 10, 12, 16, 20, 24)  # pixels of a capital in the image, which AnyRes does not resize
 ROTATIONS = (5, 15, 30, 45, 90)  # degrees, either way
-COVERED = (0.15, 0.3, 0.45)  # share of the word's width behind thin bars of the board's colour
-USUAL = 14  # height where something else varies
+COVERED = (0.15, 0.3, 0.45)  # share of the word's width covered by thin bars of the board's colour
+USUAL = 14  # height while another factor varies
 FACTORS = ("height", "known height", "rotation", "face", "covered")
-KNOWN_WORDS = frozenset(words_of("shop", "train") + words_of("notice", "train"))  # of the signs of training
+KNOWN_WORDS = frozenset(words_of("shop", "train") + words_of("notice", "train"))  # on the signs of the training data
 BOARDS = ("red", "green", "blue", "purple", "brown", "gray")
-BAR = 3  # pixels of width
+BAR = 3  # width in pixels
+THUMBNAIL = "reading, thumbnail alone"  # key in probes.json of the run without tiles
 
 
-def cases(side: int, count: int, seed: int) -> Iterator[Case]:
-    """`count` words a value of each factor, the others at rest.
+def reading_cases(side: int, count: int, seed: int) -> Iterator[Case]:
+    """Yield `count` words for each value of each factor, with the other factors at their defaults.
 
-    Words are those that no training picture shows, which have to be spelled, but for `known height`: words of training
-    in pictures that are new.
+    No training image shows these words, so they have to be spelled; `known height` takes words from training, in new
+    images.
     """
     rest = {"height": USUAL, "rotation": 0, "face": FACES[0], "covered": 0.0}
     sweeps = {"height": HEIGHTS, "known height": HEIGHTS, "rotation": ROTATIONS, "face": FACES, "covered": COVERED}
     for factor in FACTORS:
         for value in sweeps[factor]:
             for number in range(count):
-                rng = draws(f"reading {factor} {value}", seed, number)
+                rng = seeded(f"reading {factor} {value}", seed, number)
                 facts = {"factor": factor, **rest, factor.removeprefix("known "): value}
                 if factor != "face":
                     facts["face"] = rng.choice(FACES)
@@ -50,15 +51,15 @@ def _fitting(words: frozenset[str], side: int, facts: dict[str, Any]) -> list[st
 
 
 def _font_size(face: str, height: int) -> int:
-    """The font size whose capitals are so high, in pixels."""
+    """Return the font size whose capitals have a height in pixels."""
     top, bottom = font(face, 100).getbbox("H", anchor="ls")[1::2]
     return round(height * 100 / (bottom - top))
 
 
 def draw_sign(rng: random.Random, side: int, word: str, facts: dict[str, Any]) -> Image.Image:
-    """A board that fills the picture, the word anywhere on it."""
+    """Draw a board that fills the image, with the word at a random position."""
     board = RGB[rng.choice(BOARDS)]
-    image = Image.new("RGB", (side, side), GROUND)
+    image = Image.new("RGB", (side, side), BACKGROUND)
     image.paste(board, (4, 4, side - 4, side - 4))
     shape = font(facts["face"], _font_size(facts["face"], facts["height"]))
     left, top, right, bottom = map(int, shape.getbbox(word))
@@ -77,8 +78,8 @@ def draw_sign(rng: random.Random, side: int, word: str, facts: dict[str, Any]) -
     return image
 
 
-def score(replies: Sequence[Reply]) -> dict[str, Any]:
-    """By factor and value: share of words read, and mean share of their characters."""
+def score_reading(replies: Sequence[Reply]) -> dict[str, Any]:
+    """Return by factor and value the share of words read, and the mean share of their characters."""
     table: dict[str, Any] = {}
     for factor in FACTORS:
         rows = [reply for reply in replies if reply.facts["factor"] == factor]
@@ -95,16 +96,19 @@ def score(replies: Sequence[Reply]) -> dict[str, Any]:
 
 
 def read(said: str, word: str) -> float:
-    """How much of a word some word of the answer has: 1 less their edit distance as a share of the word, at least 0."""
+    """Return 1 minus the smallest edit distance of an answer's word, as a share of the word's length; at least 0."""
     found = [_distance(other, word) for other in re.findall(r"\w+", said.upper())]
     return max(0.0, 1 - min(found, default=len(word)) / len(word))
 
 
 def _distance(a: str, b: str) -> int:
-    """Levenshtein's: insertions, deletions and substitutions."""
+    """Return the Levenshtein distance."""
     row = list(range(len(b) + 1))
     for i, left in enumerate(a, start=1):
         above, row = row, [i]
         for j, right in enumerate(b, start=1):
             row.append(min(above[j] + 1, row[-1] + 1, above[j - 1] + (left != right)))
     return row[-1]
+
+
+READING = Probe(reading_cases, score_reading)

@@ -1,1 +1,1 @@
-"""Results of evaluations as one page: beside published scores, with intervals, differences and failures."""
+"""Results of evaluations as one page: published scores, intervals, paired comparisons and failures."""

@@ -1,7 +1,8 @@
-"""What `anyres eval`, `score`, `eval heldout` and `probe` have written, read back."""
+"""Result files: written by `anyres eval` and `score`, and read back together with those of `probe`."""
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -10,17 +11,19 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
+from anyres_vlm.durable import replacing
 from anyres_vlm.errors import DataError
 from anyres_vlm.evaluate.answers import read_json
+from anyres_vlm.evaluate.benchmarks.base import Scored
+from anyres_vlm.evaluate.benchmarks.heldout import BLIND, Heldout
 from anyres_vlm.geometry import Tiling
 
-HELDOUT = "heldout"
-EXPECTED = "expected what anyres eval, score --out, eval heldout --out or probe --out has written"
+EXPECTED = "expected a file written by anyres eval, score --out or probe --out"
 
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """One question with its truth and what was said; all but the points are empty where nothing recorded them."""
+    """One answered question. Everything but the points is empty if it was not recorded."""
 
     points: float
     question: str = ""
@@ -32,7 +35,7 @@ class Answer:
 
 @dataclass(frozen=True)
 class Result:
-    """One benchmark's result. `score` in percent; `answers` by question; `label` tells the run from the others."""
+    """One benchmark's result. `score` is in percent; `answers` are by question; `label` identifies the run."""
 
     benchmark: str
     label: str
@@ -45,18 +48,23 @@ class Result:
     limit: int | None = None
     unasked: int = 0
     tiling: Tiling | None = None
-    blind: bool = False
+    annotations: tuple[str, ...] = ()
 
     @property
     def judged_by(self) -> str:
-        """The models that graded the answers, as they called themselves."""
+        """The models that graded the answers, by the names in their replies."""
         names = self.scores.get("judged_by")
         return ", ".join(map(str, names)) if isinstance(names, list) else ""
+
+    @property
+    def blind(self) -> bool:
+        """Whether each question was shown the image of another."""
+        return self.protocol.get("image_shown") == BLIND
 
 
 @dataclass(frozen=True)
 class Probes:
-    """One run of the probes: scores and the replies behind them, by probe."""
+    """One run of the probes: scores and replies by probe."""
 
     label: str
     model: str
@@ -77,6 +85,7 @@ class _ResultFile:
     limit: int | None = None
     unasked: tuple[Any, ...] = ()
     tiling: Tiling | None = None
+    annotations: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -102,7 +111,7 @@ class _HeldoutAnswer:
 
 
 @dataclass(frozen=True)
-class _HeldoutFile:
+class _HeldoutFile:  # an earlier format of results of held-out questions
     answers: list[_HeldoutAnswer]
     model: str = ""
     limit: int | None = None
@@ -118,10 +127,32 @@ class _ProbesFile:
     count: int = 0
 
 
-def read_runs(runs: Sequence[Path]) -> tuple[list[Result], list[Probes]]:
-    """All results of folders and files, in the order given. Raises `DataError` for a run that holds none.
+def write_result(folder: Path, title: str, result: Mapping[str, Any], scored: Scored) -> None:
+    """Write `TITLE.json` with the points of every question, and `TITLE.marks.jsonl` with questions and answers."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = [
+        {
+            "question_id": question,
+            "question": mark.answer.prompt or mark.question,
+            "image": mark.answer.image or mark.image,
+            "text": mark.answer.text,
+            "reference": mark.reference,
+            "kinds": mark.kinds,
+            "points": mark.points,
+        }
+        for question, mark in scored.marks.items()
+    ]
+    with replacing(folder / f"{title}.marks.jsonl") as file:
+        file.writelines(json.dumps(line) + "\n" for line in lines)
+    content = {**result, "points": {question: mark.points for question, mark in scored.marks.items()}}
+    with replacing(folder / f"{title}.json") as file:
+        file.write(json.dumps(content, indent=1) + "\n")
 
-    Of a folder count the results in it; where it has none, those of folders called `eval` below it.
+
+def read_runs(runs: Sequence[Path]) -> tuple[list[Result], list[Probes]]:
+    """Read the results of folders and files, in the order given. Raises `DataError` for a run without any.
+
+    In a folder without results, those in folders called `eval` below it count.
     """
     files = [(run, file) for run in dict.fromkeys(runs) for file in _files(run)]
     labels = _labels([file.with_suffix("") if run == file else file.parent for run, file in files])
@@ -147,7 +178,7 @@ def _files(run: Path) -> list[Path]:
 
 
 def _labels(places: Sequence[Path]) -> list[str]:
-    """Each path without the folders that begin or end all of them."""
+    """Shorten each path by the folders that all paths begin or end with."""
     parts = {place: list(place.parts) for place in places}
     if len(parts) > 1:
         for end in (0, -1):
@@ -172,7 +203,7 @@ def _read(path: Path, label: str) -> Result | Probes:
     content = read_json(path)
     kind = _kind(content)
     if kind is None:
-        raise DataError(f"{path}: no result; {EXPECTED}")
+        raise DataError(f"{path}: not a result; {EXPECTED}")
     try:
         found = TypeAdapter(kind).validate_python(content)
         marks = _marks(path, found) if isinstance(found, _ResultFile) else {}
@@ -196,6 +227,7 @@ def _read(path: Path, label: str) -> Result | Probes:
         found.limit,
         len(found.unasked),
         found.tiling,
+        found.annotations,
     )
 
 
@@ -207,9 +239,9 @@ def _heldout(path: Path, label: str, found: _HeldoutFile) -> Result:
     if not answers or len(answers) < len(found.answers):
         raise DataError(f"{path}: {len(found.answers)} answers to {len(answers)} questions: expected one answer each")
     score = 100 * sum(answer.points for answer in answers.values()) / len(answers)
-    protocol = {"scorer": "exact but for case and outer punctuation"}
+    protocol = Heldout(swap_images=found.blind).protocol
     return Result(
-        HELDOUT,
+        Heldout.name,
         label,
         found.model,
         round(score, 2),
@@ -219,22 +251,21 @@ def _heldout(path: Path, label: str, found: _HeldoutFile) -> Result:
         answers,
         found.limit,
         tiling=found.tiling,
-        blind=found.blind,
     )
 
 
 def _marks(path: Path, found: _ResultFile) -> dict[str, Answer]:
-    """What lies beside the result; its points alone where nothing does."""
-    beside = path.with_name(f"{path.stem}.marks.jsonl")
+    """Read the marks of a result; without their file only the points are known."""
+    marks_file = path.with_name(f"{path.stem}.marks.jsonl")
     bare = {question: Answer(points) for question, points in found.points.items()}
-    if not beside.exists() or not bare:
+    if not marks_file.exists() or not bare:
         return bare
-    content = read_json(beside)
+    content = read_json(marks_file)
     lines = TypeAdapter(list[_Mark]).validate_python(content if isinstance(content, list) else [content])
     marks = {
         line.question_id: Answer(line.points, line.question, line.image, line.text, line.reference, line.kinds)
         for line in lines
     }
     if {question: mark.points for question, mark in marks.items()} != found.points:
-        raise DataError(f"{beside}: marks of another result than {path.name}: score it again, or remove the marks")
+        raise DataError(f"{marks_file}: belongs to another result than {path.name}: score again, or delete the marks")
     return marks

@@ -12,8 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from anyres_vlm.ablate.claim import claim
-from anyres_vlm.ablate.jobs import Job, work
+from anyres_vlm.ablate.jobs import Job, claim, work
 from anyres_vlm.errors import DataError
 
 WORKER = """
@@ -107,7 +106,7 @@ def test_a_failure_takes_its_dependents_along_and_no_others(tmp_path: Path, capl
         return Job(tmp_path / name, (tmp_path / name / "done").exists, partial(run, name), needs)
 
     bad, good = job("bad"), job("good")
-    behind_bad, behind_good = job("behind bad", bad), job("behind good", good)
-    assert work([bad, behind_bad, good, behind_good], lambda: None) == [bad, behind_bad]
-    assert behind_good.is_done()
+    after_bad, after_good = job("after bad", bad), job("after good", good)
+    assert work([bad, after_bad, good, after_good], lambda: None) == [bad, after_bad]
+    assert after_good.is_done()
     assert "bad failed: out of memory" in caplog.text

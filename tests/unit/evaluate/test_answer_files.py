@@ -51,7 +51,7 @@ def test_json_lines(tmp_path: Path) -> None:
         ('[{"question_id": 1, "answer": 2}]', "answer 1: expected text, got 2"),
         ('[{"question_id": true, "text": "a"}]', "expected a number or text as the question's id, got True"),
         ('[{"question_id": 1.5, "text": "a"}]', "got 1.5"),
-        ('{"v1_0": "a", "v1_0": "b"}', "key 'v1_0' stands twice"),
+        ('{"v1_0": "a", "v1_0": "b"}', "key 'v1_0' occurs twice"),
         ('{"v1_0": ["a"]}', "answer v1_0: expected text"),
         ('{"question_id": 1, "text": "a"}\n{"question', "line 2: not JSON"),
         ("[" * 100_000, "nested too deeply"),

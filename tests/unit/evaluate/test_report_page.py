@@ -1,4 +1,4 @@
-"""The page of `anyres report`: what it shows, that texts stay texts, what it says where something is missing."""
+"""The page of `anyres report`: its content, the escaping of texts, and missing data."""
 
 from __future__ import annotations
 
@@ -12,9 +12,8 @@ from PIL import Image
 from report_files import mark, write_heldout, write_result
 
 from anyres_vlm.cli.main import main
-from anyres_vlm.evaluate.probes import counting, hallucination, reading, spatial
 from anyres_vlm.evaluate.probes.case import Reply
-from anyres_vlm.evaluate.probes.run import THUMBNAIL
+from anyres_vlm.evaluate.probes.suite import PROBES, THUMBNAIL
 
 HOSTILE = "<script>alert(1)</script> \"><img src=x onerror=alert(2)> ' {{ 7 * 7 }} | **b** [l](javascript:x) `c`"
 HOSTILE += "\n# h\x00\u202e"
@@ -54,19 +53,19 @@ def test_a_page_of_two_runs(tmp_path: Path) -> None:
         write_result(tmp_path / name, "gqa", marks)
     page = report(tmp_path / "report.html", tmp_path / "first", tmp_path / "second")
     assert "LLaVA-1.6-Vicuna-7B 64.2" in page.text
-    assert "20 questions, the whole benchmark has 12,578" in page.text
-    assert "second less first: -15.0 points" in page.text
+    assert "20 questions; the whole benchmark has 12,578" in page.text
+    assert "second minus first: -15.0 points" in page.text
     # Of 20: both right 4 (multiples of 6), the second alone 3 (3, 9, 15), the first alone 6.
-    assert "Of 20 questions that both answered 3 became better, 6 worse, 11 stayed." in page.text
+    assert "Of 20 common questions 3 improved, 6 got worse, 11 did not change." in page.text
     assert "attr 10 50.0 40.0 -10.0" in page.text
     pictures = [attrs["src"] for tag, attrs in page.tags if tag == "img"]
     assert len(pictures) == 6 + 6 + 6
     assert all(source.startswith("data:image/jpeg;base64,") for source in pictures)
     assert not [attrs for tag, attrs in page.tags if tag in ("script", "link") or "href" in attrs], "self-contained"
-    beside = (tmp_path / "report.md").read_text(encoding="utf-8")
-    assert "| LLaVA-1.6-Vicuna-7B | 64.2 |" in beside
-    assert re.search(r"\| second \(models/second\) \| 35\.0 ± [\d.]+ \\\* \|", beside)
-    assert "### second less first: -15.0 points" in beside
+    markdown = (tmp_path / "report.md").read_text(encoding="utf-8")
+    assert "| LLaVA-1.6-Vicuna-7B | 64.2 |" in markdown
+    assert re.search(r"\| second \(models/second\) \| 35\.0 ± [\d.]+ \\\* \|", markdown)
+    assert "### second minus first: -15.0 points" in markdown
     again = (tmp_path / "report.html").read_bytes()
     report(tmp_path / "report.html", tmp_path / "first", tmp_path / "second")
     assert (tmp_path / "report.html").read_bytes() == again
@@ -91,22 +90,22 @@ def test_hostile_texts_stay_texts(tmp_path: Path) -> None:
     assert "(2,1" in page.text, "a long answer says how long it is"
     raw = (tmp_path / "page.html").read_text(encoding="utf-8")
     assert not set("\x00\u202e") & set(raw)
-    beside = (tmp_path / "page.md").read_text(encoding="utf-8")
-    assert "<script" not in beside
-    assert not set("\x00\u202e") & set(beside)
-    tables = [[line for line in block.splitlines() if line[0] == "|"] for block in beside.split("\n\n")]
+    markdown = (tmp_path / "page.md").read_text(encoding="utf-8")
+    assert "<script" not in markdown
+    assert not set("\x00\u202e") & set(markdown)
+    tables = [[line for line in block.splitlines() if line[0] == "|"] for block in markdown.split("\n\n")]
     for table in tables:
         assert len({len(re.findall(r"(?<!\\)\|", line)) for line in table}) <= 1, "rows are as wide as their head"
     assert sum(map(len, tables)) > 20
-    assert "\\*\\*b\\*\\*" in beside
+    assert "\\*\\*b\\*\\*" in markdown
 
 
 @pytest.mark.parametrize(
     ("image", "said"),
     [
-        ("gone/1.png", "no picture: gone/1.png"),
-        ("", "which picture it is was not recorded"),
-        ("broken.png", "no picture: "),
+        ("gone/1.png", "no image: gone/1.png"),
+        ("", "the image was not recorded"),
+        ("broken.png", "no image: "),
     ],
 )
 def test_pictures_that_cannot_be_shown(image: str, said: str, tmp_path: Path) -> None:
@@ -125,7 +124,7 @@ def test_pictures_are_found_in_another_folder(tmp_path: Path) -> None:
     run = write_result(tmp_path, "gqa", [mark(1, 0.0, image="/elsewhere/1.png")], tiling=None)
     page = report(tmp_path / "r.html", run, more=("--images", str(tmp_path / "moved")))
     assert "img" in {tag for tag, _ in page.tags}
-    assert "tiles unknown" in page.text
+    assert "no tiles drawn" in page.text
 
 
 def test_one_bare_result_and_mixed_runs(tmp_path: Path) -> None:
@@ -137,13 +136,13 @@ def test_one_bare_result_and_mixed_runs(tmp_path: Path) -> None:
     blind = write_heldout(tmp_path / "blind.json", [True, False, False, False] * 5, blind=True)
     seen = write_heldout(tmp_path / "seen.json", [True, True, True, False] * 5)
     page = report(tmp_path / "r.html", bare, alike, empty, blind, seen)
-    assert "all pictures have equal points" in page.text
+    assert "all images have equal points" in page.text
     assert "(rule of three)" in page.text
-    assert "(nothing)" in page.text
-    assert "no score: no truth or no judge" in page.text
-    assert "The result does not keep what was asked and said" in page.text
-    assert "seen less blind: +50.0 points" in page.text
-    assert "pictures differs: blind: swapped (blind); seen: its own" in page.text
+    assert "(empty)" in page.text
+    assert "no score: no answers or no judge" in page.text
+    assert "the result has no marks.jsonl" in page.text
+    assert "seen minus blind: +50.0 points" in page.text
+    assert "different image shown: blind: another question's (blind); seen: its own" in page.text
 
 
 def test_pope_shows_its_share_of_yes(tmp_path: Path) -> None:
@@ -151,28 +150,31 @@ def test_pope_shows_its_share_of_yes(tmp_path: Path) -> None:
     rates = {"accuracy": 1 / 3, "precision": 1.0, "recall": 1 / 3, "f1": 0.5, "yes_ratio": 1 / 3}
     page = report(tmp_path / "r.html", write_result(tmp_path, "pope", marks, score=50.0, scores={"random": rates}))
     assert "random 33.3 100.0 33.3 50.0 33.3" in page.text
-    assert "splits random: published scores are the mean of three" in page.text
-    assert "below 66.7, which needs no picture" in page.text
+    assert "splits random; published scores are the mean of three" in page.text
+    assert "below 66.7, the score without the image" in page.text
 
 
 def test_one_picture_has_no_interval(tmp_path: Path) -> None:
     page = report(tmp_path / "r.html", write_result(tmp_path, "gqa", [mark(n, n % 2, image="a") for n in range(9)]))
-    assert "no interval: it takes two pictures at least" in page.text
+    assert "no interval: it needs at least two images" in page.text
 
 
 def probe_file(folder: Path) -> Path:
     """A model that says yes, counts one, and reads tall words with tiles."""
-    cases = list(reading.cases(168, 1, 0))
+    cases = list(PROBES["reading"].cases(168, 1, 0))
     words = ["" if case.facts["height"] < 10 else case.answer for case in cases]
-    replies = {
-        "hallucination": [Reply(c.question, c.answer, c.facts, "yes") for c in hallucination.cases(168, 3, 0)],
-        "spatial": [Reply(c.question, c.answer, c.facts, c.answer) for c in spatial.cases(168, 2, 0)],
-        "counting": [Reply(c.question, c.answer, c.facts, "1") for c in counting.cases(168, 2, 0)],
-        "reading": [Reply(c.question, c.answer, c.facts, w) for c, w in zip(cases, words, strict=True)],
-        THUMBNAIL: [Reply(c.question, c.answer, c.facts, "") for c in cases],
+    answered = {
+        "hallucination": (3, lambda case: "yes"),
+        "spatial": (2, lambda case: case.answer),
+        "counting": (2, lambda case: "1"),
     }
-    probes = {"hallucination": hallucination, "spatial": spatial, "counting": counting}
-    scores = {name: probes.get(name, reading).score(several) for name, several in replies.items()}
+    replies = {
+        name: [Reply(c.question, c.answer, c.facts, say(c)) for c in PROBES[name].cases(168, count, 0)]
+        for name, (count, say) in answered.items()
+    }
+    replies["reading"] = [Reply(c.question, c.answer, c.facts, w) for c, w in zip(cases, words, strict=True)]
+    replies[THUMBNAIL] = [Reply(c.question, c.answer, c.facts, "") for c in cases]
+    scores = {name: PROBES[name.split(",")[0]].score(several) for name, several in replies.items()}
     content = {"model": "m", "count": 1, "seed": 0, "scores": scores}
     content["replies"] = {name: [vars(reply) for reply in several] for name, several in replies.items()}
     folder.mkdir()
@@ -183,24 +185,24 @@ def probe_file(folder: Path) -> Path:
 def test_probes_on_one_page(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     page = report(tmp_path / "r.html", probe_file(tmp_path / "probes"))
-    assert "share of yes less the half that is true 6 50.0 all alike" in page.text
-    assert "swap test: right both ways round 8 100.0 all alike" in page.text
-    assert "objects counted right 24 8.3" in page.text
-    cases = list(reading.cases(168, 1, 0))
+    assert "share of yes minus the true share of 50 6 50.0 all equal" in page.text
+    assert "swap test: both orders correct 8 100.0 all equal" in page.text
+    assert "objects counted correctly 24 8.3" in page.text
+    cases = list(PROBES["reading"].cases(168, 1, 0))
     tall = 100 * sum(case.facts["height"] >= 10 for case in cases) / len(cases)
-    assert f"words: tiles less thumbnail alone, same pictures {len(cases)} {tall:.1f}" in page.text
+    assert f"words: tiles minus thumbnail only, same images {len(cases)} {tall:.1f}" in page.text
     assert [attrs["src"][:22] for tag, attrs in page.tags if tag == "img"] == ["data:image/png;base64,"]
-    assert "| words read, thumbnail alone |" in (tmp_path / "r.md").read_text()
+    assert "| words read, thumbnail only |" in (tmp_path / "r.md").read_text()
 
 
 @pytest.mark.parametrize(
     ("arguments", "status", "said"),
     [
         (["none"], 1, "none: no such file or folder"),
-        (["x.json"], 1, "no result; expected what anyres eval"),
-        (["x.json", "--out", "r.pdf"], 2, "expected a name that ends in .html"),
+        (["x.json"], 1, "not a result; expected a file written by anyres eval"),
+        (["x.json", "--out", "r.pdf"], 2, "expected a name ending in .html"),
         (["x.json", "--images", "none"], 2, "no such folder"),
-        (["p.json"], 1, "not the probes of this version"),
+        (["p.json"], 1, "not a file of this version's anyres probe"),
     ],
 )
 def test_what_is_wrong_is_one_line(arguments, status, said, tmp_path, capsys, monkeypatch) -> None:

@@ -1,4 +1,4 @@
-"""TextVQA: soft accuracy of M4C's evaluator, the prompt with or without the words that an OCR system has read."""
+"""TextVQA: soft accuracy of M4C's evaluator; the prompt has or lacks the output of an OCR system."""
 
 from __future__ import annotations
 
@@ -9,22 +9,25 @@ from pathlib import Path
 from typing import Any
 
 from anyres_vlm.errors import DataError, UsageError
-from anyres_vlm.evaluate.answers import Answered, as_id, match, read_json
-from anyres_vlm.evaluate.benchmark import (
+from anyres_vlm.evaluate.answers import Answered, match, read_json
+from anyres_vlm.evaluate.benchmarks.base import (
     LLAVA,
     SHORT_ANSWER,
     SHORT_ANSWER_TOKENS,
     SHORT_PROMPT,
+    Benchmark,
     ImageFolders,
     Mark,
     Question,
     Scored,
+    entries_by_id,
     find_file,
     human_reference,
+    image_question,
     percent,
     take,
 )
-from anyres_vlm.evaluate.normalisation import evalai_answer
+from anyres_vlm.evaluate.benchmarks.vqav2 import evalai_answer
 
 FILES = ["TextVQA_0.5.1_val.json", "TextVQA_0*.json", "*TextVQA_val*.json"]
 OCR_LINE = "\nReference OCR token: "
@@ -32,8 +35,8 @@ NUM_HUMAN = 10
 
 
 @dataclass(frozen=True)
-class TextVQA:
-    """Questions about text in pictures. `ocr_tokens` is a choice to make: with them a model scores points more."""
+class TextVQA(Benchmark):
+    """Questions about text in images. `ocr_tokens` must be chosen: with OCR tokens scores are points higher."""
 
     ocr_tokens: bool | None
     name = "textvqa"
@@ -41,7 +44,7 @@ class TextVQA:
 
     @property
     def protocol(self) -> Mapping[str, str]:
-        """What is pinned, the choice of OCR tokens first; it is unknown where answers are scored without a model."""
+        """What is pinned, the use of OCR tokens first, which is unknown if answers are scored without a model."""
         words = {True: "in the prompt (Rosetta)", False: "not in the prompt", None: "unknown"}[self.ocr_tokens]
         return {
             "ocr_tokens": words,
@@ -56,23 +59,22 @@ class TextVQA:
         path = _file(data)
         if self.ocr_tokens is None:
             raise UsageError(
-                "textvqa: the same model scores points more with OCR tokens in the prompt: "
-                "choose --ocr-tokens or --no-ocr-tokens"
+                "textvqa: OCR tokens in the prompt raise the score by points: choose --ocr-tokens or --no-ocr-tokens"
             )
         entries = _read(path)
-        read_words = _read_words(path, entries) if self.ocr_tokens else {}
-        folders = ImageFolders(path, images, ("train_images", "test_images"))
+        ocr_tokens = _ocr_tokens(path, entries) if self.ocr_tokens else {}
+        folders = ImageFolders(data, path, images, ("train_images", "test_images"))
         questions = []
         for name, entry in list(entries.items())[:limit]:
             where = f"{path}: question {name}"
             image_id = take(entry, "image_id", str, where)
             prompt = take(entry, "question", str, where).capitalize()
             if self.ocr_tokens:
-                if image_id not in read_words:
+                if image_id not in ocr_tokens:
                     raise DataError(f"{where}: no OCR tokens of image {image_id}: use the file of the same split")
-                prompt += OCR_LINE + ", ".join(read_words[image_id])
+                prompt += OCR_LINE + ", ".join(ocr_tokens[image_id])
             image = folders.find(f"{image_id}.jpg", where)
-            questions.append(Question(take(entry, "question_id", int, where), image, prompt + SHORT_ANSWER))
+            questions.append(image_question(take(entry, "question_id", int, where), image, prompt + SHORT_ANSWER))
         return questions
 
     def annotations(self, data: Path) -> list[Path]:
@@ -101,7 +103,7 @@ class TextVQA:
 
 
 def soft_accuracy(text: str, human: Sequence[Any], where: str) -> float:
-    """One question's points; ten human answers are expected, as the official evaluator does."""
+    """Return the points of one answer. Ten human answers are expected, as in the official evaluator."""
     if len(human) != NUM_HUMAN or not all(isinstance(answer, str) for answer in human):
         raise DataError(f"{where}: expected {NUM_HUMAN} human answers as text, got {len(human)}: use the official file")
     normal = [evalai_answer(answer) for answer in human]
@@ -116,47 +118,45 @@ def _file(data: Path) -> Path:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    """Entries by question id."""
-    entries = take(read_json(path), "data", list, str(path))
-    return {
-        as_id(take(entry, "question_id", int, f"{path}: question {number}"), ""): entry
-        for number, entry in enumerate(entries, start=1)
-    }
+    """Return the entries by question id."""
+    return entries_by_id(take(read_json(path), "data", list, str(path)), path, "question")
 
 
-def _read_words(path: Path, entries: Mapping[str, Any]) -> dict[str, list[str]]:
-    """What Rosetta has read, by image: in the questions' own file, or in the file that is published beside it."""
+def _ocr_tokens(path: Path, entries: Mapping[str, Any]) -> dict[str, list[str]]:
+    """Return Rosetta's OCR tokens by image, from the question file or from the file published with it."""
     holders: Sequence[Any] = list(entries.values())
     where = str(path)
     if not all("ocr_tokens" in entry for entry in holders):
         split = path.stem.rpartition("_")[2]
-        pattern = f"TextVQA_Rosetta_OCR_v0.2_{split}.json"
-        file = path.with_name(pattern)
+        name = f"TextVQA_Rosetta_OCR_v0.2_{split}.json"
+        file = path.with_name(name)
         if not file.exists():
-            raise DataError(f"{path}: no ocr_tokens in it and no {pattern} beside it; download it or --no-ocr-tokens")
+            raise DataError(
+                f"{path}: no ocr_tokens in it and no {name} in its folder; download it or use --no-ocr-tokens"
+            )
         holders, where = take(read_json(file), "data", list, str(file)), str(file)
-    words = {}
+    tokens = {}
     for number, entry in enumerate(holders, start=1):
-        tokens = take(entry, "ocr_tokens", list, f"{where}: entry {number}")
-        words[take(entry, "image_id", str, f"{where}: entry {number}")] = [str(token) for token in tokens]
-    return words
+        place = f"{where}: entry {number}"
+        tokens[take(entry, "image_id", str, place)] = [str(t) for t in take(entry, "ocr_tokens", list, place)]
+    return tokens
 
 
 def _ids(given: Sequence[Answered], entries: Mapping[str, Any]) -> list[str]:
-    """Each answer's question id; LLaVA's answers name the image instead, and the question in their prompt."""
+    """Return the question id of each answer. LLaVA's answers name the image; their prompt holds the question."""
     by_question: defaultdict[tuple[str, str], list[str]] = defaultdict(list)
     for name, entry in entries.items():
         by_question[str(entry.get("image_id")), str(entry.get("question")).lower()].append(name)
     ids = []
     for answer in given:
         if answer.id is None:
-            raise DataError("an answer without 'question_id': TextVQA's are matched by it")
+            raise DataError("an answer has no 'question_id'; TextVQA answers are matched by it")
         named = by_question[answer.id, _question_of(answer.prompt)]
         ids.append(answer.id if answer.id in entries or not named else named.pop(0))
     return ids
 
 
 def _question_of(prompt: str) -> str:
-    """The question inside a prompt of LLaVA's, which may also begin with the OCR tokens."""
+    """Return the question in a prompt of LLaVA, which may begin with the OCR tokens."""
     lines = prompt.split("\n")
     return lines[1 if prompt.startswith(OCR_LINE.strip()) and len(lines) > 1 else 0].lower()

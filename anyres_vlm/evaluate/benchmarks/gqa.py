@@ -9,16 +9,18 @@ from typing import Any
 
 from anyres_vlm.errors import DataError
 from anyres_vlm.evaluate.answers import Answered, match
-from anyres_vlm.evaluate.benchmark import (
+from anyres_vlm.evaluate.benchmarks.base import (
     LLAVA,
     SHORT_ANSWER,
     SHORT_ANSWER_TOKENS,
     SHORT_PROMPT,
+    Benchmark,
     ImageFolders,
     Mark,
     Question,
     Scored,
     find_file,
+    image_question,
     percent,
     questions_by_id,
     take,
@@ -28,7 +30,7 @@ FILES = ["testdev_balanced_questions.json", "*_questions.json", "*questions*.jso
 TYPES = {"accuracyPerStructuralType": "structural", "accuracyPerSemanticType": "semantic"}
 
 
-class GQA:
+class GQA(Benchmark):
     """Compositional questions about scenes."""
 
     name = "gqa"
@@ -41,12 +43,12 @@ class GQA:
 
     def questions(self, data: Path, images: Path | None, limit: int | None) -> list[Question]:
         path = _file(data)
-        folders = ImageFolders(path, images, ())
+        folders = ImageFolders(data, path, images, ())
         questions = []
         for name, entry in list(questions_by_id(path).items())[:limit]:
             where = f"{path}: question {name}"
             image = folders.find(f"{take(entry, 'imageId', str, where)}.jpg", where)
-            questions.append(Question(name, image, take(entry, "question", str, where) + SHORT_ANSWER))
+            questions.append(image_question(name, image, take(entry, "question", str, where) + SHORT_ANSWER))
         return questions
 
     def annotations(self, data: Path) -> list[Path]:
@@ -61,7 +63,7 @@ class GQA:
         (path,) = annotations
         wanted = questions_by_id(path)
         answered = {answer.id for answer in given}
-        # As in eval.py, questions that are not balanced count nowhere and may stay unanswered.
+        # As in eval.py, unbalanced questions are not counted and need no answer.
         expected = [
             name
             for name, entry in wanted.items()
@@ -96,7 +98,7 @@ class GQA:
 
 
 def prediction(text: str) -> str:
-    """A model's words as LLaVA submits them."""
+    """Return a model's answer in the form that LLaVA submits."""
     return text.rstrip(".").lower()
 
 

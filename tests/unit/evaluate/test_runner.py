@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 
 from anyres_vlm.errors import DataError
-from anyres_vlm.evaluate.answer_log import AnswerLog
+from anyres_vlm.evaluate.runner import AnswerLog
 
 
 def test_only_whole_batches_of_the_key_are_read(tmp_path: Path) -> None:
-    log = AnswerLog(tmp_path / "new", "pope", "k1")
+    log = AnswerLog(tmp_path, "pope", "k1")
     assert log.read() == {}
     log.open("1-of-2")
     log.append("1-of-2", {3: "c\u2028\ud83d", 1: "a"})
@@ -30,5 +30,5 @@ def test_only_whole_batches_of_the_key_are_read(tmp_path: Path) -> None:
     assert log.read() == {0: "other", 1: "a", 2: None, 3: "c\u2028\ud83d"}
     assert AnswerLog(log.folder, "pope", "k2").read() == AnswerLog(log.folder, "gqa", "k1").read() == {}
     log.path("2-of-2").write_bytes(log.path("2-of-2").read_bytes().replace(b"other", b'"'))
-    with pytest.raises(DataError, match="a line of it is broken"):
+    with pytest.raises(DataError, match=r"line 2: not a batch; delete the file"):
         log.read()

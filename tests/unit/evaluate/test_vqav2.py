@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from anyres_vlm.evaluate.normalisation import CONTRACTIONS, evalai_answer, one_line, vqa_answer
+from anyres_vlm.evaluate.benchmarks.vqav2 import CONTRACTIONS, evalai_answer, one_line, vqa_answer
 
 
 @pytest.mark.parametrize(
@@ -20,9 +20,9 @@ from anyres_vlm.evaluate.normalisation import CONTRACTIONS, evalai_answer, one_l
         ("Im", "im"),  # its capital entries are never reached, for words are lower by then
         ("couldn'tve", "couldn't've"),
         ("yall'd've", "y'all'd've"),
-        ("red, white", "red white"),  # beside a space: taken away
+        ("red, white", "red white"),  # next to a space: removed
         ("red,white", "red white"),  # elsewhere: a space
-        ("re-do - it", "redo it"),  # one mark beside a space takes all of its kind away
+        ("re-do - it", "redo it"),  # one mark next to a space removes all of its kind
         ("well-known", "well known"),
         ("1,000", "1000"),  # a comma inside a number takes every mark away
         ("1,000 a/b", "1000 ab"),

@@ -9,8 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
-from anyres_vlm.ablate.cell import Cell, expand
-from anyres_vlm.ablate.sweep import read_sweep
+from anyres_vlm.ablate.sweep import Cell, expand, read_sweep
 from anyres_vlm.cli.main import main
 from anyres_vlm.config import load_config, shipped_config
 from anyres_vlm.errors import UsageError
@@ -105,8 +104,8 @@ def test_keys_are_of_what_decides_and_not_of_names(tmp_path: Path) -> None:
         ({"axes": {"a": {"x": {}, "y": {"set": {"model.grid": "2x2"}}}}}, "a=x and a=y are the same run"),
         ({"axes": {"a": {"x": {}, "y": {"seeds": [5]}}}}, r"axes\.a\.y\.seeds has 5.*\[0, 1\]"),
         ({"measure": [{**MEASURE, "rendred": 3}]}, r"unknown key measure\.0\.rendred; did you mean rendered\?"),
-        ({"measure": [MEASURE, MEASURE]}, "numbers: 'read' is there twice"),
-        ({"base": "no.yaml"}, r"base no\.yaml: no such file beside it"),
+        ({"measure": [MEASURE, MEASURE]}, "numbers: 'read' occurs twice"),
+        ({"base": "no.yaml"}, r"base no\.yaml: no such file in its folder"),
         ({"seeds": []}, "seeds: .* at least 1"),
     ],
 )
@@ -131,7 +130,7 @@ def test_a_measure_is_checked_before_anything_runs(
     assert main(["ablate", str(path), "--out", str(tmp_path / "out")]) == 2
     error = capsys.readouterr().err
     assert message in error
-    assert f"error: measure '{command}' is no command" in error
+    assert f"error: measure '{command}' is not a command" in error
     assert not (tmp_path / "out").exists()
 
 

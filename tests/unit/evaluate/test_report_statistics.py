@@ -1,4 +1,4 @@
-"""Intervals, differences and caveats of a report, beside closed forms and brute force."""
+"""Intervals, differences and caveats of a report, against closed forms and brute force."""
 
 from __future__ import annotations
 
@@ -11,12 +11,19 @@ import pytest
 from report_files import mark, write_heldout, write_result
 
 from anyres_vlm.errors import DataError
-from anyres_vlm.evaluate.pope import yes_no_rates
-from anyres_vlm.evaluate.report.bootstrap import DRAWS, draw, interval, shares
-from anyres_vlm.evaluate.report.caveats import beside_published, between
-from anyres_vlm.evaluate.report.comparison import compare, most_different, worst
-from anyres_vlm.evaluate.report.measure import score_ratios
+from anyres_vlm.evaluate.benchmarks.pope import yes_no_rates
+from anyres_vlm.evaluate.report.published import caveats, run_differences
 from anyres_vlm.evaluate.report.results import Answer, Result, read_runs
+from anyres_vlm.evaluate.report.statistics import (
+    DRAWS,
+    compare,
+    draw,
+    interval,
+    most_different,
+    score_ratios,
+    shares,
+    worst,
+)
 
 
 def result(points: list[float], label: str = "a", benchmark: str = "gqa", **more) -> Result:
@@ -135,18 +142,23 @@ def test_the_worst_are_of_many_kinds_and_have_fewest_points() -> None:
 def test_what_is_not_like_with_like_is_said() -> None:
     with_words = {"ocr_tokens": "in the prompt (Rosetta)"}
     plain = result([1.0, 0.0], benchmark="textvqa", questions=5000, protocol=with_words)
-    assert beside_published(plain) == []
+    assert caveats(plain) == []
     without = result([1.0, 0.0], "b", "textvqa", limit=2, protocol={"ocr_tokens": "not in the prompt"})
-    first, second = beside_published(without)
+    first, second = caveats(without)
     assert first.startswith("only the first 2 questions (--limit)")
     assert second.startswith("OCR tokens: not in the prompt; published scores have them")
-    assert "ocr tokens differs: a: in the prompt (Rosetta); b: not in the prompt" in between([plain, without])
-    assert between([plain, plain]) == []
+    assert "different ocr tokens: a: in the prompt (Rosetta); b: not in the prompt" in run_differences([plain, without])
+    assert run_differences([plain, plain]) == []
+    coco, gqa = (
+        result([1.0, 0.0], name, "pope", annotations=(f"{name}_pope_random.json",)) for name in ("coco", "gqa")
+    )
+    assert run_differences([coco, gqa]) == ["different files: coco: coco_pope_random.json; gqa: gqa_pope_random.json"]
+    assert run_differences([coco, result([1.0, 0.0], benchmark="pope")]) == []
     official = {"judge": "gpt-4-0613", "judge_prompt": "MM-Vet's own, sha256 d1"}
     same = result([1.0, 0.0], benchmark="mmvet", questions=218, protocol=official, scores={"judged_by": ["gpt-4-0613"]})
-    assert beside_published(same) == []
+    assert caveats(same) == []
     other = result([1.0, 0.0], benchmark="mmvet", questions=218, protocol=official, scores={"judged_by": ["x-1"]})
-    assert beside_published(other) == ["judge x-1; published scores are gpt-4-0613's"]
+    assert caveats(other) == ["judge x-1; published scores use gpt-4-0613"]
 
 
 def test_files_are_read_back(tmp_path: Path) -> None:
@@ -181,8 +193,8 @@ def test_files_are_read_back(tmp_path: Path) -> None:
             '"tiling": {"tile": 336, "patch": 0}}',
             "tile side 336 must be a positive multiple",
         ),
-        ('{"tiling": 1}', "no result; expected what anyres eval"),
-        ("[1, 2]", "no result; expected what anyres eval"),
+        ('{"tiling": 1}', "not a result; expected a file written by anyres eval"),
+        ("[1, 2]", "not a result; expected a file written by anyres eval"),
         ("{", "not JSON"),
     ],
 )
@@ -200,5 +212,5 @@ def test_marks_of_another_result_and_empty_folders(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no such file or folder"):
         read_runs([tmp_path / "none"])
     path = write_result(tmp_path, "gqa", [mark(1, 1.0)], points={"1": 0.5})
-    with pytest.raises(DataError, match=r"gqa\.marks\.jsonl: marks of another result"):
+    with pytest.raises(DataError, match=r"gqa\.marks\.jsonl: belongs to another result"):
         read_runs([path])
