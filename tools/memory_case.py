@@ -26,7 +26,8 @@ from anyres_vlm.estimate.pack import PackSize
 from anyres_vlm.geometry import Size, plan_tiles
 from anyres_vlm.model.vlm import VisionLanguageModel
 from anyres_vlm.schema import IGNORE_INDEX, Batch, Sample
-from anyres_vlm.train.engine import Engine
+from anyres_vlm.train.engine.deepspeed_settings import resolve_deepspeed
+from anyres_vlm.train.engine.engine import Engine
 from anyres_vlm.train.optim import build_optimizer
 from anyres_vlm.train.stage import trained_rates
 
@@ -85,8 +86,8 @@ def measure(engine: Engine, case: dict[str, Any]) -> dict[str, Any]:
 
         model.register_forward_pre_hook(before_forward)
         model.register_forward_hook(lambda *_: mark("loss"))
-        preset = None if case["preset"] is None else Path(case["preset"])
-        engine.prepare(model, optimizer, 1.0, preset)
+        settings = None if case["preset"] is None else resolve_deepspeed(Path(case["preset"]), config, stage)
+        engine.prepare(model, optimizer, 1.0, settings)
         engine.step(batches)
         gc.collect()
         mark("second")

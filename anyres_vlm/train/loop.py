@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator
 from torch.optim.lr_scheduler import LambdaLR
 
 from anyres_vlm.schema import Batch
-from anyres_vlm.train.engine import Engine, StepResult
+from anyres_vlm.train.engine.engine import Engine, StepResult
 from anyres_vlm.train.throughput import Throughput
 
 

@@ -8,7 +8,8 @@ from contextlib import closing
 from anyres_vlm.config import RunConfig, StageName, load_config
 from anyres_vlm.errors import UsageError
 from anyres_vlm.train import checkpoint
-from anyres_vlm.train.engine import Engine, telling_lost_ranks
+from anyres_vlm.train.engine.engine import Engine
+from anyres_vlm.train.engine.ranks import telling_lost_ranks
 from anyres_vlm.train.engine.trackers import require_trackers
 from anyres_vlm.train.interruption import unmark
 from anyres_vlm.train.options import CONFIG_FILE, RunOptions, model_folder, needs_stage_1, stage_settings
@@ -29,6 +30,7 @@ def train(config: RunConfig, options: RunOptions, progress: Progress) -> bool:
     minutes = config.rank_timeout_minutes
     with telling_lost_ranks(minutes), closing(Engine(config.precision, minutes)) as engine:
         unmark(options.output)
+        deepspeed = {stage: engine.read_deepspeed(config, stage) for stage in options.stages}
         for stage in options.stages:
             if options.resume and model_folder(options.output, stage).is_dir():
                 before = load_config(options.output / stage / CONFIG_FILE)
@@ -37,7 +39,7 @@ def train(config: RunConfig, options: RunOptions, progress: Progress) -> bool:
                 logger.info("%s is finished: %s", stage, model_folder(options.output, stage))
             else:
                 _check_start(config, options, stage)
-                StageRun(engine, config, options, stage, progress).run()
+                StageRun(engine, config, options, stage, deepspeed[stage], progress).run()
         return engine.is_main
 
 

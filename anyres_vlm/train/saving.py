@@ -11,7 +11,7 @@ from torch import Tensor
 
 from anyres_vlm.model.lora import is_adapter
 from anyres_vlm.train import checkpoint
-from anyres_vlm.train.engine import Snapshot
+from anyres_vlm.train.engine.state import Snapshot
 
 WriteModel = Callable[[Path, dict[str, Tensor]], None]
 """Fills an existing folder with the model whose weights are given."""

@@ -11,7 +11,7 @@ import torch
 import yaml
 from transformers import PreTrainedTokenizerFast
 
-from anyres_vlm.config import RunConfig, StageName, find_preset
+from anyres_vlm.config import RunConfig, StageName
 from anyres_vlm.data.chat_template import chat_jinja
 from anyres_vlm.data.conversation import ConversationTokenizer
 from anyres_vlm.data.index.table import Index, read_index
@@ -26,7 +26,8 @@ from anyres_vlm.model.pretrained import load_parts, save_pretrained
 from anyres_vlm.model.vlm import VisionLanguageModel
 from anyres_vlm.train import checkpoint
 from anyres_vlm.train.card import stage_sections
-from anyres_vlm.train.engine import Engine, StepResult
+from anyres_vlm.train.engine.deepspeed_settings import DeepSpeedSettings
+from anyres_vlm.train.engine.engine import Engine, StepResult
 from anyres_vlm.train.engine.trackers import start_trackers
 from anyres_vlm.train.interruption import mark
 from anyres_vlm.train.loop import run_steps
@@ -49,14 +50,20 @@ class StageRun:
     """Everything one stage holds while it trains; `run` is the order of events."""
 
     def __init__(
-        self, engine: Engine, config: RunConfig, options: RunOptions, stage: StageName, progress: Progress
+        self,
+        engine: Engine,
+        config: RunConfig,
+        options: RunOptions,
+        stage: StageName,
+        deepspeed: DeepSpeedSettings | None,
+        progress: Progress,
     ) -> None:
         self.engine, self.config, self.options, self.stage, self.progress = engine, config, options, stage, progress
         self.settings = config.stage(stage)
         self.rates = trained_rates(config, stage)
         self.folder = options.output / stage
         self.num_skipped = 0
-        self.preset = None if self.settings.deepspeed is None else find_preset(self.settings.deepspeed)
+        self.deepspeed = deepspeed
         self.model, self.tokenizer = self._build_model()
         self.model.cached_features = self.cache = self._open_cache()
         with engine.main_first():
@@ -110,7 +117,7 @@ class StageRun:
 
     def _build_model(self) -> tuple[VisionLanguageModel, PreTrainedTokenizerFast]:
         # DeepSpeed takes its fp32 masters from weights that were cast: to read those halves what the host holds.
-        is_cast = self.preset is not None and self.config.precision == "bf16"
+        is_cast = self.deepspeed is not None and self.config.precision == "bf16"
         dtype = torch.bfloat16 if is_cast else torch.float32
         model, tokenizer = build_model(self.config.model, self.config.seed, dtype)
         if self.stage == "stage2" and needs_stage_1(self.config, self.options):
@@ -142,7 +149,7 @@ class StageRun:
         """Hand the model to the engine, as it was at the newest checkpoint. Returns the finished steps."""
         resumed = checkpoint.latest(self.folder / "checkpoints")
         if resumed is None:
-            self.engine.prepare(self.model, self.optimizer, self.settings.max_grad_norm, self.preset)
+            self.engine.prepare(self.model, self.optimizer, self.settings.max_grad_norm, self.deepspeed)
             return 0
         folder, state = resumed
         checkpoint.require_same_settings(folder, state.settings, self._fixed_settings())
@@ -150,7 +157,7 @@ class StageRun:
             for name, parameter in self.model.named_parameters():
                 if parameter.requires_grad:
                     parameter.data.copy_(read(name))
-            self.engine.prepare(self.model, self.optimizer, self.settings.max_grad_norm, self.preset)
+            self.engine.prepare(self.model, self.optimizer, self.settings.max_grad_norm, self.deepspeed)
             self.engine.restore(state.updates, read)
         return state.step
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from anyres_vlm.flops import Flops, training_flops
-from anyres_vlm.train.engine import StepResult
+from anyres_vlm.train.engine.engine import StepResult
 
 # Dense bf16 TFLOP/s with accumulation in fp32, by what the device's name holds: the makers' data sheets.
 PEAKS = {

@@ -10,7 +10,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from pathlib import Path
 from typing import TYPE_CHECKING, Literal, cast
 
 import torch
@@ -21,9 +20,11 @@ from torch._C._distributed_c10d import HashStore
 from torch.distributed import init_process_group, is_initialized
 from torch.optim import AdamW
 
+from anyres_vlm.config import RunConfig, StageName
 from anyres_vlm.errors import UsageError
 from anyres_vlm.model.vlm import VisionLanguageModel
 from anyres_vlm.schema import Batch
+from anyres_vlm.train.engine.deepspeed_settings import DeepSpeedSettings, find_preset, resolve_deepspeed
 from anyres_vlm.train.engine.plain import PlainBackend
 from anyres_vlm.train.engine.ranks import adopt_slurm_ranks
 from anyres_vlm.train.engine.state import ReadTensor, Snapshot
@@ -72,28 +73,52 @@ class Engine:
             mixed_precision="bf16" if precision == "bf16" else "no",
             kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(minutes=rank_timeout_minutes))],
         )
-        self._bf16 = precision == "bf16"
         self.rank: int = self._accelerator.process_index
         self.world_size: int = self._accelerator.num_processes
         self.is_main: bool = self._accelerator.is_main_process
         self.is_cuda: bool = self._accelerator.device.type == "cuda"
 
-    def prepare(
-        self, model: VisionLanguageModel, optimizer: AdamW, max_grad_norm: float, preset: Path | None = None
-    ) -> None:
-        """Move the model to this rank's device, whole, or split as a DeepSpeed preset says.
+    def read_deepspeed(self, config: RunConfig, stage: StageName) -> DeepSpeedSettings | None:
+        """Read the stage's DeepSpeed settings; None without any, or where they split nothing.
 
-        Raises `UsageError` for a preset that contradicts the run, or where DeepSpeed is not installed.
+        Raises `UsageError` for settings that contradict the run or are not DeepSpeed's, and without DeepSpeed.
         """
-        self._backend: PlainBackend | ZeroBackend
-        if preset is None:
-            self._backend = PlainBackend(self._accelerator, model, optimizer, max_grad_norm)
-            return
+        if (name := config.stage(stage).deepspeed) is None:
+            return None
+        settings = resolve_deepspeed(
+            find_preset(name), config, stage, ranks=self.world_size, has_cuda=torch.cuda.is_available()
+        )
+        for warning in settings.warnings if self.is_main else ():
+            logger.warning("%s: %s", stage, warning)
+        if settings.zero_stage == 0:
+            return None
+        if settings.zero_stage == 3 and config.cache_features is not None:
+            raise UsageError(
+                "cache_features does not go with ZeRO-3, where an encoder runs on all ranks or on none: use zero2, or "
+                "leave the cache out"
+            )
         try:
-            from anyres_vlm.train.engine.zero import ZeroBackend, fill_preset  # optional: the extra `deepspeed`
+            from anyres_vlm.train.engine.zero import check_zero  # optional: the extra `deepspeed`
         except ModuleNotFoundError:
             raise UsageError("--deepspeed needs DeepSpeed: pip install 'anyres-vlm[deepspeed]'") from None
-        settings = fill_preset(preset, bf16=self._bf16, max_grad_norm=max_grad_norm)
+        check_zero(settings)
+        return settings
+
+    def prepare(
+        self,
+        model: VisionLanguageModel,
+        optimizer: AdamW,
+        max_grad_norm: float,
+        deepspeed: DeepSpeedSettings | None = None,
+    ) -> None:
+        """Move the model to this rank's device: whole, or split as DeepSpeed's settings say."""
+        self._backend: PlainBackend | ZeroBackend
+        if deepspeed is None:
+            self._backend = PlainBackend(self._accelerator, model, optimizer, max_grad_norm)
+            return
+        from anyres_vlm.train.engine.zero import ZeroBackend  # optional: the extra `deepspeed`
+
+        settings = deepspeed.sized(model.language_model.config.hidden_size)
         if not is_initialized():  # one process without a launcher is a world of its own
             init_process_group(store=HashStore(), rank=0, world_size=1)
             os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed asks for what a launcher would have set

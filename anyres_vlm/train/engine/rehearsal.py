@@ -8,7 +8,6 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
-from pathlib import Path
 from typing import Literal, cast
 
 import torch
@@ -18,6 +17,7 @@ from torch._C._distributed_c10d import TCPStore
 
 from anyres_vlm.model.vlm import VisionLanguageModel
 from anyres_vlm.schema import Batch
+from anyres_vlm.train.engine.deepspeed_settings import DeepSpeedSettings
 
 PATIENCE = timedelta(seconds=60)
 
@@ -33,11 +33,11 @@ def open_group(backend: Literal["gloo", "nccl"], device: torch.device) -> float:
     return time.perf_counter() - began
 
 
-def try_presets(presets: Sequence[Path], *, bf16: bool) -> str:
+def try_presets(presets: Sequence[DeepSpeedSettings], *, bf16: bool) -> str:
     """One optimizer step of a small layer under each preset. Returns the name of DeepSpeed's accelerator.
 
-    Raises `ImportError` without DeepSpeed, `UsageError` for a preset that no run could use, `RuntimeError` for a step
-    that is not finite, and what DeepSpeed raises.
+    Raises `ImportError` without DeepSpeed, `UsageError` for settings that are not DeepSpeed's, `RuntimeError` for a
+    step that is not finite, and what DeepSpeed raises.
     """
     has_device = torch.accelerator.is_available()
     if not has_device:
@@ -45,19 +45,21 @@ def try_presets(presets: Sequence[Path], *, bf16: bool) -> str:
     os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed asks for what a launcher would have set
     from deepspeed.accelerator import get_accelerator  # optional: the extra `deepspeed`
 
-    from anyres_vlm.train.engine.zero import ZeroBackend, fill_preset
+    from anyres_vlm.train.engine.zero import ZeroBackend, check_zero
 
     device = torch.device(str(torch.accelerator.current_accelerator()) if has_device else "cpu")
     number = torch.ones(1, 8, device=device, dtype=torch.bfloat16 if bf16 else torch.float32)
     with _group("nccl" if torch.cuda.is_available() else "gloo"):  # one for all: DeepSpeed keeps the first
         for preset in presets:
+            check_zero(preset)
             layer = _Layer()
-            settings = fill_preset(preset, bf16=bf16, max_grad_norm=1.0)
+            settings = preset.sized(layer.in_features)
+            settings["zero_optimization"].pop("zero_hpz_partition_size", None)  # of many ranks
             optimizer = torch.optim.AdamW(layer.parameters(), lr=1e-3)
             backend = ZeroBackend(cast(VisionLanguageModel, layer), optimizer, settings, device, is_main=True)
             backend.micro_step(cast(Batch, number), 1.0, is_last=True)
             if not math.isfinite(norm := backend.update()):
-                raise RuntimeError(f"a step under {preset.stem} has a gradient norm of {norm}")
+                raise RuntimeError(f"a step under {preset.path.stem} has a gradient norm of {norm}")
     return str(get_accelerator().device_name())
 
 

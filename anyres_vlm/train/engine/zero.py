@@ -2,50 +2,39 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import deepspeed
 import torch
 import torch.distributed as dist
+from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+from pydantic import ValidationError
 from torch import Tensor, nn
 from torch.optim import AdamW
 
-from anyres_vlm.config import read_preset
 from anyres_vlm.errors import UsageError
+from anyres_vlm.explain import did_you_mean, explain, shortened
 from anyres_vlm.model.vlm import VisionLanguageModel
 from anyres_vlm.schema import Batch
+from anyres_vlm.train.engine.deepspeed_settings import DeepSpeedSettings, fill_sizes
 from anyres_vlm.train.engine.state import MOMENTS, ReadTensor, Snapshot, blank_entry, trained_parameters
 
-AUTO = "auto"
 
-
-def fill_preset(path: Path, *, bf16: bool, max_grad_norm: float) -> dict[str, Any]:
-    """DeepSpeed's settings from a JSON file whose `auto` values follow from the run's own.
-
-    Raises `UsageError` for a file that is no JSON object or that says otherwise than the run.
-    """
-    settings = read_preset(path)
-    ours = {
-        "train_micro_batch_size_per_gpu": 1,  # a pack
-        "gradient_accumulation_steps": 1,  # the step's packs are counted here, not by DeepSpeed
-        "gradient_clipping": max_grad_norm,
-        "zero_allow_untested_optimizer": True,  # torch's AdamW
-        "zero_force_ds_cpu_optimizer": False,
-    }
-    _agree(path, settings, ours)
-    _agree(path, settings.setdefault("bf16", {}), {"enabled": bf16}, "bf16.")
-    return settings
-
-
-def _agree(path: Path, settings: dict[str, Any], ours: dict[str, Any], prefix: str = "") -> None:
-    for key, value in ours.items():
-        if settings.get(key, AUTO) not in (AUTO, value):
-            raise UsageError(
-                f'--deepspeed {path}: {prefix}{key} is {settings[key]!r}, the run needs {value!r}: write "auto"'
-            )
-        settings[key] = value
+def check_zero(settings: DeepSpeedSettings) -> None:
+    """Raise `UsageError` unless DeepSpeed itself takes the settings' `zero_optimization`."""
+    fields = DeepSpeedZeroConfig.model_fields
+    known = [*fields, *(field.alias for field in fields.values() if field.alias is not None)]
+    where = f"--deepspeed {settings.path}: zero_optimization"
+    zero = fill_sizes(settings.content["zero_optimization"], None)
+    for key in zero:
+        if key not in known:
+            raise UsageError(f"{where}: unknown key {shortened(key)}{did_you_mean(key, known)}")
+    try:
+        DeepSpeedZeroConfig(**zero)
+    except (ValidationError, AssertionError) as error:
+        reason = explain(error, DeepSpeedZeroConfig) if isinstance(error, ValidationError) else str(error)
+        raise UsageError(f"{where}: {reason}") from None
 
 
 def split(model: nn.Module, settings: dict[str, Any]) -> None:
@@ -84,11 +73,6 @@ class ZeroBackend:
         for name, buffer in model.named_buffers():
             buffer.data = buffers[name].to(device)
         self._is_stage_3 = self._engine.zero_optimization_stage() == 3
-        if self._is_stage_3 and model.cached_features is not None:
-            raise UsageError(
-                "cache_features does not go with ZeRO-3, where an encoder runs on all ranks or on none: "
-                "use zero2, or leave the cache out"
-            )
 
     def micro_step(self, batch: Batch, scale: float, *, is_last: bool) -> Tensor:
         """Add a pack's scaled gradient; ranks exchange as the ZeRO stage does. Returns its summed loss, ()."""
