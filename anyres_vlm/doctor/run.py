@@ -70,7 +70,7 @@ def check_deepspeed(case: Case) -> Iterator[Finding]:
     import torch  # start-up time
 
     from anyres_vlm.train.engine.deepspeed_settings import find_preset, resolve_deepspeed
-    from anyres_vlm.train.engine.rehearsal import try_presets
+    from anyres_vlm.train.engine.ranks import try_presets
 
     resolved = [
         resolve_deepspeed(find_preset(preset), case.config, name, ranks=0, has_cuda=torch.cuda.is_available())
@@ -87,7 +87,7 @@ def check_deepspeed(case: Case) -> Iterator[Finding]:
 
 def check_trackers(case: Case) -> Iterator[Finding]:
     """Whether what the run reports to, and what draws its pictures, is installed."""
-    from anyres_vlm.train.engine.trackers import require_trackers  # start-up time
+    from anyres_vlm.train.engine.engine import require_trackers  # start-up time
 
     require_trackers(case.config.trackers)
     yield Finding("trackers", "ok", ", ".join(("tensorboard", *case.config.trackers)))
@@ -99,7 +99,7 @@ def check_trackers(case: Case) -> Iterator[Finding]:
 
 def check_recipe(case: Case) -> Iterator[Finding]:
     """Settings that are known to spoil the recipe."""
-    from anyres_vlm.train.stage import recipe_warnings  # start-up time
+    from anyres_vlm.train.recipe import recipe_warnings  # start-up time
 
     warnings = dict.fromkeys(line for name in case.stages for line in recipe_warnings(case.config, name))
     for warning in warnings:
@@ -205,7 +205,7 @@ def check_index(case: Case) -> Iterator[Finding]:
     from anyres_vlm.data.conversation import ConversationTokenizer
     from anyres_vlm.data.index.rows import IndexSettings
     from anyres_vlm.data.index.table import read_index
-    from anyres_vlm.train.samples import INDEX_FILE
+    from anyres_vlm.train.steps import INDEX_FILE
 
     if case.described is None:
         yield Finding("index", "warn", "not judged: it depends on the model")

@@ -30,8 +30,7 @@ from anyres_vlm.model.vlm import VisionLanguageModel
 from anyres_vlm.schema import IGNORE_INDEX, Batch, Sample
 from anyres_vlm.train.engine.deepspeed_settings import find_preset, resolve_deepspeed
 from anyres_vlm.train.engine.engine import Engine
-from anyres_vlm.train.optim import build_optimizer
-from anyres_vlm.train.stage import freeze
+from anyres_vlm.train.recipe import build_optimizer, freeze
 
 MICRO_STEPS = (1, 2, 4)
 BACKENDS = ("plain", "zero1", "zero2", "zero3")
@@ -153,7 +152,7 @@ def compare(
 
 def run(bases: Path, precision: Any) -> Iterator[tuple[str, dict[str, float]]]:
     """Differences by combination: ranks, backend and micro-steps."""
-    engine = Engine(precision, rank_timeout_minutes=5)
+    engine = Engine.start(precision, rank_timeout_minutes=5)
     expected = reference(bases) if engine.is_main else None
     for backend, micro_steps in SPLITS:
         yield (

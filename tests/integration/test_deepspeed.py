@@ -83,6 +83,7 @@ def test_a_plain_checkpoint_goes_on_under_zero_3(plain: Path, tiny_bases, tmp_pa
     """Step 2 was saved by one plain process; two ranks of ZeRO-3 take the third step from it."""
     shutil.copytree(plain, tmp_path / "run")
     shutil.rmtree(tmp_path / "run" / "stage2" / "model")
+    shutil.rmtree(tmp_path / "run" / "stage2" / "checkpoints" / "step-0000003")
     train(tiny_bases, tmp_path / "run", 2, "--deepspeed", "zero3")
     assert_same_run(tmp_path / "run", plain)
 

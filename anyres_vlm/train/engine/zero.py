@@ -18,7 +18,7 @@ from anyres_vlm.explain import did_you_mean, explain, shortened
 from anyres_vlm.model.vlm import VisionLanguageModel
 from anyres_vlm.schema import Batch
 from anyres_vlm.train.engine.deepspeed_settings import DeepSpeedSettings, fill_sizes
-from anyres_vlm.train.engine.state import MOMENTS, ReadTensor, Snapshot, blank_entry, trained_parameters
+from anyres_vlm.train.engine.plain import MOMENTS, ReadTensor, Snapshot, blank_entry, trained_parameters
 
 
 def check_zero(settings: DeepSpeedSettings) -> None:
@@ -38,9 +38,9 @@ def check_zero(settings: DeepSpeedSettings) -> None:
 
 
 def split(model: nn.Module, settings: dict[str, Any]) -> None:
-    """Bring the parameters one after the other from the host to their ranks, cast before, as DeepSpeed does for all.
+    """Cast the parameters and move them to their ranks one by one.
 
-    Left to itself, DeepSpeed first moves the whole model to every device, where 34B parameters have no room.
+    By itself DeepSpeed first moves the whole model to every device, where 34B parameters do not fit.
     """
     for parameter in model.parameters():
         if settings["bf16"]["enabled"]:
@@ -61,9 +61,9 @@ class ZeroBackend:
         is_main: bool,
     ) -> None:
         self._module, self._is_main = model, is_main
-        # On a CPU it would compile this for a minute, with a compiler that may not be there, for inference alone.
+        # On a CPU, DeepSpeed would compile this for a minute, with a compiler that may be missing, for inference only.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-        # DeepSpeed casts floating buffers with the weights: rotary frequencies in bf16 would bend long sequences.
+        # DeepSpeed casts floating buffers with the weights: rotary frequencies in bf16 lose precision at long range.
         buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
         if settings.get("zero_optimization", {}).get("stage") == 3:
             split(model, settings)
@@ -75,7 +75,7 @@ class ZeroBackend:
         self._is_stage_3 = self._engine.zero_optimization_stage() == 3
 
     def micro_step(self, batch: Batch, scale: float, *, is_last: bool) -> Tensor:
-        """Add a pack's scaled gradient; ranks exchange as the ZeRO stage does. Returns its summed loss, ()."""
+        """Add a pack's scaled gradient; ranks exchange it as the ZeRO stage does. Returns its summed loss, ()."""
         self._engine.set_gradient_accumulation_boundary(is_last)
         loss: Tensor = self._engine(batch)
         self._engine.backward(loss * scale)
@@ -87,7 +87,7 @@ class ZeroBackend:
         return float("inf") if self._zero.overflow else float(self._engine.get_global_grad_norm())
 
     def snapshot(self, *, with_moments: bool) -> Snapshot:
-        """The model and optimizer put together on rank 0, trained weights from their fp32 masters."""
+        """Gather model and optimizer on rank 0, trained weights from their fp32 masters."""
         known = dict(self._module.named_parameters(remove_duplicate=False))
         whole = {id(parameter): self._whole(parameter) for _, parameter in self._module.named_parameters()}
         state = self._module.state_dict()
@@ -103,7 +103,7 @@ class ZeroBackend:
         return Snapshot(weights, moments, updates) if self._is_main else Snapshot({}, {}, 0)
 
     def restore(self, updates: int, read: ReadTensor) -> None:
-        """Put a saved optimizer state in place, and the fp32 masters that this rank's weights were rounded from."""
+        """Load a saved optimizer state, and the fp32 masters of this rank's weights."""
         for name, parameter in trained_parameters(self._module):
             self._set(parameter, read(name), None)
         if not updates:
@@ -122,12 +122,12 @@ class ZeroBackend:
                 self._set(parameter, read(f"{name}.{moment}"), moment)
 
     def _set(self, parameter: Any, value: Tensor, moment: str | None) -> None:
-        """This rank's part of a master (no moment) or of a moment; DeepSpeed hangs its methods on the parameter."""
+        """Set this rank's part of a master (`moment` None) or of a moment; DeepSpeed adds the methods to parameters."""
         value = value.float().flatten()
         if not self._is_stage_3:
             parameter.set_full_hp_param(value.to(parameter.device), moment)
             return
-        # DeepSpeed's setter of whole tensors reads behind the end of one that the ranks do not divide evenly.
+        # DeepSpeed's setter of whole tensors reads out of bounds if numel is not divisible by the number of ranks.
         size = parameter.ds_tensor.ds_numel
         part = nn.functional.pad(value, (0, size * dist.get_world_size() - value.numel()))[size * dist.get_rank() :]
         self._zero.set_local_hp_param(part[:size], parameter, moment)
@@ -139,6 +139,6 @@ class ZeroBackend:
             return self._keep(parameter.detach().clone())
 
     def _keep(self, tensor: Tensor | None) -> Tensor:
-        """On rank 0 a copy on the CPU; elsewhere nothing, so that no other rank fills its memory."""
+        """Copy to the CPU on rank 0; an empty tensor elsewhere, which saves memory."""
         assert tensor is not None, "a trained parameter has a master and moments"
         return tensor.cpu() if self._is_main else tensor.new_empty(0, device="cpu")
