@@ -190,7 +190,7 @@ class _Resolver:
             if treatment == "block":
                 self.resolve_block(key, value, settings)
             elif treatment == "passed":
-                if (kept := _without_auto(value)) != AUTO:
+                if (kept := _without_auto(value)) not in (AUTO, None):
                     settings[key] = kept
             elif treatment == "run":
                 self.agree(key, value, *self.run_values()[key])
