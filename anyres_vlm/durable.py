@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -40,3 +41,49 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+class LineFile:
+    """A file of lines, open for appending by this process alone. A last line cut short by a kill is removed."""
+
+    def __init__(self, path: Path) -> None:
+        """Raise `BlockingIOError` if another process has the file open for appending."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(self._file)
+            raise
+        self.size = self._end_of_lines()
+        self._cut()
+        sync(path.parent)  # a new file's name is on the disk only after this
+
+    def write(self, lines: bytes) -> None:
+        """Append complete lines, which are on the disk when this returns. On a full disk nothing is appended."""
+        rest = memoryview(lines)
+        try:
+            while rest:
+                rest = rest[os.write(self._file, rest) :]
+            os.fdatasync(self._file)
+        except OSError:
+            self._cut()
+            raise
+        self.size += len(lines)
+
+    def close(self) -> None:
+        """Close the file and release its lock."""
+        os.close(self._file)
+
+    def _cut(self) -> None:
+        os.ftruncate(self._file, self.size)
+        os.lseek(self._file, 0, os.SEEK_END)
+
+    def _end_of_lines(self) -> int:
+        end = os.lseek(self._file, 0, os.SEEK_END)
+        while end:
+            start = max(end - (1 << 16), 0)
+            if (found := os.pread(self._file, end - start, start).rfind(b"\n")) >= 0:
+                return start + found + 1
+            end = start
+        return 0

@@ -14,8 +14,8 @@ from anyres_vlm.cli.main import main
 from anyres_vlm.config import shipped_config
 from anyres_vlm.data.sources import open_source
 from anyres_vlm.errors import DataError, UsageError
+from anyres_vlm.instruct.job import load_settings
 from anyres_vlm.instruct.mix import PRESETS, MixConfig, mix
-from anyres_vlm.instruct.settings import load_settings
 
 SHORT = "\nAnswer the question using a single word or phrase."
 QUESTIONS = [
