@@ -237,13 +237,13 @@ def _scene(entry: dict[str, Any], path: Path, images: Path | None) -> tuple[Scen
             found.append((what, box_in(size, left, top, width, height)))
     found += [(text_of(item["category"]), _fractions(item["bbox"])) for item in entry.get("instances", [])]
     crowd = "regions" in entry  # a region may contain several objects
-    named = [(name, box) for what, box in found if (name := " ".join(what.split()))]
-    objects = tuple(Object(name, box, crowd) for name, box in named if box is not None)
+    labelled = [(label, box) for what, box in found if (label := " ".join(what.split()))]
+    objects = tuple(Object(label, box, crowd) for label, box in labelled if box is not None)
     captions = entry.get("captions", [])
     if not isinstance(captions, list):
         raise TypeError("captions must be a list of texts")
     scene = Scene(name, image, clean_captions(map(text_of, captions)), objects)
-    return scene, len(named) - len(objects)
+    return scene, len(labelled) - len(objects)
 
 
 def _fractions(sides: Sequence[float]) -> Box | None:
