@@ -79,7 +79,7 @@ def test_orientation_as_pillow_applies_it(tmp_path: Path, image_format: str, val
     assert (as_size(shown) == Size(height=30, width=20)) == (value in (5, 6, 7, 8))
 
 
-@pytest.mark.parametrize("place", ["before the pixels", "behind the pixels"])
+@pytest.mark.parametrize("place", ["before the pixels", "after the pixels"])
 @pytest.mark.parametrize("kind", ["eXIf", "XMP"])
 def test_orientation_anywhere_in_a_png(tmp_path: Path, kind: str, place: str) -> None:
     exif = chunk(b"eXIf", orientation(6).tobytes().removeprefix(b"Exif\0\0"))
