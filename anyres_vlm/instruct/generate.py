@@ -224,8 +224,8 @@ class _Lines:
 
     def update(self, done: int, total: int, numbers: str) -> None:
         now = time.monotonic()
-        if self._began is None:
-            self._began = (now, done)
+        if self._began is None:  # a large log may have taken minutes to read before
+            self._began, self._said = (now, done), now
         if now - self._said >= LINE_EVERY_S:
             self._said = now
             rate = (done - self._began[1]) / (now - self._began[0])
