@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -54,16 +55,54 @@ def whole_lines(path: Path) -> Iterator[bytes]:
 
 def cut_partial_line(path: Path) -> None:
     """Truncate a log to its whole lines, so that the next `append` starts a line of its own."""
-    if not path.exists():
-        return
-    with path.open("rb+") as file:
-        end = file.seek(0, os.SEEK_END)
-        while end:  # from the end, for a log may be large
-            start = max(end - (1 << 16), 0)
-            file.seek(start)
-            found = file.read(end - start).rfind(b"\n")
-            if found >= 0:
-                file.truncate(start + found + 1)
-                return
-            end = start
-        file.truncate(0)
+    if path.exists():
+        with path.open("rb+") as file:
+            file.truncate(_end_of_lines(file.fileno()))
+
+
+class LineFile:
+    """A file of lines, open for appending by this process alone. A last line cut short by a kill is removed."""
+
+    def __init__(self, path: Path) -> None:
+        """Raise `BlockingIOError` if another process has the file open for appending."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(self._file)
+            raise
+        self.size = _end_of_lines(self._file)
+        self._cut()
+        sync(path.parent)  # a new file's name is on the disk only after this
+
+    def write(self, lines: bytes) -> None:
+        """Append complete lines, which are on the disk when this returns. On a full disk nothing is appended."""
+        rest = memoryview(lines)
+        try:
+            while rest:
+                rest = rest[os.write(self._file, rest) :]
+            os.fdatasync(self._file)
+        except OSError:
+            self._cut()
+            raise
+        self.size += len(lines)
+
+    def close(self) -> None:
+        """Close the file and release its lock."""
+        os.close(self._file)
+
+    def _cut(self) -> None:
+        os.ftruncate(self._file, self.size)
+        os.lseek(self._file, 0, os.SEEK_END)
+
+
+def _end_of_lines(descriptor: int) -> int:
+    """Return the length of an open file without a last line that a kill cut short."""
+    end = os.lseek(descriptor, 0, os.SEEK_END)
+    while end:  # from the end, since a log may be large
+        start = max(end - (1 << 16), 0)
+        if (found := os.pread(descriptor, end - start, start).rfind(b"\n")) >= 0:
+            return start + found + 1
+        end = start
+    return 0

@@ -14,8 +14,8 @@ from PIL import Image
 from transformers import PreTrainedTokenizerFast
 
 from anyres_vlm.config import TemplateName
-from anyres_vlm.data.checks import plan_image
 from anyres_vlm.data.conversation import ConversationTokenizer
+from anyres_vlm.data.headers import plan_image
 from anyres_vlm.data.images import open_image
 from anyres_vlm.data.tiling import cut_tiles
 from anyres_vlm.errors import UsageError

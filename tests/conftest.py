@@ -17,8 +17,8 @@ from transformers import (
 )
 
 from anyres_vlm.config import ModelConfig, TemplateName
-from anyres_vlm.data.checks import plan_image
 from anyres_vlm.data.conversation import ConversationTokenizer
+from anyres_vlm.data.headers import plan_image
 from anyres_vlm.data.loader import Loaded, load
 from anyres_vlm.data.templates import TEMPLATES
 from anyres_vlm.errors import DataError

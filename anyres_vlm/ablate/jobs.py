@@ -34,8 +34,7 @@ from anyres_vlm.durable import replacing
 from anyres_vlm.errors import DataError, Interrupted, UsageError
 from anyres_vlm.explain import did_you_mean
 from anyres_vlm.synthetic.dataset import DATA_FILE, Purpose, write_dataset
-from anyres_vlm.train.options import SIGNALS
-from anyres_vlm.train.options import CONFIG_FILE, model_folder
+from anyres_vlm.train.options import CONFIG_FILE, SIGNALS, model_folder
 
 logger = logging.getLogger(__name__)
 

@@ -1,4 +1,4 @@
-"""`anyres instruct`: instruction data from captions and boxes, generated, rebuilt and mixed."""
+"""`anyres instruct`: generate, rebuild and mix instruction data."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from anyres_vlm.errors import Interrupted, UsageError
 
 if TYPE_CHECKING:  # start-up time
     from anyres_vlm.instruct.budget import Estimate
-    from anyres_vlm.instruct.prompts import Kind
+    from anyres_vlm.instruct.job import Kind
 
 instruct = typer.Typer(
     help="Make instruction data from captions and boxes through an OpenAI-compatible endpoint.\n\n"
@@ -24,43 +24,42 @@ instruct = typer.Typer(
 
 @instruct.command()
 def generate(
-    out: Path = typer.Option(..., help="Folder of the data set, its raw log and its report; a second run goes on."),
+    out: Path = typer.Option(..., help="Folder for the data set, raw log and report; rerun to resume."),
     count: str = typer.Option(
-        ..., metavar="KIND=N,...", help="Images for each kind: conversation=N,detail=N,reasoning=N."
+        ..., metavar="KIND=N,...", help="Number of images for each kind: conversation=N,detail=N,reasoning=N."
     ),
     captions: Path | None = typer.Option(None, help="COCO captions JSON."),
     instances: Path | None = typer.Option(None, help="COCO instances JSON, for boxes."),
     descriptions: Path | None = typer.Option(
-        None, help="Captions and boxes as JSONL, or Visual Genome's regions JSON."
+        None, help="Captions and boxes as JSONL (also LLaVA's), or Visual Genome's regions JSON."
     ),
-    images: Path | None = typer.Option(None, help="Image folder: sizes that no file gives, and the report's pictures."),
-    kinds: str | None = typer.Option(None, metavar="KIND,...", help="Only these of the kinds in --count."),
-    boxes: bool = typer.Option(False, "--boxes", help="Give boxes also to kinds whose prompt does without."),
-    config: Path | None = typer.Option(None, help="YAML settings; without it configs/instruct/default.yaml."),
-    model: str | None = typer.Option(None, help="Model to ask for, instead of the config's."),
-    base_url: str | None = typer.Option(None, help="Endpoint, such as http://localhost:8000/v1; without it OpenAI's."),
-    mode: Literal["sync", "batch"] = typer.Option("sync", help="One request a response, or the Batch API."),
-    prompts: Path | None = typer.Option(None, help="Folder with KIND.yaml prompts of your own."),
-    concurrency: int | None = typer.Option(None, min=1, help="Requests under way at once."),
-    max_cost: float | None = typer.Option(None, min=0, help="Stop before the folder has cost more US dollars."),
-    max_tokens: int | None = typer.Option(None, min=0, help="Stop before the folder has cost more tokens."),
-    dry_run: bool = typer.Option(False, "--dry-run", help="Price what is still to be asked and end."),
+    images: Path | None = typer.Option(None, help="Image folder, for sizes missing in the files and for the report."),
+    kinds: str | None = typer.Option(None, metavar="KIND,...", help="Generate only these kinds of --count."),
+    boxes: bool = typer.Option(False, "--boxes", help="Include boxes in the prompts of all kinds."),
+    config: Path | None = typer.Option(None, help="YAML settings; default: configs/instruct/default.yaml."),
+    model: str | None = typer.Option(None, help="Model name; overrides the config."),
+    base_url: str | None = typer.Option(None, help="Endpoint, such as http://localhost:8000/v1; default: OpenAI's."),
+    mode: Literal["sync", "batch"] = typer.Option("sync", help="One request per response, or the Batch API."),
+    prompts: Path | None = typer.Option(None, help="Folder with your own KIND.yaml prompts."),
+    concurrency: int | None = typer.Option(None, min=1, help="Number of concurrent requests."),
+    max_cost: float | None = typer.Option(None, min=0, help="Budget of the folder in US dollars, all runs included."),
+    max_tokens: int | None = typer.Option(None, min=0, help="Budget of the folder in tokens, all runs included."),
+    dry_run: bool = typer.Option(False, "--dry-run", help="Print the cost of the remaining requests and exit."),
     as_json: bool = typer.Option(False, "--json", help="Print the summary as one JSON object."),
 ) -> None:
-    """Ask a model for conversations, check them, and write OUT/data.json with a report.
+    """Generate conversations with a model, check them, and write OUT/data.json with a report.
 
-    The key is read from OPENAI_API_KEY. Every response is on the disk before it is looked at; a run that was
-    interrupted or stopped goes on where it was and asks nothing twice.
+    The key is read from OPENAI_API_KEY. Every response is on the disk before it is parsed; rerun an interrupted or
+    stopped run to resume it without repeating a request.
 
     Example: anyres instruct generate --captions captions.json --count conversation=100 --out runs/instruct
     """
     _require_extra()
     # Start-up time: the client alone takes half a second to import.
     from anyres_vlm.config import shipped_config
-    from anyres_vlm.instruct.progress import show_progress
-    from anyres_vlm.instruct.report import write_report
-    from anyres_vlm.instruct.run import Order, estimate_run, generate, make_items
-    from anyres_vlm.instruct.settings import load_settings
+    from anyres_vlm.instruct.assemble import write_report
+    from anyres_vlm.instruct.generate import Order, estimate_run, generate, make_items, show_progress
+    from anyres_vlm.instruct.job import load_settings
 
     flags = {"model": model, "base_url": base_url, "prompts": prompts, "limits.concurrency": concurrency}
     settings = load_settings(config or shipped_config("instruct/default"), flags)
@@ -76,7 +75,7 @@ def generate(
     if stop.error is not None:
         raise stop.error
     if stop.asked:
-        raise Interrupted(f"{stop.reason}; everything answered is in {out}: start again to go on")
+        raise Interrupted(f"{stop.reason}; all responses are in {out}: rerun to resume")
 
 
 @instruct.command()
@@ -86,14 +85,13 @@ def replay(
     images: Path | None = typer.Option(None, help="Image folder, for the report's pictures."),
     as_json: bool = typer.Option(False, "--json", help="Print the summary as one JSON object."),
 ) -> None:
-    """Build the data set again from the raw log alone, to the same bytes, without a request.
+    """Rebuild the data set from the raw log alone, byte for byte, without a request.
 
     Example: anyres instruct replay runs/instruct/responses.jsonl --out runs/again
     """
     _require_extra()
-    from anyres_vlm.instruct.build import build  # start-up time
-    from anyres_vlm.instruct.ledger import read_ledger
-    from anyres_vlm.instruct.report import write_report
+    from anyres_vlm.instruct.assemble import build, write_report  # start-up time
+    from anyres_vlm.instruct.log import read_ledger
 
     summary = build(log, out, read_ledger(log))
     page = write_report(out, images)
@@ -102,9 +100,9 @@ def replay(
 
 @instruct.command()
 def mix(
-    config: Path = typer.Argument(..., help="YAML: where each set lies; see configs/instruct/mix.yaml."),
-    out: Path = typer.Option(..., help="Folder for the sets as LLaVA JSON and mixture.yaml over them."),
-    preset: str | None = typer.Option(None, help="Volumes of 80k, 158k or 665k; without it the config's, or all."),
+    config: Path = typer.Argument(..., help="YAML with the files of each set; see configs/instruct/mix.yaml."),
+    out: Path = typer.Option(..., help="Folder for the sets as LLaVA JSON and their mixture.yaml."),
+    preset: str | None = typer.Option(None, help="Volumes: 80k, 158k or 665k; default: the config's, or all data."),
 ) -> None:
     """Join generated data, academic question answering and text-only chat into one mixture for training.
 
@@ -126,7 +124,7 @@ def _require_extra() -> None:
 
 
 def _counts(count: str, kinds: str | None) -> dict[Kind, int]:
-    from anyres_vlm.instruct.prompts import parse_kind  # start-up time
+    from anyres_vlm.instruct.job import parse_kind  # start-up time
 
     counts: dict[Kind, int] = {}
     for part in count.split(","):
@@ -145,15 +143,14 @@ def _counts(count: str, kinds: str | None) -> dict[Kind, int]:
 
 
 def _scenes(captions: Path | None, instances: Path | None, descriptions: Path | None, images: Path | None) -> Any:
-    from anyres_vlm.instruct.coco import read_coco  # start-up time
-    from anyres_vlm.instruct.descriptions import read_descriptions
+    from anyres_vlm.instruct.annotations import read_coco, read_descriptions  # start-up time
 
     if (captions is None) == (descriptions is None):
         raise UsageError("give either --captions (COCO, with --instances for boxes) or --descriptions")
     if captions is not None:
         return read_coco(captions, instances, images)
     if instances is not None:
-        raise UsageError("--instances goes with --captions; --descriptions holds its own boxes")
+        raise UsageError("--instances belongs to --captions; --descriptions has its own boxes")
     assert descriptions is not None
     return read_descriptions(descriptions, images)
 
@@ -165,9 +162,11 @@ def _print_estimate(estimate: Estimate, as_json: bool) -> None:
     print(f"requests: {estimate.requests:,}")
     print(f"tokens:   about {estimate.prompt_tokens:,} in, {estimate.completion_tokens:,} out (estimated)")
     if estimate.cost is None or estimate.most is None:
-        print("cost:     unknown: the config has no price of this model")
+        print("cost:     unknown: the config has no price for this model")
     else:
-        print(f"cost:     about ${estimate.cost:,.2f}; at most ${estimate.most:,.2f}, with every answer and attempt")
+        print(
+            f"cost:     about ${estimate.cost:,.2f}; at most ${estimate.most:,.2f}, for long answers and all attempts"
+        )
 
 
 def _print(summary: dict[str, Any], out: Path, as_json: bool) -> None:
@@ -181,12 +180,12 @@ def _print(summary: dict[str, Any], out: Path, as_json: bool) -> None:
     for kind, numbers in summary["kinds"].items():
         reasons = ", ".join(f"{name.replace('_', ' ')} {count:,}" for name, count in numbers["rejects"].items())
         print(f"  {kind}: {numbers['accepted']:,} of {numbers['items']:,}" + (f" ({reasons})" if reasons else ""))
-    cost = "unknown: the config has no price of this model" if summary["cost"] is None else f"${summary['cost']:,.4f}"
+    cost = "unknown: the config has no price for this model" if summary["cost"] is None else f"${summary['cost']:,.4f}"
     print(f"asked:    {summary['responses']:,} responses, {summary['repaired']:,} repaired")
     print(f"tokens:   {summary['prompt_tokens']:,} in, {summary['completion_tokens']:,} out; cost {cost}")
     if summary["stopped"]:
         print(f"stopped:  {summary['stopped']}")
     if summary["unfinished"] and not summary["stopped"]:
-        print("unfinished items got no answer, or have attempts left: start again to go on")
+        print("unfinished items got no answer or have attempts left: rerun to resume")
     print(f"data:     {out / 'data.json'}")
     print(f"report:   {summary['report']}")

@@ -1,6 +1,6 @@
-"""Bytes where they lie: a whole file, a slice of a file, or memory.
+"""Read bytes by reference: a whole file, a slice of a file, or memory.
 
-Nothing is kept open between calls, so that references travel to other processes and survive a fork.
+No file stays open between calls, so references can be sent to other processes and survive a fork.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ SIDECARS = {".ds_store", "thumbs.db", "ehthumbs.db", "desktop.ini"}  # in lower 
 
 
 def blob_name(blob: Path | ImageRef) -> str:
-    """What messages call it."""
+    """Return the name for messages."""
     return str(blob) if isinstance(blob, Path) else blob.name
 
 
 def open_blob(blob: Path | ImageRef) -> BinaryIO:
-    """A seekable stream of the blob's own bytes. Raises `DataError` for a file that is missing or cannot be opened."""
+    """Open a seekable stream of the blob's bytes. Raises `DataError` if the file is missing or cannot be opened."""
     if isinstance(blob, Path):
         return open_file(blob, str(blob))
     if blob.data is not None:
@@ -38,7 +38,7 @@ def open_blob(blob: Path | ImageRef) -> BinaryIO:
 
 
 def read_blob(blob: Path | ImageRef) -> bytes:
-    """All of its bytes; of a slice with one pread. Raises `DataError` also when the file ends before the slice does."""
+    """Read all bytes, a slice with one pread. Raises what `open_blob` raises, and `DataError` for a slice cut short."""
     if not isinstance(blob, Path):
         if blob.data is not None:
             return blob.data
@@ -52,7 +52,7 @@ def read_blob(blob: Path | ImageRef) -> bytes:
 
 
 def read_slice(path: Path, offset: int, length: int, name: str) -> bytes:
-    """`length` bytes from `offset` on. Raises `DataError` calling them `name`."""
+    """Read `length` bytes from `offset`; `name` identifies them in a `DataError`."""
     with open_file(path, name) as stream:
         try:
             content = os.pread(stream.fileno(), length, offset)
@@ -67,20 +67,20 @@ def read_slice(path: Path, offset: int, length: int, name: str) -> bytes:
 
 
 def open_file(path: Path, name: str) -> BufferedReader:
-    """A file for reading. Raises `DataError` calling it `name`."""
+    """Open a file for reading; `name` identifies it in a `DataError`."""
     try:
         return path.open("rb")
     except FileNotFoundError:
         raise DataError(f"{name}: no such file; check the path", kind="missing_file") from None
     except IsADirectoryError:
         raise DataError(f"{name}: a folder, not a file") from None
-    except (OSError, ValueError) as error:  # ValueError: a name that no file can have
+    except (OSError, ValueError) as error:  # ValueError: a null byte in the name
         reason = error.strerror if isinstance(error, OSError) else error
         raise DataError(f"{name}: cannot be opened ({reason}); check its name and permissions") from None
 
 
 class _Slice(RawIOBase):
-    """Part of an open file, which it closes with itself; its position is its own."""
+    """A part of an open file, with its own position; closing it closes the file."""
 
     def __init__(self, stream: BinaryIO, offset: int, length: int | None) -> None:
         self.stream, self.offset, self.position = stream, offset, 0
@@ -95,7 +95,7 @@ class _Slice(RawIOBase):
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
         start = {os.SEEK_SET: 0, os.SEEK_CUR: self.position, os.SEEK_END: self.length}[whence]
         if start + offset < 0:
-            raise OSError(22, "Invalid argument")  # as a file does; Pillow expects it of broken images
+            raise OSError(22, "Invalid argument")  # as files do; Pillow relies on it for broken images
         self.position = start + offset
         return self.position
 

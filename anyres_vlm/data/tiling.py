@@ -18,7 +18,7 @@ from PIL import Image
 from torch.nn.functional import interpolate
 
 from anyres_vlm.config import TilingMode
-from anyres_vlm.data.pixels import decode_pixels
+from anyres_vlm.data.images import decode_pixels
 from anyres_vlm.errors import DataError
 from anyres_vlm.geometry import Size, TilePlan
 

@@ -14,7 +14,7 @@ from tempfile import TemporaryFile
 from typing import Any
 
 from anyres_vlm.config import TemplateName
-from anyres_vlm.data.checks import plan_image
+from anyres_vlm.data.headers import plan_image
 from anyres_vlm.data.images import open_image
 from anyres_vlm.data.index.build import Shard
 from anyres_vlm.durable import append, cut_partial_line, replacing, whole_lines

@@ -1,20 +1,28 @@
-"""Academic question-answering sets in their official formats, as conversations with LLaVA-1.5's response formats.
+"""Convert academic question-answering sets and region descriptions to conversations in LLaVA-1.5's formats.
 
-All questions of an image become one conversation. The response format is said once, behind the first question, as in
-LLaVA-1.5's mixture; options differ from question to question, so that multiple choice says it each time.
+All questions about an image become one conversation. The response format is given once, after the first question, as
+in LLaVA-1.5's mixture; in multiple choice, where the options differ, it follows every question.
+A box is written as in LLaVA-1.5, left, top, right, bottom with two decimals, but as fractions of the image's own sides:
+an AnyRes thumbnail shows the whole image, which LLaVA-1.5 padded to a square first.
 Source of the formats: Liu et al., Improved Baselines with Visual Instruction Tuning, 2023, table 7.
 """
 
 from __future__ import annotations
 
+import io
+import json
 import logging
+import pickle
+import random
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from anyres_vlm.data.blobs import read_blob
 from anyres_vlm.errors import DataError
-from anyres_vlm.instruct.json_stream import entry_of, stream_json, stream_members
+from anyres_vlm.geometry import Size
+from anyres_vlm.instruct.annotations import Box, box_in, entry_of, read_descriptions, stream_json, stream_members
 from anyres_vlm.schema import IMAGE_TOKEN
 
 logger = logging.getLogger(__name__)
@@ -22,7 +30,7 @@ logger = logging.getLogger(__name__)
 SHORT = "Answer the question using a single word or phrase."
 LETTER = "Answer with the option's letter from the given choices directly."
 LETTERS = "ABCDEFGHIJ"
-# What TextVQA's annotators answered where there was nothing to read.
+# Answers of TextVQA's annotators to questions about images without readable text.
 NO_ANSWERS = ("", "unanswerable", "unsuitable", "answering does not require reading text in the image")
 COCO_2014 = "COCO_train2014_{:012d}.jpg"
 COCO_2017 = "{:012d}.jpg"
@@ -32,9 +40,9 @@ Pair = tuple[str, str]  # question, answer
 
 
 def read_vqav2(questions: Path, annotations: Path | None, image_name: str | None) -> Iterator[Conversation]:
-    """VQAv2 and, in the same format, OK-VQA. Raises `DataError` for a question without an annotation."""
+    """Read VQAv2 or, in the same format, OK-VQA. Raises `DataError` for a question without an annotation."""
     if annotations is None:
-        raise DataError(f"{questions}: VQAv2's questions have no answers: give its annotations too")
+        raise DataError(f"{questions}: VQAv2's answers are in another file: give it as annotations")
     answers: dict[int, str] = {}
     for entry in stream_json(annotations, "annotations.item"):
         with entry_of(annotations, "annotation", entry):
@@ -54,7 +62,7 @@ def read_vqav2(questions: Path, annotations: Path | None, image_name: str | None
 
 
 def read_gqa(questions: Path) -> Iterator[Conversation]:
-    """GQA's balanced questions: an object of questions by id."""
+    """Read GQA's balanced questions, a JSON object of questions by id."""
     images: dict[str, list[Pair]] = {}
     for number, entry in stream_members(questions):
         with entry_of(questions, f"question {number}", entry):
@@ -63,7 +71,7 @@ def read_gqa(questions: Path) -> Iterator[Conversation]:
 
 
 def read_textvqa(data: Path) -> Iterator[Conversation]:
-    """TextVQA; the answer is the most frequent of ten. Questions that have none are counted and left out."""
+    """Read TextVQA with the most frequent of ten answers. Questions without one are counted and left out."""
     images: dict[str, list[Pair]] = {}
     without = 0
     for entry in stream_json(data, "data.item"):
@@ -80,7 +88,7 @@ def read_textvqa(data: Path) -> Iterator[Conversation]:
 
 
 def read_ocrvqa(data: Path) -> Iterator[Conversation]:
-    """OCR-VQA's training split (1): an object of book covers by id."""
+    """Read OCR-VQA's training split (1), a JSON object of book covers by id."""
     for number, entry in stream_members(data):
         with entry_of(data, f"book {number}", entry):
             if int(entry["split"]) != 1:
@@ -91,7 +99,7 @@ def read_ocrvqa(data: Path) -> Iterator[Conversation]:
 
 
 def read_aokvqa(data: Path, image_name: str | None) -> Iterator[Conversation]:
-    """A-OKVQA's multiple choice; each image comes as often as a question has choices, its answer at another letter."""
+    """Read A-OKVQA's multiple choice, one conversation per image and rotation of the choices, as in LLaVA-1.5."""
     images: dict[str, list[tuple[str, list[str], int]]] = {}
     for entry in stream_json(data, "item"):
         with entry_of(data, "question", entry):
@@ -107,7 +115,7 @@ def read_aokvqa(data: Path, image_name: str | None) -> Iterator[Conversation]:
 
 
 def conversation(name: str, image: str | None, pairs: Iterable[Pair]) -> Conversation:
-    """An entry of LLaVA's JSON."""
+    """Return an entry of LLaVA's JSON."""
     turns: list[dict[str, str]] = []
     for question, answer in pairs:
         opening = f"{IMAGE_TOKEN}\n" if image is not None and not turns else ""
@@ -116,7 +124,7 @@ def conversation(name: str, image: str | None, pairs: Iterable[Pair]) -> Convers
 
 
 def _joined(images: dict[str, list[Pair]], response_format: str) -> Iterator[Conversation]:
-    """One conversation an image; pairs that lack a word are left out."""
+    """Yield one conversation per image; pairs with an empty question or answer are left out."""
     for image, pairs in images.items():
         whole = [(question, answer) for question, answer in pairs if question.strip() and answer.strip()]
         if whole:
@@ -125,7 +133,7 @@ def _joined(images: dict[str, list[Pair]], response_format: str) -> Iterator[Con
 
 
 def _choice(asked: str, choices: list[str], right: int, turn: int) -> Pair:
-    """The question with its choices turned by so many letters."""
+    """Return a question with its choices rotated by `turn` letters, and the letter of the right one."""
     turn %= len(choices)
     order = choices[turn:] + choices[:turn]
     lines = [f"{letter}. {choice}" for letter, choice in zip(LETTERS, order, strict=False)]
@@ -133,6 +141,82 @@ def _choice(asked: str, choices: list[str], right: int, turn: int) -> Pair:
 
 
 def _most_frequent(answers: Iterable[str]) -> str | None:
-    """The first of the most frequent ones; None of none."""
+    """Return the most frequent answer, the first in a tie; None if there is none."""
     counted = Counter(answers).most_common(1)
     return counted[0][0] if counted else None
+
+
+DESCRIBE = "Please provide a short description for this region: {}."
+LOCATE = "Please provide the bounding box coordinate of the region this sentence describes: {}."
+LONGEST = 9  # regions per conversation; LLaVA-1.5 has fewer than ten turns in RefCOCO's
+OF_A_GENOME = 10  # regions drawn per Visual Genome image, as in LLaVA-1.5
+
+Region = tuple[str, Box]
+
+
+def read_refcoco(refs: Path, instances: Path | None, image_name: str | None, seed: int) -> Iterator[Conversation]:
+    """Read the training split of RefCOCO, RefCOCO+ or RefCOCOg: `refs(...).p`, or its JSON, and `instances.json`.
+
+    Raises `DataError` if the files do not belong together.
+    """
+    if instances is None:
+        raise DataError(f"{refs}: RefCOCO's boxes are in another file: give its instances.json as annotations")
+    sizes: dict[int, Size] = {}
+    for entry in stream_json(instances, "images.item"):
+        with entry_of(instances, "image", entry):
+            sizes[int(entry["id"])] = Size(height=int(entry["height"]), width=int(entry["width"]))
+    boxes: dict[int, Box | None] = {}
+    for entry in stream_json(instances, "annotations.item"):
+        with entry_of(instances, "annotation", entry):
+            left, top, width, height = map(float, entry["bbox"])
+            boxes[int(entry["id"])] = box_in(sizes[int(entry["image_id"])], left, top, width, height)
+    images: dict[int, list[Region]] = {}
+    for entry in _read_refs(refs):
+        with entry_of(refs, "reference", entry):
+            if entry["split"] != "train":
+                continue
+            box, image = boxes[int(entry["ann_id"])], int(entry["image_id"])
+            if box is not None:
+                images.setdefault(image, []).extend((str(said["sent"]), box) for said in entry["sentences"])
+    for image, regions in images.items():
+        yield from _both_ways((image_name or COCO_2014).format(image), regions, seed)
+
+
+def read_genome(regions: Path, images: Path | None, seed: int) -> Iterator[Conversation]:
+    """Read Visual Genome's region descriptions, up to ten per image."""
+    for scene in read_descriptions(regions, images):
+        found = [(item.name, item.box) for item in scene.objects]
+        chance = random.Random(f"{seed} {scene.image}")
+        yield from _both_ways(scene.image, chance.sample(found, min(len(found), OF_A_GENOME)), seed)
+
+
+def _both_ways(image: str, regions: Sequence[Region], seed: int) -> Iterator[Conversation]:
+    """Yield conversations about one image in which each region is, at random, described or located."""
+    chance = random.Random(f"{seed} {image} ways")
+    for start in range(0, len(regions), LONGEST):
+        pairs: list[Pair] = []
+        for phrase, box in regions[start : start + LONGEST]:
+            said = phrase.strip().rstrip(".")
+            place = f"[{', '.join(f'{side:.2f}' for side in box)}]"
+            describe = chance.random() < 0.5
+            pairs.append((DESCRIBE.format(place), said) if describe else (LOCATE.format(said), place))
+        yield conversation(f"{PurePosixPath(image).stem}-{start // LONGEST}", image, pairs)
+
+
+def _read_refs(path: Path) -> list[Any]:
+    content = read_blob(path)
+    try:
+        found = json.loads(content) if path.suffix == ".json" else _Plain(io.BytesIO(content), encoding="latin1").load()
+    except (pickle.UnpicklingError, ValueError, EOFError, IndexError, KeyError, AttributeError, TypeError) as error:
+        raise DataError(f"{path}: cannot be read as RefCOCO's references: {error}") from None
+    if not isinstance(found, list):
+        raise DataError(f"{path}: expected a list of references, got {type(found).__name__}")
+    return found
+
+
+class _Plain(pickle.Unpickler):
+    """Reads pickled lists, dictionaries, numbers and strings, and nothing that could run code."""
+
+    def find_class(self, module_name: str, global_name: str, /) -> Any:
+        """Raise `UnpicklingError`: RefCOCO's files contain no classes."""
+        raise pickle.UnpicklingError(f"it names {module_name}.{global_name}, which plain data does not")

@@ -1,7 +1,7 @@
-"""The Batch API: requests written to files, submitted, polled and collected, at half the price and within a day.
+"""Generate through the Batch API: write requests to files, submit, poll and collect them, at half the price.
 
-The raw log says before and after each submission what was sent, and a batch carries its name, a hash of its content, so
-that a run that was killed or cut off in between finds its batch again and pays for it once.
+The raw log records each submission before and after it happens, and a batch carries a name that is a hash of its
+content. A run that was killed or disconnected in between therefore finds its batch again and does not pay twice.
 """
 
 from __future__ import annotations
@@ -21,28 +21,24 @@ import openai
 from openai.types import Batch
 
 from anyres_vlm.errors import DataError, UsageError
-from anyres_vlm.instruct.budget import Budget
-from anyres_vlm.instruct.endpoint import AGAIN, answer_without_key, backoff_s, retry_after, without_key
-from anyres_vlm.instruct.generate import BROKEN_LINE, Progress, Stop
-from anyres_vlm.instruct.job import Item
-from anyres_vlm.instruct.ledger import Ledger
-from anyres_vlm.instruct.raw_log import RawLog
-from anyres_vlm.instruct.settings import Limits
-from anyres_vlm.instruct.verdict import response_entry
+from anyres_vlm.instruct.budget import FAILURES_LIMIT, Budget, Progress, Stop
+from anyres_vlm.instruct.endpoint import RETRIED, answer_without_key, backoff_s, retry_after, without_key
+from anyres_vlm.instruct.job import Item, Limits
+from anyres_vlm.instruct.log import Ledger, RawLog, response_entry
 
 logger = logging.getLogger(__name__)
 
-MOST_REQUESTS = 50_000  # of one file, as OpenAI limits it
-MOST_BYTES = 190_000_000  # of its 200 MB
+MOST_REQUESTS = 50_000  # per file, OpenAI's limit
+MOST_BYTES = 190_000_000  # per file; OpenAI's limit is 200 MB
 ENDED = ("completed", "failed", "expired", "cancelled")
-LOOK_S = 0.5  # between looks for a signal
-SHARE = 1000  # lines of a result that one fsync brings to the disk
+SIGNAL_POLL_S = 0.5  # longest delay of a signal
+SHARE = 1000  # lines of a result per fsync
 CUSTOM_ID = re.compile(rb'"custom_id": *"([0-9a-f]{64})-([1-9]\d*)"')
 
 
 @dataclass
 class BatchGeneration:
-    """One run: rounds of batches until every item is settled."""
+    """One run: submits rounds of batches until every item is settled."""
 
     ledger: Ledger
     log: RawLog
@@ -50,12 +46,12 @@ class BatchGeneration:
     client: openai.AsyncOpenAI
     limits: Limits
     attempts: int
-    folder: Path  # of the files that are submitted
+    folder: Path  # of the submitted files
     progress: Progress
     stop: Stop = field(default_factory=Stop)
 
     async def run(self, items: Sequence[Item]) -> Stop:
-        """Settle the items. Raises `OSError` where the log cannot be written."""
+        """Settle the items. Raises `OSError` if the log cannot be written."""
         self.stop.on_signals()
         by_key = {item.key: item for item in items}
         try:
@@ -66,13 +62,13 @@ class BatchGeneration:
                     return self.stop
         except openai.APIError as error:
             message = f"the endpoint's Batch API: {without_key(error.message, self.client)}"
-            self.stop(message, DataError(f"{message}; start again to go on"))
+            self.stop(message, DataError(f"{message}; rerun to resume"))
         except (UsageError, DataError) as error:
             self.stop(str(error), error)
         return self.stop
 
     async def _round(self, items: dict[str, Item]) -> None:
-        """One more attempt for every item that is not settled and can be paid."""
+        """Make one more attempt for every open item that fits into the budget."""
         waiting = [item for item in items.values() if not self.ledger.settled(item.key, self.attempts)]
         self.progress(len(items) - len(waiting), len(items), self.ledger)
         payable = []
@@ -91,11 +87,11 @@ class BatchGeneration:
             await self.budget.release(item)
         if payable and self.stop.reason is None and self.ledger.responses == before:
             raise DataError(
-                f"none of {len(payable)} requests of a batch was answered: look at the endpoint's own report"
+                f"none of the {len(payable)} requests of a batch was answered: see the endpoint's own report"
             )
 
     def _files(self, items: Sequence[Item]) -> Iterator[bytes]:
-        """The requests as files that the API takes."""
+        """Yield the requests as files within the API's limits."""
         lines: list[bytes] = []
         size = 0
         for item in items:
@@ -110,7 +106,7 @@ class BatchGeneration:
             yield b"".join(lines)
 
     async def _submit(self, content: bytes) -> None:
-        # A file of the same requests as one that failed is another batch.
+        # The count makes a second submission of the same requests, after a failed one, another batch.
         name = sha256(content + str(len(self.ledger.batches)).encode()).hexdigest()[:24]
         self.folder.mkdir(exist_ok=True)
         path = self.folder / f"{name}.jsonl"
@@ -122,9 +118,9 @@ class BatchGeneration:
             await self._note(name, "submitted", number)
 
     async def _create(self, name: str, file: str) -> str | None:
-        """The batch's id; None where a signal came first.
+        """Create the batch and return its id; None if a signal came first.
 
-        Where the answer is lost, the batch is looked for before it is made again: made twice, it would run twice.
+        If the answer is lost, look for the batch before creating it again, so that it never runs twice.
         """
         once, chance = self.client.with_options(max_retries=0), random.Random(name)
         for retry in range(self.limits.retries + 1):
@@ -151,7 +147,7 @@ class BatchGeneration:
         return None
 
     async def _collect_all(self, items: dict[str, Item]) -> None:
-        """Wait for every batch that was submitted, also by a run before this one, and log what it brought."""
+        """Wait for every submitted batch, those of earlier runs included, and log its responses."""
         for name, entry in list(self.ledger.batches.items()):
             if entry["state"] == "collected":
                 continue
@@ -168,19 +164,19 @@ class BatchGeneration:
             self.progress(sum(self.ledger.settled(key, self.attempts) for key in items), len(items), self.ledger)
 
     async def _find(self, name: str) -> str | None:
-        """The batch of a submission that was cut off; None where it never arrived."""
+        """Return the id of a batch by its name; None if the submission never arrived."""
         async for batch in self.client.batches.list(limit=100):
             if batch.metadata is not None and batch.metadata.get("anyres") == name:
                 return batch.id
         return None
 
     async def _find_later(self, name: str) -> str | None:
-        """The same a while later, as what was submitted a moment ago may not be listed yet."""
+        """Look again after a while, as a new batch may not be listed yet."""
         await self._pause(self.limits.poll_s)
         return None if self.stop.reason is not None else await self._find(name)
 
     async def _wait(self, number: str) -> Batch | None:
-        """The batch when it has ended; None where a signal came first. An endpoint may be down for a while."""
+        """Return the batch once it has ended; None if a signal came first. Temporary failures are tolerated."""
         failed = 0
         while self.stop.reason is None:
             try:
@@ -190,23 +186,25 @@ class BatchGeneration:
                     return batch
             except (openai.APIConnectionError, openai.APIStatusError) as error:
                 failed += 1
-                if failed == BROKEN_LINE or not _passes(error):
+                if failed == FAILURES_LIMIT or not _passes(error):
                     raise
             await self._pause(self.limits.poll_s)
         return None
 
     async def _pause(self, wait_s: float) -> None:
-        """Wait, or until a signal comes."""
+        """Wait, but no longer than until a signal."""
         end = asyncio.get_running_loop().time() + wait_s
         while self.stop.reason is None and (left_s := end - asyncio.get_running_loop().time()) > 0:
-            await asyncio.sleep(min(LOOK_S, left_s))
+            await asyncio.sleep(min(SIGNAL_POLL_S, left_s))
 
     async def _collect(self, name: str, batch: Batch, items: dict[str, Item]) -> None:
         for file in (batch.output_file_id, batch.error_file_id):
             if file is None:
                 continue
             content = await self.client.files.content(file)
-            lines = content.content.splitlines()  # of bytes: only the ends of lines, no character that JSON may hold
+            lines = (
+                content.content.splitlines()
+            )  # bytes: `str.splitlines` also splits at characters that JSON strings may hold
             for start in range(0, len(lines), SHARE):
                 entries: dict[tuple[str, int], dict[str, Any]] = {}
                 for line in lines[start : start + SHARE]:
@@ -217,9 +215,9 @@ class BatchGeneration:
                     self.ledger.add(entry, items[entry["key"]], offset)
 
     def _entry(self, name: str, line: bytes, items: dict[str, Item]) -> dict[str, Any] | None:
-        """A line of a result as a response; None where it brings none, or one that is logged already.
+        """Return the log entry for a line of a result; None if it has no response or one that is already logged.
 
-        A line that cannot be read, and was paid for, is kept as it is.
+        A line that cannot be parsed was paid for and is logged unchanged.
         """
         try:
             result = json.loads(line)
@@ -228,12 +226,14 @@ class BatchGeneration:
             status, body = response.get("status_code"), json.dumps(response.get("body"))
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             if (found := CUSTOM_ID.search(line)) is None:
-                logger.warning("batch %s: a line of its result is none of the API's: %r", name, line[:100])
+                logger.warning("batch %s: skipped a line of its result that is not the API's: %r", name, line[:100])
                 return None
             key, number, status, body = found[1].decode(), int(found[2]), 200, line.decode(errors="replace")
         if key not in items:
-            raise UsageError(f"batch {name} has items that this run has not: give the counts of the run that made it")
-        if status is None or status >= 500 or status in AGAIN or number in self.ledger.made(key):
+            raise UsageError(
+                f"batch {name} has items that this run lacks: give the counts of the run that submitted it"
+            )
+        if status is None or status >= 500 or status in RETRIED or number in self.ledger.made(key):
             return None
         return response_entry(items[key], number, status, answer_without_key(body, self.client), batch=name)
 
@@ -243,7 +243,7 @@ class BatchGeneration:
 
 
 def _passes(error: openai.APIError) -> bool:
-    """Whether the same request may go through later."""
+    """Return whether the same request may succeed later."""
     if not isinstance(error, openai.APIStatusError):
         return True
-    return error.code != "insufficient_quota" and (error.status_code >= 500 or error.status_code in AGAIN)
+    return error.code != "insufficient_quota" and (error.status_code >= 500 or error.status_code in RETRIED)

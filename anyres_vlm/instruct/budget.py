@@ -1,31 +1,48 @@
-"""What may be spent: a request is made only if its dearest answer still fits."""
+"""What ends a run before its items do: its budget, a signal, or an endpoint that does not work."""
 
 from __future__ import annotations
 
 import asyncio
+import signal
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from anyres_vlm.errors import UsageError
 from anyres_vlm.instruct.job import Item, Job, estimate_tokens
+from anyres_vlm.instruct.log import Ledger, Spent
+
+FAILURES_LIMIT = 25  # requests in a row without an answer, or with an HTTP error, until the run ends
+
+
+Progress = Callable[[int, int, Ledger], None]  # settled items, all items, the ledger so far
 
 
 @dataclass
-class Spent:
-    """What an output folder's responses cost so far, by the endpoint's own count of tokens."""
+class Stop:
+    """The reason why a run ends early; the first one counts."""
 
-    prompt_tokens: int = 0
-    completion_tokens: int = 0
-    cost: float = 0.0  # US dollars; 0 without a price
+    reason: str | None = None
+    error: Exception | None = None
+    asked: bool = False  # the reason is a signal
+    then: Callable[[], None] = lambda: None  # called once, with the first reason
 
-    @property
-    def tokens(self) -> int:
-        """Of prompts and answers."""
-        return self.prompt_tokens + self.completion_tokens
+    def __call__(self, reason: str, error: Exception | None = None, asked: bool = False) -> None:
+        if self.reason is None:
+            self.reason, self.error, self.asked = reason, error, asked
+            self.then()
+
+    def on_signals(self) -> None:
+        """End the run on SIGINT and SIGTERM, after the requests in flight have been answered and logged."""
+        for number in (signal.SIGINT, signal.SIGTERM):
+            asyncio.get_running_loop().add_signal_handler(number, self, f"{number.name} received", None, True)
 
 
 @dataclass
 class Budget:
-    """Limits on the whole of an output folder, runs before this one included. None is no limit."""
+    """Limits for an output folder, earlier runs included. None is no limit.
+
+    A request is sent only if its most expensive answer still fits.
+    """
 
     job: Job
     spent: Spent
@@ -43,7 +60,7 @@ class Budget:
             )
 
     async def reserve(self, item: Item) -> bool:
-        """Set aside an item's dearest answer, waiting for others to turn out cheaper; False where it will never fit."""
+        """Reserve the highest cost of an item, waiting for other requests to finish; False if it can never fit."""
         async with self._freed:
             while not self.reserve_now(item, batched=False):
                 if not self._reserved:
@@ -52,7 +69,7 @@ class Budget:
             return True
 
     def reserve_now(self, item: Item, batched: bool) -> bool:
-        """The same without waiting."""
+        """Reserve without waiting; False if it does not fit now."""
         cost, tokens = dearest(item, batched)
         total_cost = cost + self.spent.cost + self._reserved_cost
         total_tokens = tokens + self.spent.tokens + self._reserved_tokens
@@ -66,7 +83,7 @@ class Budget:
         return True
 
     async def release(self, item: Item) -> None:
-        """The item's answer is among what was spent, or there was none."""
+        """Release an item's reservation, after its answer was counted as spent or failed to arrive."""
         async with self._freed:
             cost, tokens = self._reserved.pop(item.key)
             self._reserved_cost = self._reserved_cost - cost if self._reserved else 0.0
@@ -75,24 +92,24 @@ class Budget:
 
 
 def dearest(item: Item, batched: bool) -> tuple[float, int]:
-    """The most that one response to an item can cost, in US dollars and in tokens."""
+    """Return the highest cost of one response to an item, in US dollars and in tokens."""
     prompt, answer, price = item.most_prompt_tokens, item.job.longest_answer, item.job.price
     return (0.0 if price is None else price.cost(prompt, answer, batched)), prompt + answer
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """What a job will cost, if one response an item is good."""
+    """Expected cost of a job whose items all succeed at the first attempt."""
 
     requests: int
     prompt_tokens: int
-    completion_tokens: int  # as long as the prompts' examples
+    completion_tokens: int  # for answers as long as the prompts' examples
     cost: float | None
-    most: float | None  # every answer as long as it may be, every attempt used
+    most: float | None  # for answers of the highest length, and all attempts
 
 
 def estimate(items: list[Item], batched: bool) -> Estimate:
-    """Price a job without a request."""
+    """Estimate the cost of a job without sending a request."""
     prompt = answer = 0
     most = 0.0
     examples = {}

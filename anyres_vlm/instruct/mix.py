@@ -1,11 +1,11 @@
-"""Several sets of conversations as one mixture for training, in the volumes of the published ones."""
+"""Join several sets of conversations into one mixture for training, in the volumes of the published mixtures."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, NamedTuple
 
 import yaml
 from pydantic import Field, field_validator
@@ -18,22 +18,22 @@ from anyres_vlm.instruct.academic import (
     Conversation,
     conversation,
     read_aokvqa,
+    read_genome,
     read_gqa,
     read_ocrvqa,
+    read_refcoco,
     read_textvqa,
     read_vqav2,
 )
-from anyres_vlm.instruct.json_stream import entry_of, stream_records
-from anyres_vlm.instruct.prompts import KINDS
-from anyres_vlm.instruct.regions import read_genome, read_refcoco
-from anyres_vlm.instruct.sources import SOURCES
+from anyres_vlm.instruct.annotations import entry_of, stream_records
+from anyres_vlm.instruct.job import KINDS
 from anyres_vlm.schema import IMAGE_TOKEN
 
 SetName = Literal["generated", "vqav2", "okvqa", "gqa", "textvqa", "ocrvqa", "aokvqa", "refcoco", "genome", "chat"]
 Preset = Literal["80k", "158k", "665k"]
 LLAVA_158K = {"conversation": 58_000, "detail": 23_000, "reasoning": 77_000}
-# Conversations of each set. 665k is LLaVA-1.5's mixture, with TextVQA's questions where that has TextCaps' captions of
-# the same images.
+# Number of conversations in each set. 665k is LLaVA-1.5's mixture, but with TextVQA's questions instead of TextCaps'
+# captions of the same images.
 PRESETS: Mapping[Preset, Mapping[str, int]] = {
     "80k": {"conversation": 40_000, "detail": 20_000, "reasoning": 20_000},
     "158k": LLAVA_158K,
@@ -46,13 +46,13 @@ SPOKEN = {"human": "human", "user": "human", "gpt": "gpt", "assistant": "gpt", "
 
 
 class SetFiles(Frozen):
-    """Where a set lies. `annotations` are VQAv2's answers or RefCOCO's boxes; `image_name` takes an image's number."""
+    """Files of a set. `annotations` are VQAv2's answers or RefCOCO's boxes."""
 
-    data: Path  # its official file
-    annotations: Path | None = None  # what the set keeps apart from it
-    images: Path | None = None  # folder
-    image_name: str | None = None  # of an image's number, such as {:012}.jpg
-    volume: Positive | None = None  # conversations drawn of it, in place of the preset's; of generated ones a kind's
+    data: Path  # the set's official file
+    annotations: Path | None = None  # the set's second file, if it has one
+    images: Path | None = None  # image folder
+    image_name: str | None = None  # file name for an image's number, such as {:012}.jpg
+    volume: Positive | None = None  # conversations to draw, instead of the preset's number; per kind if generated
 
     @field_validator("image_name")
     @classmethod
@@ -64,18 +64,18 @@ class SetFiles(Frozen):
 
 
 class MixConfig(Frozen):
-    """The file of `anyres instruct mix`. Paths are seen from its folder. Without a preset, everything is taken."""
+    """Configuration of `anyres instruct mix`. Paths are relative to its file. Without a preset, all data is taken."""
 
     sources: Annotated[dict[SetName, SetFiles], Field(min_length=1)]  # by name
-    preset: Preset | None = None  # volumes of each set
-    seed: Annotated[int, Field(ge=0)] = 0  # of what is drawn
+    preset: Preset | None = None  # number of conversations per set
+    seed: Annotated[int, Field(ge=0)] = 0  # of the random draw
 
 
 def mix(config: Path, out: Path, preset: str | None) -> dict[str, tuple[int, int | None]]:
-    """Write each set as LLaVA JSON, the mixture over them and the list of licences. Returns (found, drawn) of each.
+    """Write each set as LLaVA JSON, the mixture of them and the list of licences. Returns (found, drawn) for each.
 
-    `drawn` is None where a set is smaller than its volume and taken whole. Raises `UsageError` for a set that the
-    preset has not, and `DataError` for a broken one.
+    `drawn` is None for a set that is taken whole. Raises `UsageError` for a set that the preset lacks, and `DataError`
+    for a broken one.
     """
     content = read_mapping(config)
     chosen = validated(MixConfig, content if preset is None else content | {"preset": preset}, config)
@@ -86,7 +86,7 @@ def mix(config: Path, out: Path, preset: str | None) -> dict[str, tuple[int, int
     for name, given in chosen.sources.items():
         names = KINDS if name == "generated" else (name,)
         if volumes and not set(names) & set(volumes):
-            raise UsageError(f"config {config}: preset {chosen.preset} has no {name}: leave it out, or take 665k")
+            raise UsageError(f"config {config}: preset {chosen.preset} has no {name}: remove it, or use 665k")
         files = _resolved(given, config.absolute().parent)
         for part, found in _write(name, files, out, chosen.seed).items():
             volume = given.volume or volumes.get(part)
@@ -101,14 +101,14 @@ def mix(config: Path, out: Path, preset: str | None) -> dict[str, tuple[int, int
 
 
 def _write(name: SetName, files: SetFiles, out: Path, seed: int) -> dict[str, int]:
-    """The set as one LLaVA JSON, or one a kind. Returns how many conversations each has."""
+    """Write a set as one LLaVA JSON, or one per kind. Returns the number of conversations in each."""
     if name == "generated":
         each = {kind: _write_json(_of_kind(files.data, kind), out / f"{kind}.json") for kind in KINDS}
         written: dict[str, int] = {kind: count for kind, count in each.items() if count}
     else:
         written = {name: _write_json(_read(name, files, seed), out / f"{name}.json")}
     if not all(written.values()) or not written:
-        raise DataError(f"{files.data}: no conversations for {name}; is it this set's file, and its training split?")
+        raise DataError(f"{files.data}: no conversations for {name}; expected the training split of this set")
     return written
 
 
@@ -133,7 +133,7 @@ def _read(name: SetName, files: SetFiles, seed: int) -> Iterable[Conversation]:
 
 
 def read_chat(data: Path) -> Iterator[Conversation]:
-    """Text-only chat as ShareGPT has it: cut where the roles stop alternating, begun with the first question."""
+    """Read text-only chat in ShareGPT's format, from the first question on until the roles stop alternating."""
     for number, entry in enumerate(stream_records(data), start=1):
         with entry_of(data, "conversation", entry):
             said = [(SPOKEN.get(str(turn["from"])), str(turn["value"]).strip()) for turn in entry["conversations"]]
@@ -157,7 +157,7 @@ def _of_kind(data: Path, kind: str) -> Iterator[Conversation]:
 
 
 def _write_json(conversations: Iterable[Conversation], path: Path) -> int:
-    """A list with an element a line. Returns how many."""
+    """Write a JSON list with one element per line. Returns their number."""
     count = 0
     with replacing(path) as stream:
         for entry in conversations:
@@ -174,7 +174,7 @@ def _resolved(files: SetFiles, folder: Path) -> SetFiles:
 
 
 def _licences(counts: Mapping[str, tuple[int, int | None]], missing: Mapping[str, int], preset: Preset | None) -> str:
-    """The sets, whence they are and what allows their use, as Markdown."""
+    """Return a Markdown table of the sets with their sources and licences."""
     total = sum(drawn or found for found, drawn in counts.values())
     lines = [f"# Sources: {total:,} conversations" + (f" of preset {preset}" if preset else ""), ""]
     lines += ["| set | conversations | found | source | licence |", "|---|---:|---:|---|---|"]
@@ -188,3 +188,30 @@ def _licences(counts: Mapping[str, tuple[int, int | None]], missing: Mapping[str
         "Images have licences of their own: COCO's are Flickr users', under terms that differ from image to image.",
     ]
     return "\n".join(lines) + "\n"
+
+
+class Source(NamedTuple):
+    """Source and licence of a set, as its authors state them; read their terms before publishing a model."""
+
+    url: str
+    licence: str
+
+
+GENERATED = Source(
+    "generated by `anyres instruct generate`",
+    "COCO annotations CC BY 4.0; the terms of the endpoint's provider apply to its model's output",
+)
+SOURCES = {
+    "conversation": GENERATED,
+    "detail": GENERATED,
+    "reasoning": GENERATED,
+    "vqav2": Source("https://visualqa.org", "annotations CC BY 4.0"),
+    "okvqa": Source("https://okvqa.allenai.org", "annotations CC BY 4.0"),
+    "gqa": Source("https://cs.stanford.edu/people/dorarad/gqa", "CC BY 4.0"),
+    "textvqa": Source("https://textvqa.org", "CC BY 4.0"),
+    "ocrvqa": Source("https://ocr-vqa.github.io", "research use; book covers belong to their publishers"),
+    "aokvqa": Source("https://github.com/allenai/aokvqa", "MIT, according to its repository"),
+    "refcoco": Source("https://github.com/lichengunc/refer", "none stated for the expressions: ask the authors"),
+    "genome": Source("https://homes.cs.washington.edu/~ranjay/visualgenome", "CC BY 4.0"),
+    "chat": Source("as given", "see its source; ShareGPT conversations were published by their users without one"),
+}

@@ -9,7 +9,7 @@ from io import BytesIO
 from itertools import zip_longest
 
 from anyres_vlm.data.blobs import blob_name
-from anyres_vlm.data.checks import plan_image
+from anyres_vlm.data.headers import plan_image
 from anyres_vlm.data.images import open_image
 from anyres_vlm.errors import DataError
 from anyres_vlm.geometry import Size, Tiling

@@ -24,8 +24,7 @@ from anyres_vlm.errors import DataError, UsageError
 from anyres_vlm.evaluate.answers import Answered, read_answers
 from anyres_vlm.evaluate.benchmarks import make_benchmark
 from anyres_vlm.evaluate.benchmarks.base import Benchmark
-from anyres_vlm.instruct.coco import read_coco
-from anyres_vlm.instruct.descriptions import read_descriptions
+from anyres_vlm.instruct.annotations import read_coco, read_descriptions
 from anyres_vlm.schema import Record
 
 RECORD = {

@@ -15,10 +15,8 @@ from hypothesis import strategies as st
 from PIL import Image, ImageOps
 from target import Target
 
-from anyres_vlm.data.checks import plan_image
-from anyres_vlm.data.headers import read_size
+from anyres_vlm.data.headers import ordinary_jpeg_size, plan_image, read_size
 from anyres_vlm.data.images import open_image
-from anyres_vlm.data.jpeg import ordinary_jpeg_size
 from anyres_vlm.data.tiling import cut_tiles, tile_image
 from anyres_vlm.errors import DataError, UsageError
 from anyres_vlm.geometry import Size, Tiling

@@ -24,9 +24,8 @@ from target import explore
 from watch import watched
 
 from anyres_vlm.config import TilingMode
-from anyres_vlm.data.checks import plan_image
-from anyres_vlm.data.headers import read_size
-from anyres_vlm.data.images import JPEG_PIXELS_LIMIT, PIXELS_LIMIT, decode_image, open_image
+from anyres_vlm.data.headers import JPEG_PIXELS_LIMIT, PIXELS_LIMIT, plan_image, read_size
+from anyres_vlm.data.images import decode_image, open_image
 from anyres_vlm.data.tiling import cut_tiles, tile_image
 from anyres_vlm.schema import ImageRef
 
@@ -66,9 +65,11 @@ def test_long_thin_pictures(tmp_path: Path) -> None:
     for width, height in ((1, 30_000), (65_500, 1), (65_500, 70), (30, 30_000)):
         data = encoded(photo("RGB", width, height), "PNG")
         image = ImageRef("long", data=data)
+        possible = max(width, height) <= 1000 * min(width, height)
         with watched(tmp_path):
-            assert (read_size(image).width, read_size(image).height) == (width, height)
-            assert check_picture(data, tmp_path) == (max(width, height) <= 1000 * min(width, height))
+            assert check_picture(data, tmp_path) == possible
+            if possible:
+                assert (read_size(image).width, read_size(image).height) == (width, height)
 
 
 @pytest.mark.slow

@@ -28,7 +28,8 @@ from PIL import Image
 
 from anyres_vlm.cli.main import main
 from anyres_vlm.data.sources import read_records
-from anyres_vlm.instruct import progress
+from anyres_vlm.instruct import generate
+from anyres_vlm.instruct.log import Ledger
 
 KEY = "sk-test-0123456789-secret"
 EVERY_FAULT = "slow,429,500,drop,drop_body,cut_json,nonsense,refusal,refusal_field,length"
@@ -160,7 +161,7 @@ def test_a_429_holds_every_request_back_for_as_long_as_it_says(tmp_path: Path, s
 def test_progress_says_time_left_and_cost(
     tmp_path: Path, serve: Callable[..., str], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(progress, "LINE_EVERY_S", 0.2)
+    monkeypatch.setattr(generate, "LINE_EVERY_S", 0.2)
     write_scenes(tmp_path, 30)
     assert main(arguments(tmp_path, serve("--delay", 0.1), "detail=30", "--concurrency", 3)) == 0
     lines = re.findall(r"generating (\d+)/30  (\d+) s left  [\d,]+ tokens  \$0\.0\d", capfd.readouterr().err)
@@ -168,6 +169,14 @@ def test_progress_says_time_left_and_cost(
     settled, left_s = zip(*((int(done), int(left)) for done, left in lines), strict=True)
     assert list(settled) == sorted(settled)
     assert all(left <= 30 for left in left_s)
+
+
+def test_the_first_progress_may_come_late(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A raw log of many responses takes long to read."""
+    monkeypatch.setattr(generate, "LINE_EVERY_S", 0.01)
+    with generate.show_progress() as progress:
+        time.sleep(0.02)
+        progress(5, 10, Ledger())
 
 
 def test_concurrency_is_bounded(tmp_path: Path, serve: Callable[..., str]) -> None:

@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 from transformers import LlavaNextImageProcessor, LlavaNextImageProcessorPil
 
-from anyres_vlm.data.pixels import decode_pixels
+from anyres_vlm.data.images import decode_pixels
 from anyres_vlm.data.tiling import cut_tiles, tile_image
 from anyres_vlm.errors import DataError
 from anyres_vlm.geometry import Grid, Size, TilePlan, Tiling, plan_tiles

@@ -10,17 +10,18 @@ from functools import cached_property
 from operator import itemgetter
 from typing import Any, NamedTuple
 
+import numpy as np
 import pyarrow as pa
 
-from anyres_vlm.data.checks import check_sample, plan_image
 from anyres_vlm.data.conversation import ConversationTokenizer, Ids
+from anyres_vlm.data.headers import plan_image
 from anyres_vlm.data.index.table import COUNTS, FORMAT, OK, SCHEMA
 from anyres_vlm.data.sources.mixture import MixtureSource
 from anyres_vlm.data.sources.paths import follow_links
 from anyres_vlm.data.sources.record import Source
 from anyres_vlm.errors import DataError, RejectKind
 from anyres_vlm.geometry import TilePlan, Tiling
-from anyres_vlm.schema import IMAGE_TOKEN, Record, Sample, Turn
+from anyres_vlm.schema import IGNORE_INDEX, IMAGE_TOKEN, Record, Sample, Turn, token_repeats
 
 BATCH = 512  # conversations tokenised at once
 BATCH_CHARACTERS = 1 << 20  # and fewer where they are long: until it is a row, a token takes up to 270 bytes
@@ -141,6 +142,23 @@ def _row(planned: _Planned, encoded: tuple[Ids, Ids] | DataError, settings: Inde
     length = sample.length
     counts = (sample.num_tiles, visual, newline, length - visual - newline, length, sample.num_supervised)
     return (record.id, *place, heights, widths, *counts, status, reason, None)
+
+
+def check_sample(sample: Sample, max_length: int, image_token_id: int) -> None:
+    """Raise `DataError` for a sample without supervised tokens or, with what a truncation would cut, a too long one."""
+    if sample.length > max_length:
+        is_image = sample.input_ids == image_token_id
+        spans = token_repeats(sample.input_ids, sample.plans, image_token_id)
+        beyond = np.clip(np.cumsum(spans) - max_length, 0, spans)
+        supervised = np.count_nonzero((beyond > 0) & (sample.labels != IGNORE_INDEX))
+        raise DataError(
+            f"record {sample.id}: {sample.length:,} tokens exceed max_length={max_length:,}: a truncation would cut "
+            f"{beyond.sum():,} of them, {beyond[is_image].sum():,} visual and {supervised:,} supervised: "
+            "raise it or lower --grid",
+            kind="too_long",
+        )
+    if sample.num_supervised == 0:
+        raise DataError(f"record {sample.id}: no supervised token", kind="unsupervised")
 
 
 def _reject(name: str, place: Place, error: DataError, kind: RejectKind, image: str | None = None) -> Row:

@@ -11,8 +11,10 @@ import numpy as np
 import pytest
 from PIL import ExifTags, Image, ImageOps
 
-from anyres_vlm.data.images import BYTES_LIMIT, PIXELS_LIMIT, decode_image, open_image
+from anyres_vlm.data.headers import BYTES_LIMIT, PIXELS_LIMIT
+from anyres_vlm.data.images import decode_image, decode_pixels, open_image
 from anyres_vlm.errors import DataError
+from anyres_vlm.geometry import Size
 
 RANDOM = np.random.default_rng(0)
 GREY = RANDOM.integers(0, 256, (20, 30), dtype=np.uint8)
@@ -104,7 +106,7 @@ def test_the_first_frame_counts() -> None:
 def huge_png(width: int, height: int) -> bytes:
     """A header and the start of the pixels."""
     header = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    pixels = struct.pack(">I4s", 2**20, b"IDAT")
+    pixels = struct.pack(">I4sI", 0, b"IDAT", zlib.crc32(b"IDAT"))
     return b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + header + struct.pack(">I", zlib.crc32(header)) + pixels
 
 
@@ -114,12 +116,12 @@ GOOD = encoded(Image.fromarray(COLOUR).resize((200, 100)), "JPEG")
 @pytest.mark.parametrize(
     ("data", "words"),
     [
-        (b"", "not an image in one of the formats JPEG, PNG"),
-        (b"no image", "not an image in one of the formats JPEG, PNG"),
-        (GOOD[: len(GOOD) // 2], r"broken image \(.*truncated.*\): replace or remove it"),
-        (encoded(Image.fromarray(COLOUR))[:-200], r"broken image \("),
-        (huge_png(16000, 10001), rf"16000x10001 is too large to decode, at most {PIXELS_LIMIT} pixels"),
-        (huge_png(100000, 100000), "too large to decode"),
+        (b"", "the file is empty; fetch it again or remove it"),
+        (b"no image", "not an image; expected JPEG, PNG, WebP, GIF, BMP or TIFF"),
+        (GOOD[: len(GOOD) // 2], r"broken image \(.*truncated.*\); fetch it again or remove it"),
+        (encoded(Image.fromarray(COLOUR))[:-200], "broken image; fetch it again or remove it"),
+        (huge_png(16000, 10001), rf"16000x10001 pixels; expected .* at most {PIXELS_LIMIT:,} pixels"),
+        (huge_png(100000, 100000), "100000x100000 pixels; expected sides up to 65,500"),
         (encoded(Image.fromarray(GREY.astype(np.int32)), "TIFF"), r"32-bit grey \(I\) has no defined white"),
         (encoded(Image.fromarray(GREY.astype(np.float32)), "TIFF"), r"32-bit grey \(F\) has no defined white"),
     ],
@@ -144,3 +146,84 @@ def test_files(tmp_path: Path) -> None:
         open_image(big)
     (tmp_path / "a.jpg").write_bytes(GOOD)
     assert open_image(tmp_path / "a.jpg").size == (200, 100)
+
+
+# Pixels as the tiles need them: OpenCV against Pillow, and decoding at half the size.
+
+NOISE = np.random.default_rng(3).integers(0, 256, (61, 83, 3), dtype=np.uint8)
+SOFT = Image.fromarray(NOISE[:8, :8]).resize((640, 480), Image.Resampling.BICUBIC)
+
+
+def jpeg(image: Image.Image, turn: int = 1, **options: object) -> bytes:
+    stream, exif = BytesIO(), Image.Exif()
+    exif[ExifTags.Base.Orientation] = turn
+    image.save(stream, "JPEG", exif=exif, **options)
+    return stream.getvalue()
+
+
+@pytest.mark.parametrize("subsampling", ["4:4:4", "4:2:2", "4:2:0"])
+@pytest.mark.parametrize("progressive", [False, True])
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+def test_every_kind_of_jpeg(subsampling: str, progressive: bool, mode: str) -> None:
+    options = {} if mode == "CMYK" else {"subsampling": subsampling}
+    data = jpeg(Image.fromarray(NOISE).convert(mode), progressive=progressive, quality=90, **options)
+    pixels, size = decode_pixels(data, "a")
+    assert np.array_equal(pixels, np.asarray(decode_image(data, "a")))
+    assert size == Size(height=61, width=83)
+
+
+def test_rgb_inside_and_bytes_behind_the_end() -> None:
+    data = jpeg(Image.fromarray(NOISE), keep_rgb=True, quality=95)
+    for changed in (data, data + b"trailer", data + b"\0\0"):
+        assert np.array_equal(decode_pixels(changed, "a")[0], np.asarray(decode_image(data, "a")))
+
+
+@pytest.mark.parametrize("turn", range(1, 9))
+@pytest.mark.parametrize("fineness", [1.0, 5.0])
+def test_orientation(turn: int, fineness: float) -> None:
+    data = jpeg(SOFT, turn)
+    whole = np.asarray(decode_image(data, "a"))
+    pixels, size = decode_pixels(data, "a", fineness)
+    assert (size.height, size.width) == whole.shape[:2]
+    if fineness == 1:
+        assert np.array_equal(pixels, whole)
+    else:
+        assert pixels.shape == (size.height // 2, size.width // 2, 3)
+        halved = whole.reshape(size.height // 2, 2, size.width // 2, 2, 3).mean((1, 3))
+        assert np.abs(pixels - halved).mean() < 1
+
+
+@pytest.mark.parametrize(
+    ("image", "turn", "fineness", "halved"),
+    [
+        (SOFT, 1, 2.7, False),
+        (SOFT, 1, 2.9, True),
+        (Image.fromarray(NOISE), 1, 4.7, False),
+        (Image.fromarray(NOISE), 1, 4.9, True),
+        (Image.fromarray(NOISE), 6, 4.9, False),  # odd sides: the half pixel would lie at the start
+        (SOFT.convert("L"), 6, 4.9, True),
+        (SOFT.convert("CMYK"), 1, 4.9, False),
+    ],
+)
+def test_half_the_size_where_it_is_enough(image: Image.Image, turn: int, fineness: float, halved: bool) -> None:
+    pixels, size = decode_pixels(jpeg(image, turn, quality=90), "a", fineness)
+    factor = 2 if halved else 1
+    assert pixels.shape == (-(-size.height // factor), -(-size.width // factor), 3)
+
+
+@pytest.mark.parametrize("kept", [0.3, 0.9, 0.99])
+def test_a_truncated_file_is_refused(kept: float) -> None:
+    data = jpeg(SOFT)
+    for fineness in (1.0, 5.0):
+        with pytest.raises(DataError, match=r"^b\.jpg: broken image \(.*truncated"):
+            decode_pixels(data[: int(kept * len(data))], "b.jpg", fineness)
+
+
+def test_a_luminance_table_of_any_number() -> None:
+    """A JPEG may call its only quantisation table 1."""
+    data = jpeg(SOFT.convert("L"))
+    renumbered = bytearray(data)
+    renumbered[data.index(b"\xff\xdb") + 4] = 1
+    renumbered[data.index(b"\xff\xc0") + 12] = 1
+    for fineness in (1.0, 5.0):
+        assert np.array_equal(decode_pixels(bytes(renumbered), "a", fineness)[0], decode_pixels(data, "a", fineness)[0])

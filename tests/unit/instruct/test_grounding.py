@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from anyres_vlm.instruct.grounding import absent_objects, require_grounded
-from anyres_vlm.instruct.objects import find_objects, vocabulary
-from anyres_vlm.instruct.parse import Reject
-from anyres_vlm.instruct.scene import Box, Object, Scene
+from anyres_vlm.instruct.annotations import Box, Object, Scene
+from anyres_vlm.instruct.grounding import Reject, absent_objects, find_objects, require_grounded, vocabulary
 from anyres_vlm.schema import Turn
 
 LEFT, RIGHT = Box(0.0, 0.2, 0.2, 0.8), Box(0.7, 0.2, 0.9, 0.8)

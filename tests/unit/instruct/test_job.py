@@ -11,11 +11,10 @@ import yaml
 from transformers import PreTrainedTokenizerFast
 
 from anyres_vlm.errors import UsageError
-from anyres_vlm.instruct.budget import Budget, Spent, dearest, estimate
-from anyres_vlm.instruct.job import Item, Job, choose
-from anyres_vlm.instruct.prompts import KINDS, SHIPPED, Kind, load_prompts
-from anyres_vlm.instruct.scene import Box, Object, Scene
-from anyres_vlm.instruct.settings import Checks, Price, load_settings
+from anyres_vlm.instruct.annotations import Box, Object, Scene
+from anyres_vlm.instruct.budget import Budget, dearest, estimate
+from anyres_vlm.instruct.job import KINDS, SHIPPED, Checks, Item, Job, Kind, Price, choose, load_prompts, load_settings
+from anyres_vlm.instruct.log import Spent
 
 JOB = Job("m", {"max_tokens": 100}, load_prompts(None, boxes=False), 0, Checks(), 100, Price(input=1, output=2))
 SCENES = [Scene(str(n), f"{n}.jpg", (f"Dog {n}.",), (Object("dog", Box(0, 0, 1, 1)),)) for n in range(50)]

@@ -14,8 +14,8 @@ from anyres_vlm.cli.main import main
 from anyres_vlm.config import shipped_config
 from anyres_vlm.data.sources import open_source
 from anyres_vlm.errors import DataError, UsageError
+from anyres_vlm.instruct.job import load_settings
 from anyres_vlm.instruct.mix import PRESETS, MixConfig, mix
-from anyres_vlm.instruct.settings import load_settings
 
 SHORT = "\nAnswer the question using a single word or phrase."
 QUESTIONS = [
@@ -212,8 +212,8 @@ def test_the_shipped_configurations_are_valid() -> None:
 @pytest.mark.parametrize(
     ("name", "change", "error", "said"),
     [
-        ("vqav2", {"annotations": None}, DataError, "have no answers: give its annotations too"),
-        ("refcoco", {"annotations": None}, DataError, "have no boxes: give its instances.json"),
+        ("vqav2", {"annotations": None}, DataError, "answers are in another file: give it as annotations"),
+        ("refcoco", {"annotations": None}, DataError, "boxes are in another file: give its instances.json"),
         ("gqa", {"data": "gone.json"}, DataError, "gone.json: no such file"),
         ("gqa", {"data": "genome.json"}, DataError, "no conversations for gqa"),
         ("okvqa", {"image_name": "{x}.png"}, UsageError, "expected a name with one number"),

@@ -1,21 +1,25 @@
-"""From the raw log alone to the data set: the same log makes the same bytes."""
+"""Build the data set and its HTML report from the raw log alone: the same log gives the same bytes."""
 
 from __future__ import annotations
 
+import base64
 import json
+import random
 from collections import Counter
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
+from jinja2 import Environment
+from PIL import Image, ImageOps
+
 from anyres_vlm.durable import replacing
 from anyres_vlm.errors import DataError
-from anyres_vlm.instruct.duplicates import NearDuplicates
+from anyres_vlm.instruct.annotations import stream_records
+from anyres_vlm.instruct.checks import NearDuplicates, Parsed, judge
+from anyres_vlm.instruct.grounding import Reject, category_of, find_objects
 from anyres_vlm.instruct.job import Item
-from anyres_vlm.instruct.ledger import Ledger
-from anyres_vlm.instruct.objects import category_of, find_objects
-from anyres_vlm.instruct.parse import Parsed, Reject
-from anyres_vlm.instruct.raw_log import parse_entry
-from anyres_vlm.instruct.verdict import item_of, judge
+from anyres_vlm.instruct.log import Ledger, item_of, parse_entry
 from anyres_vlm.schema import IMAGE_TOKEN, Turn
 
 DATA, REJECTS, SUMMARY = "data.json", "rejects.jsonl", "summary.json"
@@ -23,9 +27,9 @@ FROM = {"user": "human", "assistant": "gpt"}
 
 
 def build(log: Path, out: Path, ledger: Ledger) -> dict[str, Any]:
-    """Write the data set in LLaVA's JSON, the rejects with their reasons, and the summary, which is returned.
+    """Write the data set as LLaVA JSON, the rejects with their reasons, and the summary, which is returned.
 
-    Items come in the order of their keys, which is that of no image, kind or time. Raises `DataError` for an empty log.
+    Items are in the order of their keys, which is random but fixed. Raises `DataError` for a log without a job.
     """
     job = ledger.job
     if job is None:
@@ -52,7 +56,7 @@ def build(log: Path, out: Path, ledger: Ledger) -> dict[str, Any]:
             elif not state.settled(job.checks.attempts):
                 tally.unfinished[state.kind] += 1
                 continue
-            assert reject is not None, "an item that is settled and not good was rejected"
+            assert reject is not None, "a settled item that is not good was rejected"
             tally.rejects[state.kind, reject.kind] += 1
             rejects.write(json.dumps({"id": record_id(item), "kind": reject.kind, "reason": reject.reason}) + "\n")
         data.write("\n]\n")
@@ -63,7 +67,7 @@ def build(log: Path, out: Path, ledger: Ledger) -> dict[str, Any]:
 
 
 def record(item: Item, parsed: Parsed) -> dict[str, Any]:
-    """One entry of LLaVA's JSON, with the kind that it is of."""
+    """Return an entry of LLaVA's JSON, with its kind."""
     first, *rest = parsed.turns
     turns = (Turn(first.role, f"{IMAGE_TOKEN}\n{first.text}"), *rest)
     said = [{"from": FROM[turn.role], "value": turn.text} for turn in turns]
@@ -71,22 +75,22 @@ def record(item: Item, parsed: Parsed) -> dict[str, Any]:
 
 
 def record_id(item: Item) -> str:
-    """Tells the same image's conversations of several kinds apart."""
+    """Return an id that differs between the kinds of conversations about one image."""
     return f"{item.scene.id}-{item.kind}"
 
 
 class Tally:
-    """Counts of what was built."""
+    """Counts for the summary."""
 
     def __init__(self) -> None:
         self.accepted: Counter[str] = Counter()  # by kind
         self.rejects: Counter[tuple[str, str]] = Counter()  # by kind of data and of reject
-        self.unfinished: Counter[str] = Counter()  # begun, neither good nor out of attempts
+        self.unfinished: Counter[str] = Counter()  # started, neither accepted nor out of attempts
         self.objects: Counter[str] = Counter()  # conversations whose answers name the category
-        self.words: dict[str, Counter[int]] = {}  # by kind: lengths of all answers of a conversation together
+        self.words: dict[str, Counter[int]] = {}  # by kind: words in all answers of a conversation
 
     def accept(self, item: Item, parsed: Parsed) -> None:
-        """Count one conversation of the data set."""
+        """Count an accepted conversation."""
         self.accepted[item.kind] += 1
         answers = " \n".join(turn.text for turn in parsed.turns if turn.role == "assistant")
         shown = {category_of(found.name) for found in item.scene.objects}
@@ -95,7 +99,7 @@ class Tally:
         self.words.setdefault(item.kind, Counter())[len(answers.split())] += 1
 
     def summary(self, ledger: Ledger) -> dict[str, Any]:
-        """All numbers. Accepted, rejected and unfinished make up the items: those asked for, or all that were begun."""
+        """Return all counts. Accepted, rejected and unfinished add up to the items requested, or started if more."""
         job = ledger.job
         assert job is not None
         kinds = {}
@@ -132,7 +136,7 @@ class Tally:
 
 
 def _quantiles(lengths: Counter[int]) -> dict[str, int]:
-    """Words of a conversation's answers."""
+    """Return quantiles of the words in a conversation's answers."""
     ordered = sorted(lengths.elements())
     if not ordered:
         return {}
@@ -140,3 +144,64 @@ def _quantiles(lengths: Counter[int]) -> dict[str, int]:
 
 
 QUANTILES = {"least": 0.0, "median": 0.5, "p95": 0.95, "most": 1.0}
+
+
+REPORT = "report.html"
+SAMPLES = 12  # of the data set
+EXAMPLES = 3  # of each kind of reject
+OBJECTS = 40
+THUMBNAIL = 320  # pixels
+
+
+def write_report(out: Path, images: Path | None) -> Path:
+    """Write the HTML page to the data set's folder; without an image folder, samples have only their images' names."""
+    summary = json.loads((out / SUMMARY).read_text(encoding="utf-8"))
+    samples = [sample | {"picture": _picture(sample, images)} for sample in _draw(out / DATA)]
+    environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    template = environment.from_string((Path(__file__).parent / "report.html.j2").read_text(encoding="utf-8"))
+    page = template.render(
+        title=out.absolute().name,
+        summary=summary,
+        objects=list(summary["objects"].items())[:OBJECTS],
+        rejects=_examples(out / REJECTS),
+        samples=samples,
+    )
+    (out / REPORT).write_text(page, encoding="utf-8")
+    return out / REPORT
+
+
+def _draw(data: Path) -> list[dict[str, Any]]:
+    """Draw samples at random with a fixed seed, without holding the data set in memory."""
+    chance = random.Random(0)
+    drawn: list[dict[str, Any]] = []
+    for number, entry in enumerate(stream_records(data)):
+        if number < SAMPLES:
+            drawn.append(entry)
+        elif (place := chance.randrange(number + 1)) < SAMPLES:
+            drawn[place] = entry
+    return drawn
+
+
+def _examples(rejects: Path) -> list[dict[str, str]]:
+    """Return the first few rejects of every kind, sorted by kind."""
+    shown: dict[str, list[dict[str, str]]] = {}
+    for reject in stream_records(rejects):
+        kind = shown.setdefault(reject["kind"], [])
+        if len(kind) < EXAMPLES:
+            kind.append(reject)
+    return [reject for kind in sorted(shown) for reject in shown[kind]]
+
+
+def _picture(sample: dict[str, Any], images: Path | None) -> str | None:
+    """Return a thumbnail as a data URL; None if the image cannot be read."""
+    if images is None:
+        return None
+    try:
+        with Image.open(images / sample["image"]) as image:
+            small = ImageOps.exif_transpose(image).convert("RGB")
+    except (OSError, SyntaxError, ValueError):
+        return None
+    small.thumbnail((THUMBNAIL, THUMBNAIL))
+    content = BytesIO()
+    small.save(content, "JPEG", quality=80)
+    return f"data:image/jpeg;base64,{base64.b64encode(content.getvalue()).decode()}"

@@ -1,42 +1,57 @@
-"""From a response's text to turns, strictly; repaired only where there is one way to read it."""
+"""From one response to the turns of a conversation, or the reason why it is rejected."""
 
 from __future__ import annotations
 
+import json
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any
 
-from anyres_vlm.instruct.prompts import Prompt
+import numpy as np
+from datasketch import MinHash, MinHashLSH
+from numpy.typing import NDArray
+
+from anyres_vlm.instruct.grounding import Reject, require_grounded
+from anyres_vlm.instruct.job import Item, Prompt
 from anyres_vlm.schema import IMAGE_TOKEN, Turn
 
-RejectKind = Literal[
-    "refused_request",
-    "broken_response",
-    "cut_short",
-    "refusal",
-    "malformed",
-    "wrong_turns",
-    "mentions_input",
-    "absent_objects",
-    "wrong_count",
-    "wrong_side",
-    "near_duplicate",
-    "unfinished",
-]
+
+def judge(entry: dict[str, Any], item: Item) -> Parsed:
+    """Return the conversation of a response. Raises `Reject`."""
+    if entry["status"] != 200:
+        raise Reject("refused_request", f"HTTP {entry['status']}: {entry['body'][:200]}")
+    completion = decode_body(entry["body"])
+    try:
+        (choice, *_) = completion["choices"]
+        text, reason = choice["message"].get("content"), choice.get("finish_reason")
+        refusal = choice["message"].get("refusal")
+    except (KeyError, TypeError, ValueError, AttributeError):
+        raise Reject("broken_response", "no chat completion: it has no choices with a message") from None
+    if refusal or reason == "content_filter":
+        raise Reject("refusal", f"the endpoint reports a refusal: {str(refusal or reason)[:80]}")
+    if reason == "length":
+        raise Reject("cut_short", f"the answer reached the limit of {item.job.longest_answer} tokens")
+    if not isinstance(text, str):
+        raise Reject("broken_response", f"the message's content is {type(text).__name__}, expected text")
+    prompt = item.job.prompts[item.kind]
+    question = prompt.questions[int(item.key[:8], 16) % len(prompt.questions)] if prompt.questions else ""
+    parsed = parse_response(text, prompt, question)
+    require_grounded(parsed.turns, item.scene, item.job.checks.max_absent_objects)
+    return parsed
 
 
-class Reject(Exception):
-    """A response that is not used, and why."""
-
-    def __init__(self, kind: RejectKind, reason: str) -> None:
-        super().__init__(reason)
-        self.kind = kind
-        self.reason = reason
+def decode_body(body: str) -> Any:
+    """Parse the JSON body of a response. Raises `Reject` if it is malformed."""
+    try:
+        return json.loads(body)
+    except (ValueError, RecursionError):
+        raise Reject("broken_response", f"the body is no JSON, {len(body)} characters: {body[:60]!a}") from None
 
 
 @dataclass(frozen=True, slots=True)
 class Parsed:
-    """The turns of a conversation; `repaired` where the text was not quite in the form that was asked for."""
+    """The turns of a conversation; `repaired` if the text deviated slightly from the requested form."""
 
     turns: tuple[Turn, ...]
     repaired: bool
@@ -49,7 +64,7 @@ LABEL = re.compile(
     re.IGNORECASE | re.MULTILINE | re.VERBOSE,
 )
 RULE = re.compile(r"^[ \t]*(?:={3,}|-{3,}|\*{3,})[ \t]*$", re.MULTILINE)  # lines between turns
-FORBIDDEN = re.compile(rf"[\x00-\x08\x0e-\x1f\ud800-\udfff\ufffd]|{IMAGE_TOKEN}")  # controls, half characters
+FORBIDDEN = re.compile(rf"[\x00-\x08\x0e-\x1f\ud800-\udfff\ufffd]|{IMAGE_TOKEN}")  # controls, lone surrogates
 PLAIN_LABEL = re.compile(r"(Question|Answer):")
 
 CANNOT = r"(?:cannot|can't|can\ not|won't|don't|do\ not|am\ (?:not\ able|unable)\ to|'m\ (?:not\ able|unable)\ to)"
@@ -71,7 +86,7 @@ REFUSAL = re.compile(
 )
 TELLS = r"(?:notes?|annotations?|descriptions?|sentences?|information|details|context|boxes)"
 INPUT = rf"(?:{TELLS}|text|lists?)"
-SHARE = r"[01]?\.\d+"  # of an image's side
+FRACTION = r"[01]?\.\d+"  # of an image's side
 MENTIONS = re.compile(
     rf"""\b(?:captions?|captioned|bounding[- ]box(?:es)?|bbox(?:es)?|coordinates?|annotations?|annotated)\b
     | \b(?:provided|given)\ {INPUT}\b | \b{INPUT}\ (?:provided|given)\b | \bimage\ descriptions?\b
@@ -80,16 +95,16 @@ MENTIONS = re.compile(
     | \b(?:based\ on|according\ to)\ (?:the|these|those|your)\ {INPUT}\b
     | \b(?:mentioned|described|stated|specified|listed)\ in\ (?:the|these|those|your)\ {INPUT}\b
     | \b(?:as|is|are|was|were)\ (?:described|mentioned|stated)\b(?!\ (?:on|by)\b)
-    | [\[(]\s* {SHARE} (?:\s*,\s*{SHARE}){{1,3}} \s*[\])] | (?<![\d.$])0?\.\d{{2,3}}\s*,\s*0?\.\d{{2,3}}\b
+    | [\[(]\s* {FRACTION} (?:\s*,\s*{FRACTION}){{1,3}} \s*[\])] | (?<![\d.$])0?\.\d{{2,3}}\s*,\s*0?\.\d{{2,3}}\b
     | [\[(]\s* \d+ (?:\s*,\s*\d+){{3}} \s*[\])]""",
     re.IGNORECASE | re.VERBOSE,
 )
 
 
 def parse_response(text: str, prompt: Prompt, question: str) -> Parsed:
-    """The turns of a response. `question` is what a prompt with questions has the human ask.
+    """Parse a response strictly; deviations with only one possible reading are repaired.
 
-    Raises `Reject`.
+    `question` is the human's turn for a prompt with questions. Raises `Reject`.
     """
     found = "\n".join(text.splitlines()).replace("\u2019", "'").strip()  # one apostrophe, one kind of line break
     cleaned = FENCE.sub(lambda fence: fence["inside"], found).strip()
@@ -111,7 +126,7 @@ def parse_response(text: str, prompt: Prompt, question: str) -> Parsed:
 
 
 def _bare_answer(text: str, question: str) -> tuple[tuple[Turn, ...], bool]:
-    """The whole text, which may have been put behind one label."""
+    """Return the whole text as the answer, without an `Answer:` label at its start."""
     labels = list(LABEL.finditer(text))
     if labels:
         if len(labels) > 1 or labels[0].start() or labels[0]["role"].lower() != "answer":
@@ -121,7 +136,7 @@ def _bare_answer(text: str, question: str) -> tuple[tuple[Turn, ...], bool]:
 
 
 def _labelled(text: str) -> tuple[tuple[Turn, ...], bool]:
-    """Turns behind `Question:` and `Answer:`; bold or numbered labels and lines between turns are left out."""
+    """Split a text at its `Question:` and `Answer:` labels; bold or numbered labels and rules are removed."""
     labels = list(LABEL.finditer(text))
     if not labels or text[: labels[0].start()].strip():
         raise Reject("malformed", f"expected 'Question:' first, got {_shorten(text)}")
@@ -140,7 +155,7 @@ def _labelled(text: str) -> tuple[tuple[Turn, ...], bool]:
 
 
 def _require_clean(turn: Turn) -> None:
-    """Raises `Reject` for a turn that is empty, refuses, holds what no text may or talks of the input."""
+    """Raise `Reject` for a turn that is empty, refuses, has forbidden characters or mentions the model's input."""
     who = "question" if turn.role == "user" else "answer"
     if not turn.text:
         raise Reject("malformed", f"an empty {who}")
@@ -154,3 +169,33 @@ def _require_clean(turn: Turn) -> None:
 
 def _shorten(text: str) -> str:
     return repr(text if len(text) <= 80 else f"{text[:80]}...")
+
+
+PERMUTATIONS = 128  # standard error of a similarity: about 0.04
+SHINGLE = 3  # words
+
+
+class NearDuplicates:
+    """Finds near-duplicates with MinHash, keeping the first of each group. The permutations have a fixed seed."""
+
+    def __init__(self, max_similarity: float) -> None:
+        self._max = max_similarity
+        self._index = MinHashLSH(threshold=max(max_similarity - 0.1, 0.1), num_perm=PERMUTATIONS)
+        self._kept: dict[str, NDArray[np.uint32]] = {}
+
+    def like(self, name: str, turns: Sequence[Turn]) -> str | None:
+        """Return an earlier conversation whose similarity reaches the limit; None if there is none and this is kept."""
+        sketch = MinHash(PERMUTATIONS)
+        sketch.update_batch([shingle.encode() for shingle in sorted(_shingles(turns))])
+        for other in sorted(self._index.query(sketch)):
+            if np.mean(sketch.hashvalues == self._kept[other]) >= self._max:
+                return str(other)
+        self._index.insert(name, sketch)
+        self._kept[name] = sketch.hashvalues
+        return None
+
+
+def _shingles(turns: Sequence[Turn]) -> set[str]:
+    """Return the word triples of the answers."""
+    words = " ".join(turn.text.lower() for turn in turns if turn.role == "assistant").split()
+    return {" ".join(words[start : start + SHINGLE]) for start in range(max(len(words) - SHINGLE + 1, 1))}

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import random
+
 import pytest
 
-from anyres_vlm.instruct.parse import Reject, parse_response
-from anyres_vlm.instruct.prompts import KINDS, Prompt, load_prompts
+from anyres_vlm.instruct.checks import NearDuplicates, parse_response
+from anyres_vlm.instruct.grounding import Reject
+from anyres_vlm.instruct.job import KINDS, Prompt, load_prompts
+from anyres_vlm.schema import Turn
 
 TWO = Prompt(system="s", boxes=False, rounds=2)
 ONE_ANSWER = Prompt(system="s", boxes=True, questions=("Describe it.",), least_words=3)
@@ -144,3 +148,46 @@ def test_the_shipped_examples_pass_their_own_checks(kind: str) -> None:
     assert prompt.examples
     for example in prompt.examples:
         assert not parse_response(example.response, prompt, "Describe it.").repaired
+
+
+# Near-duplicates against the exact similarity.
+
+
+def turns(words: list[str]) -> list[Turn]:
+    return [Turn("user", "What is there?"), Turn("assistant", " ".join(words))]
+
+
+def triples(words: list[str]) -> set[tuple[str, ...]]:
+    return set(zip(words, words[1:], words[2:], strict=False))
+
+
+def test_the_decision_follows_the_exact_similarity() -> None:
+    chance = random.Random(1)
+    near = far = 0
+    for trial in range(60):
+        first = [f"w{chance.randrange(5000)}" for _ in range(120)]
+        second = list(first)
+        for place in chance.sample(range(120), chance.randrange(0, 30)):
+            second[place] = f"new{place}"
+        one, other = triples(first), triples(second)
+        exact = len(one & other) / len(one | other)
+        seen = NearDuplicates(0.7)
+        assert seen.like("first", turns(first)) is None
+        found = seen.like("second", turns(second))
+        if exact > 0.85:  # nearly four standard deviations of 128 permutations
+            near += 1
+            assert found == "first", (trial, exact)
+        if exact < 0.55:
+            far += 1
+            assert found is None, (trial, exact)
+    assert near > 5
+    assert far > 5
+
+
+def test_texts_too_short_for_triples() -> None:
+    seen = NearDuplicates(1.0)
+    assert [seen.like(name, turns([word])) for name, word in (("a", "dog"), ("b", "cat"), ("c", "dog"))] == [
+        None,
+        None,
+        "a",
+    ]

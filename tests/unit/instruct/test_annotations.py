@@ -14,9 +14,7 @@ import pytest
 from PIL import Image
 
 from anyres_vlm.errors import DataError
-from anyres_vlm.instruct.coco import read_coco
-from anyres_vlm.instruct.descriptions import read_descriptions
-from anyres_vlm.instruct.scene import Box, Object, Scene
+from anyres_vlm.instruct.annotations import Box, Object, Scene, read_coco, read_descriptions
 
 IMAGES = [
     {"id": 9, "file_name": "b.jpg", "height": 100, "width": 200},
@@ -112,7 +110,7 @@ def test_sizes_that_coco_does_not_give_are_in_the_images(tmp_path: Path) -> None
 def test_a_packed_file_is_named(tmp_path: Path, pack: Callable[[bytes], bytes]) -> None:
     captions, _ = write(tmp_path)
     captions.write_bytes(pack(captions.read_bytes()))
-    with pytest.raises(DataError, match=r"captions\.json: a packed file, expected JSON: unpack it first"):
+    with pytest.raises(DataError, match=r"captions\.json: a compressed file, expected JSON: decompress it first"):
         read_coco(captions, None)
 
 
@@ -182,7 +180,7 @@ def test_files_of_real_size_stay_under_two_gigabytes(tmp_path: Path) -> None:
             instances.write(f'"bbox": [1.5, 2.5, 30.25, 40.75], "iscrowd": 0, "segmentation": [[{outline}]]}}')
         instances.write('], "categories": [{"id": 1, "name": "dog"}]}')
     script = (
-        "import resource; from pathlib import Path; from anyres_vlm.instruct.coco import read_coco;"
+        "import resource; from pathlib import Path; from anyres_vlm.instruct.annotations import read_coco;"
         f"scenes = read_coco(Path({str(tmp_path / 'c.json')!r}), Path({str(tmp_path / 'i.json')!r}));"
         "print(len(scenes), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
     )
@@ -190,3 +188,49 @@ def test_files_of_real_size_stay_under_two_gigabytes(tmp_path: Path) -> None:
     scenes, peak_kb = map(int, done.stdout.split())
     assert scenes == 118_000
     assert peak_kb < 1_500_000
+
+
+def describe(folder: Path, *records: dict[str, Any]) -> Path:
+    path = folder / "descriptions.jsonl"
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return path
+
+
+def test_boxes_of_llava_s_description_files(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Fractions of the image as corners under `instances`; no size is needed."""
+    boxes = [
+        {"category": "dog", "bbox": [0.1, 0.25, 0.6, 1.0]},
+        {"category": "cat", "bbox": [0.5, 0.5, 1.004, 0.75]},  # rounded up
+        {"category": "cup", "bbox": [0.5, 0.5, 0.5, 0.75]},  # without area
+    ]
+    record = {"id": "441147", "image": "COCO_val2014_000000441147.jpg", "captions": ["A dog."], "instances": boxes}
+    (scene,) = read_descriptions(describe(tmp_path, record), None)
+    assert scene.image == record["image"]
+    assert scene.objects == (Object("dog", Box(0.1, 0.25, 0.6, 1.0)), Object("cat", Box(0.5, 0.5, 1.0, 0.75)))
+    assert "1 boxes without area are left out" in caplog.text
+    both = record | {"width": 10, "height": 10, "boxes": [{"category": "pig", "box": [0, 0, 5, 10]}]}
+    (scene,) = read_descriptions(describe(tmp_path, both), None)
+    assert [item.name for item in scene.objects] == ["pig", "dog", "cat"]
+    assert scene.objects[0].box == Box(0, 0, 0.5, 1)
+
+
+@pytest.mark.parametrize("bbox", [[10, 20, 110, 70], [0.1, 0.1, 0.2], [-0.5, 0, 1, 1], ["a", 0, 1, 1]])
+def test_instances_that_are_not_fractions(tmp_path: Path, bbox: list[Any]) -> None:
+    path = describe(tmp_path, {"id": 1, "instances": [{"category": "dog", "bbox": bbox}]})
+    with pytest.raises(DataError, match=r"descriptions\.jsonl: record .* is not as expected: ValueError"):
+        read_descriptions(path, None)
+
+
+def test_what_is_ignored_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    records = [
+        {"id": 1, "captions": ["A dog."], "segments": [], "licence": 3},
+        {"id": 2, "caption": "A cat.", "licence": 3},
+        {"id": 3, "captions": []},
+    ]
+    assert [scene.id for scene in read_descriptions(describe(tmp_path, *records), None)] == ["1"]
+    lines = [record.message for record in caplog.records]
+    assert "unknown keys are ignored: caption (1 records), licence (2 records), segments (1 records); known" in lines[0]
+    assert lines[1].endswith("2 records without captions and boxes are left out")
+    caplog.clear()
+    read_descriptions(describe(tmp_path, {"id": 1, "captions": ["A dog."]}), None)
+    assert caplog.text == ""
