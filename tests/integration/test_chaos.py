@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-TOOL = Path(__file__).parents[2] / "tools" / "chaos.py"
+TOOL = Path(__file__).parents[2] / "tools" / "check" / "chaos.py"
 
 
 @pytest.mark.slow

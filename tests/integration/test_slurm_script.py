@@ -1,6 +1,6 @@
 """The sbatch script without Slurm: its commands are there, what it makes of a run's end is right.
 
-Stand-ins for Slurm's four commands and torchrun record what they get; tools/test_slurm runs it on the real ones.
+Stand-ins for Slurm's four commands and torchrun record what they get; tools/check/slurm runs it on the real ones.
 """
 
 from __future__ import annotations
@@ -108,6 +108,6 @@ def test_the_readme_names_every_variable() -> None:
 @pytest.mark.slow
 @pytest.mark.skipif(os.geteuid() != 0 or shutil.which("slurmctld") is None, reason="needs root and Debian's slurm-wlm")
 def test_on_a_real_slurm(tmp_path: Path) -> None:
-    """Every scenario, as tools/test_slurm runs it."""
-    done = subprocess.run([FOLDER.parents[2] / "tools" / "test_slurm", "--folder", tmp_path / "slurm"])
+    """Every scenario, as tools/check/slurm runs it."""
+    done = subprocess.run([FOLDER.parents[2] / "tools" / "check" / "slurm", "--folder", tmp_path / "slurm"])
     assert done.returncode == 0

@@ -1,4 +1,4 @@
-"""The jobs of configs/cluster fit the image, the command line and each other; `tools/check_jobs` has the schemas."""
+"""The jobs of configs/cluster fit the image, the command line and each other; `tools/check/jobs` has the schemas."""
 
 from __future__ import annotations
 

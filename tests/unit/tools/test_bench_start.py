@@ -5,8 +5,8 @@ from __future__ import annotations
 import subprocess
 from pathlib import Path
 
-import bench_start
 import pytest
+import start
 from PIL import Image
 
 HEAVY = "torch transformers numpy pandas pyarrow numba cv2 accelerate deepspeed timm matplotlib rich huggingface_hub"
@@ -16,9 +16,9 @@ HEAVY = "torch transformers numpy pandas pyarrow numba cv2 accelerate deepspeed 
 def test_start_up_imports_nothing_heavy(tmp_path: Path, command: str) -> None:
     image = tmp_path / "image.jpg"
     Image.new("RGB", (64, 48)).save(image)
-    (python, *words), limit = bench_start.commands(image)[command]
+    (python, *words), limit = start.commands(image)[command]
     done = subprocess.run(
-        [python, "-X", "importtime", *words], capture_output=True, text=True, cwd=bench_start.ROOT, check=True
+        [python, "-X", "importtime", *words], capture_output=True, text=True, cwd=start.ROOT, check=True
     )
     loaded = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
     assert "typer" in loaded
@@ -29,7 +29,7 @@ def test_start_up_imports_nothing_heavy(tmp_path: Path, command: str) -> None:
 def test_start_up_figures_are_of_real_processes(tmp_path: Path) -> None:
     image = tmp_path / "image.jpg"
     Image.new("RGB", (64, 48)).save(image)
-    figures = bench_start.run(1, image)["commands"]
+    figures = start.run(1, image)["commands"]
     least = figures["python -c pass"]["cpu_s"]
     assert least is not None
     for row in figures.values():
@@ -37,4 +37,4 @@ def test_start_up_figures_are_of_real_processes(tmp_path: Path) -> None:
         assert row["cpu_s"] >= least > 0
     image.unlink()
     with pytest.raises(subprocess.CalledProcessError):
-        bench_start.run(1, image)
+        start.run(1, image)

@@ -6,8 +6,8 @@ import argparse
 import statistics
 from pathlib import Path
 
-import bench_tiling
 import cv2
+import data_tiling
 import numpy as np
 import pytest
 import torch
@@ -35,15 +35,15 @@ def _threads():
 
 def parsed(*arguments: str) -> argparse.Namespace:
     parser = argparse.ArgumentParser()
-    bench_tiling.add_arguments(parser)
+    data_tiling.add_arguments(parser)
     return parser.parse_args(arguments)
 
 
 @pytest.mark.usefixtures("_threads")
 def test_ratios_and_pixels(photos: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     sizes = (Size(height=480, width=640), Size(height=1500, width=1001))
-    monkeypatch.setattr(bench_tiling, "SIZES", sizes)
-    result = bench_tiling.run(parsed("--photos", str(photos), "--rounds", "5", "--pictures", "1"))
+    monkeypatch.setattr(data_tiling, "SIZES", sizes)
+    result = data_tiling.run(parsed("--photos", str(photos), "--rounds", "5", "--pictures", "1"))
     assert [(row["height"], row["width"]) for row in result["sizes"]] == [(480, 640), (1500, 1001)]
     for name, total in result["mix"]["ms"].items():
         assert total == pytest.approx(sum(row["ms"][name] for row in result["sizes"]))
@@ -54,16 +54,16 @@ def test_ratios_and_pixels(photos: Path, monkeypatch: pytest.MonkeyPatch, capsys
     assert statistics.median(result["ratios"]["fast to PIL"]) == pytest.approx(ratio["fast_pil"], rel=0.3)
     assert result["pixels"]["exact to torchvision"]["max"] == 0
     assert 0 < result["pixels"]["fast to torchvision"]["mean"] < 1
-    bench_tiling.show(result)
+    data_tiling.show(result)
     assert "1001 x 1500" in capsys.readouterr().out
 
 
 def test_what_it_needs(photos: Path) -> None:
     with pytest.raises(UsageError, match="--rounds must be at least 5"):
-        bench_tiling.run(parsed("--photos", str(photos), "--rounds", "4"))
+        data_tiling.run(parsed("--photos", str(photos), "--rounds", "4"))
     with pytest.raises(UsageError, match=r"--photos .*none: no such folder"):
-        bench_tiling.run(parsed("--photos", str(photos / "none")))
+        data_tiling.run(parsed("--photos", str(photos / "none")))
     for path in photos.iterdir():
         path.unlink()
     with pytest.raises(UsageError, match="no photographs: pip install scikit-image"):
-        bench_tiling.run(parsed("--photos", str(photos)))
+        data_tiling.run(parsed("--photos", str(photos)))

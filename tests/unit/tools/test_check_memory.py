@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-TOOL = Path(__file__).parents[3] / "tools" / "check_memory.py"
+TOOL = Path(__file__).parents[3] / "tools" / "check" / "memory.py"
 TOLERANCE = 0.10
 
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from fetch_dinov2 import backbone_weights, timm_weights
+from dinov2 import backbone_weights, timm_weights
 from safetensors.torch import load_file
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor

@@ -4,9 +4,10 @@ import json
 import sys
 from pathlib import Path
 
-import fetch_pictures
+import pictures
 import pytest
-from fetch_pictures import (
+from packages import Package
+from pictures import (
     Picture,
     Source,
     caption_record,
@@ -18,7 +19,6 @@ from fetch_pictures import (
     save_images,
     stamps,
 )
-from fetching import Package
 from PIL import Image
 
 from anyres_vlm.errors import DataError, UsageError
@@ -121,9 +121,9 @@ def test_instruct_records_ask_in_several_ways_and_answer_from_the_caption() -> N
 def run(monkeypatch: pytest.MonkeyPatch, root: Path, license_name: str, *flags: str) -> None:
     package = Package("stamps", "1.0", "Debian", license_name, "copyright", root)
     source = Source(lambda _folder: package, "GPL-2", stamps, "A note.")
-    monkeypatch.setattr(fetch_pictures, "SOURCES", {"tuxpaint": source})
+    monkeypatch.setattr(pictures, "SOURCES", {"tuxpaint": source})
     monkeypatch.setattr(sys, "argv", ["fetch_pictures.py", *flags])
-    fetch_pictures.main()
+    pictures.main()
 
 
 @pytest.fixture

@@ -1,0 +1,79 @@
+"""One command of several benchmarks: each module has a docstring, `add_arguments`, `run`, `show` and `QUICK`.
+
+What `run` returns has `ratios`: by name, ours to a peer's in each round, where more is better. `QUICK` are the smaller
+sizes of `--quick`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import json
+import multiprocessing
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+M_MMAP_THRESHOLD = -3  # of glibc's mallopt
+
+
+def main(description: str | None, benchmarks: Mapping[str, ModuleType]) -> None:
+    """Run the benchmark that the command line names and print its figures, or with `--json` one object."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="benchmark", required=True)
+    for name, module in benchmarks.items():
+        assert module.__doc__ is not None, "its first line is the help"
+        command = commands.add_parser(name, help=module.__doc__.splitlines()[0])
+        command.add_argument("--json", action="store_true", help="print the figures as one JSON object")
+        add_quick(command, module.QUICK)
+        module.add_arguments(command)
+    arguments = parser.parse_args()
+    benchmark = benchmarks[arguments.benchmark]
+    figures = benchmark.run(arguments)
+    if arguments.json:
+        json.dump(figures, sys.stdout, indent=2)
+        print()
+    else:
+        benchmark.show(figures)
+
+
+def add_quick(parser: argparse.ArgumentParser, sizes: Mapping[str, Any]) -> None:
+    """The flag `--quick`, which sets arguments whatever else the command line says of them before it."""
+
+    class Quick(argparse.Action):
+        def __call__(self, parser: Any, namespace: argparse.Namespace, values: Any, option: Any = None) -> None:
+            vars(namespace).update(sizes)
+
+    said = ", ".join(f"{name} {size}" for name, size in sizes.items())
+    parser.add_argument("--quick", nargs=0, action=Quick, help=f"smaller: {said}", default=argparse.SUPPRESS)
+
+
+def of_peer(peer: Sequence[float], ours: Sequence[float]) -> list[float]:
+    """How many times as fast, or as small, as a peer we were in each round."""
+    return [theirs / own for theirs, own in zip(peer, ours, strict=True)]
+
+
+def peak_mb(prepare: Callable[..., Callable[[], Any]], *arguments: Any) -> float:
+    """MB by which the work that `prepare(*arguments)` returns raises the resident set of a fresh process at its peak.
+
+    Freed blocks of 64 kB and more go back to the system at once, so that the peak is that of live tensors.
+    """
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(_peak, (prepare, arguments))
+
+
+def _peak(prepare: Callable[..., Callable[[], Any]], arguments: tuple[Any, ...]) -> float:
+    ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 1 << 16)
+    work = prepare(*arguments)
+    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # the kernel's peak starts anew
+    before = _status("VmRSS")
+    work()
+    return (_status("VmHWM") - before) / 1024
+
+
+def _status(key: str) -> int:
+    """kB, as the kernel counts them."""
+    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(key))

@@ -1,0 +1,87 @@
+"""What the training loop itself costs beside forward, backward and optimizer, and how long steps wait for data.
+
+Mounted as `tools/bench/step.py loop`, also `--loop`. Both stages of a real run of the embedded default: counts, logs,
+metrics and checkpoints are the loop's. Targets: the loop takes 2% of the time, waiting 1%.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+from anyres_vlm.config import load_config, shipped_config
+from anyres_vlm.train.engine.plain import PlainBackend
+from anyres_vlm.train.options import RunOptions
+from anyres_vlm.train.run import train
+
+QUICK = {"steps": 20}
+WARM_UP = 5  # steps that are not counted: the first ones allocate
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of this measurement."""
+    parser.add_argument("--steps", type=int, default=150, help=f"optimizer steps a stage, the first {WARM_UP} apart")
+    parser.add_argument(
+        "--set", dest="settings", action="append", default=[], metavar="KEY=VALUE", help="of the config"
+    )
+
+
+class Clock:
+    """Adds up the time inside the functions it wraps."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+
+    def around(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """The same function, timed."""
+
+        def timed(*arguments: Any, **options: Any) -> Any:
+            start = time.perf_counter()
+            try:
+                return function(*arguments, **options)
+            finally:
+                self.seconds += time.perf_counter() - start
+
+        return timed
+
+
+def run(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Train both stages and share out their time."""
+    samples = [f"stage{stage}.data.samples={18 * arguments.steps}" for stage in (1, 2)]
+    config = load_config(shipped_config("tiny"), [*samples, *arguments.settings])
+    clock, marks = Clock(), {}
+
+    def note(stage: str, step: int, total: int, numbers: dict[str, float]) -> None:
+        marks.setdefault(stage, []).append((time.perf_counter(), clock.seconds, numbers["time/wait_s"]))
+
+    work = {name: clock.around(getattr(PlainBackend, name)) for name in ("micro_step", "update")}
+    with tempfile.TemporaryDirectory() as folder, patch.multiple(PlainBackend, **work):
+        train(config, RunOptions(Path(folder), ("stage1", "stage2"), max_steps=arguments.steps), note)
+    stages = {stage: _shares(rows[WARM_UP - 1 :]) for stage, rows in marks.items()}
+    return {"stages": stages, "ratios": {f"{stage}, work alone": [row["work"]] for stage, row in stages.items()}}
+
+
+def _shares(rows: list[tuple[float, float, float]]) -> dict[str, float]:
+    """Behind the first row: steps, seconds of one, and the shares of work, waiting and the rest."""
+    (start, work_before, _), (end, work_behind, _) = rows[0], rows[-1]
+    total, work, wait = end - start, work_behind - work_before, sum(wait for _, _, wait in rows[1:])
+    return {
+        "steps": len(rows) - 1,
+        "step_s": total / (len(rows) - 1),
+        "work": work / total,
+        "wait": wait / total,
+        "loop": 1 - (work + wait) / total,
+    }
+
+
+def show(figures: dict[str, Any]) -> None:
+    """Print a line a stage."""
+    print("stage   steps  s a step  forward, backward, optimizer  wait for data  loop; targets: wait 1%, loop 2%")
+    for stage, row in figures["stages"].items():
+        shares = f"{row['work']:28.2%}  {row['wait']:13.2%}  {row['loop']:4.2%}"
+        print(f"{stage}  {row['steps']:5}  {row['step_s']:8.3f}  {shares}")
