@@ -5,7 +5,6 @@ An unknown key fails with the nearest known one; values are validated when the f
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, cast, get_args
@@ -240,31 +239,6 @@ def shipped_config(name: str) -> Path:
         if (folder / f"{name}.yaml").exists():
             return folder / f"{name}.yaml"
     raise UsageError(f"no shipped configuration {name!r}")
-
-
-def find_preset(name: str) -> Path:
-    """DeepSpeed's settings by the name of a shipped preset or by path. Raises `UsageError` where there is none."""
-    presets = shipped_config("tiny").parent / "deepspeed"
-    for path in (presets / f"{name}.json", Path(name).expanduser()):
-        if path.is_file():
-            return path
-    known = ", ".join(sorted(path.stem for path in presets.glob("*.json")))
-    near = did_you_mean(name, known.split(", "))
-    raise UsageError(f"--deepspeed {name}: expected a JSON file or one of {known}{near}")
-
-
-def read_preset(path: Path) -> dict[str, Any]:
-    """DeepSpeed's settings as they are written. Raises `UsageError` for a file that is no JSON object of objects."""
-    try:
-        settings = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise UsageError(f"--deepspeed {path}: cannot be read as JSON: {error}") from None
-    if not isinstance(settings, dict):
-        raise UsageError(f"--deepspeed {path}: expected a JSON object, got {type(settings).__name__}")
-    for key in ("bf16", "zero_optimization"):
-        if not isinstance(settings.get(key, {}), dict):
-            raise UsageError(f"--deepspeed {path}: {key}: expected an object, got {type(settings[key]).__name__}")
-    return settings
 
 
 def load_config(path: Path, overrides: Sequence[str] = (), flags: Mapping[str, object] | None = None) -> RunConfig:

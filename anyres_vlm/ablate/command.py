@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from anyres_vlm.errors import DataError, Interrupted
-from anyres_vlm.train.interruption import SIGNALS
+from anyres_vlm.train.options import SIGNALS
 
 LOG_FILE, OUTPUT_FILE = "log.txt", "output.txt"
 POLL_S = 0.5  # between looks at whether a signal came

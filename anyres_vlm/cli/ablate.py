@@ -39,7 +39,7 @@ def ablate(
     from anyres_vlm.ablate.cell import expand
     from anyres_vlm.ablate.run import SweepRun
     from anyres_vlm.ablate.sweep import read_sweep
-    from anyres_vlm.train.interruption import catch_signals
+    from anyres_vlm.train.options import catch_signals
 
     sweep = read_sweep(config)
     for measure in sweep.measure:

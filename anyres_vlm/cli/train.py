@@ -1,4 +1,4 @@
-"""`anyres train`: both stages of the recipe, from the embedded default to a config of one's own."""
+"""`anyres train`: train one stage of the recipe or both, with the embedded default or a configuration."""
 
 from __future__ import annotations
 
@@ -8,18 +8,20 @@ from typing import Literal
 import typer
 
 from anyres_vlm.geometry import Dialect, Layout
-from anyres_vlm.train.interruption import catch_signals
+from anyres_vlm.train.options import catch_signals
 
 
 def train(
-    config: Path | None = typer.Option(None, help="YAML file; without it the embedded default, configs/tiny.yaml."),
+    config: Path | None = typer.Option(None, help="YAML file; the default is the embedded one, configs/tiny.yaml."),
     stage: Literal["1", "2", "all"] = typer.Option("all", help="1 aligns the projector, 2 tunes the language model."),
     grid: str | None = typer.Option(None, help="Largest grid of tiles, ROWSxCOLUMNS; 1x1 is the thumbnail alone."),
     layout: Layout | None = typer.Option(None, help="spatial_unpad or flat."),
     dialect: Dialect | None = typer.Option(None, help="hf or llava."),
-    output: Path | None = typer.Option(None, help="Folder of the run; without it runs/NAME-OF-CONFIG."),
-    resume: Literal["auto", "never"] = typer.Option("auto", help="auto goes on with what the output folder holds."),
-    max_steps: int | None = typer.Option(None, min=1, help="Optimizer steps a stage at most."),
+    output: Path | None = typer.Option(None, help="Folder of the run; the default is runs/NAME-OF-CONFIG."),
+    resume: Literal["auto", "never"] = typer.Option("auto", help="auto resumes from what the output folder holds."),
+    max_steps: int | None = typer.Option(
+        None, min=1, help="Optimizer steps of each stage at most; a larger number trains a finished stage further."
+    ),
     deepspeed: str | None = typer.Option(
         None, help="zero1, zero2, zero2_offload, zero3, zero3_offload or a JSON file, for both stages."
     ),
@@ -30,12 +32,12 @@ def train(
 
     Example: anyres train --grid 2x2 --stage 2 --set stage2.learning_rate=1e-5
     """
-    with catch_signals() as signalled:  # now: what follows may take minutes before the first step
+    with catch_signals() as signalled:  # before the imports: the first step may be minutes away
         # Start-up time: torch and transformers take seconds to import.
         from anyres_vlm.config import load_config, shipped_config, tiling_flags
         from anyres_vlm.serve.progress import StepProgress
-        from anyres_vlm.train.curves import draw_curves
         from anyres_vlm.train.options import RunOptions
+        from anyres_vlm.train.report import draw_curves
         from anyres_vlm.train.run import train as run_stages
 
         path = config or shipped_config("tiny")

@@ -135,7 +135,7 @@ def check_groups(_: None) -> Iterator[Finding]:
     """A group of one process over each library that ranks could talk through."""
     import torch
 
-    from anyres_vlm.train.engine.rehearsal import open_group
+    from anyres_vlm.train.engine.ranks import open_group
 
     if torch.distributed.is_gloo_available():
         seconds = open_group("gloo", torch.device("cpu"))

@@ -13,7 +13,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
-from anyres_vlm.config import CheckpointConfig, ModelConfig, RunConfig, StageName, find_preset
+from anyres_vlm.config import CheckpointConfig, ModelConfig, RunConfig, StageName
 from anyres_vlm.doctor.finding import Finding, gigabytes, judge
 from anyres_vlm.errors import DataError, UsageError
 
@@ -67,16 +67,27 @@ def check_deepspeed(case: Case) -> Iterator[Finding]:
     if not presets:
         yield Finding("deepspeed", "ok", f"{version('deepspeed')}, not used by this config")
         return
-    from anyres_vlm.train.engine.rehearsal import try_presets  # start-up time
+    import torch  # start-up time
 
-    device = try_presets([find_preset(preset) for preset in presets], bf16=case.config.precision == "bf16")
+    from anyres_vlm.train.engine.deepspeed_settings import find_preset, resolve_deepspeed
+    from anyres_vlm.train.engine.ranks import try_presets
+
+    resolved = [
+        resolve_deepspeed(find_preset(preset), case.config, name, ranks=0, has_cuda=torch.cuda.is_available())
+        for name in case.stages
+        if (preset := case.config.stage(name).deepspeed)
+    ]
+    for warning in dict.fromkeys(line for settings in resolved for line in settings.warnings):
+        yield Finding("deepspeed", "warn", warning)
+    split = {settings.path: settings for settings in resolved if settings.zero_stage}
+    device = try_presets(list(split.values()), bf16=case.config.precision == "bf16")
     words = f"{version('deepspeed')} on {device} took a step under {', '.join(presets)}"
     yield Finding("deepspeed", "ok", f"{words}; AdamW is torch's, so that no op has to be compiled")
 
 
 def check_trackers(case: Case) -> Iterator[Finding]:
     """Whether what the run reports to, and what draws its pictures, is installed."""
-    from anyres_vlm.train.engine.trackers import require_trackers  # start-up time
+    from anyres_vlm.train.engine.engine import require_trackers  # start-up time
 
     require_trackers(case.config.trackers)
     yield Finding("trackers", "ok", ", ".join(("tensorboard", *case.config.trackers)))
@@ -88,7 +99,7 @@ def check_trackers(case: Case) -> Iterator[Finding]:
 
 def check_recipe(case: Case) -> Iterator[Finding]:
     """Settings that are known to spoil the recipe."""
-    from anyres_vlm.train.stage import recipe_warnings  # start-up time
+    from anyres_vlm.train.recipe import recipe_warnings  # start-up time
 
     warnings = dict.fromkeys(line for name in case.stages for line in recipe_warnings(case.config, name))
     for warning in warnings:
@@ -194,7 +205,7 @@ def check_index(case: Case) -> Iterator[Finding]:
     from anyres_vlm.data.conversation import ConversationTokenizer
     from anyres_vlm.data.index.rows import IndexSettings
     from anyres_vlm.data.index.table import read_index
-    from anyres_vlm.train.samples import INDEX_FILE
+    from anyres_vlm.train.steps import INDEX_FILE
 
     if case.described is None:
         yield Finding("index", "warn", "not judged: it depends on the model")

@@ -25,7 +25,7 @@ from anyres_vlm.model.lora import add_lora
 from anyres_vlm.model.loss import head_loss
 from anyres_vlm.model.skeleton import describe_bases, skeleton
 from anyres_vlm.model.vlm import VisionLanguageModel
-from anyres_vlm.train.stage import freeze, trained_rates
+from anyres_vlm.train.recipe import freeze, trained_rates
 
 Numbers = Literal["fp32", "bf16", "autocast"]
 """What weights and activations are: both fp32, both bf16, or fp32 weights that are cast where they are used."""

@@ -44,9 +44,11 @@ class Way:
 def compare_ways(stage: StageMemory, usable: float) -> list[Way]:
     """The shipped presets and the stage's own, each with and without checkpointing, on devices of so many bytes."""
     own = stage.config.stage(stage.stage).deepspeed
+    width = stage.model.language_model.config.hidden_size
     presets = [*PRESETS, *([own] if own not in PRESETS else [])]
     return [
-        _way(stage, read_sharding(name), recomputes, usable) for name, recomputes in product(presets, (False, True))
+        _way(stage, read_sharding(name, width), recomputes, usable)
+        for name, recomputes in product(presets, (False, True))
     ]
 
 

@@ -6,7 +6,7 @@ import difflib
 from dataclasses import dataclass
 
 from anyres_vlm.errors import UsageError
-from anyres_vlm.train.throughput import PEAKS
+from anyres_vlm.train.metrics import PEAKS
 
 GB = 1e9
 # What a name is called in `PEAKS`, and the memory in GB (10^9 bytes) that the maker states.

@@ -12,7 +12,7 @@ from anyres_vlm.estimate.devices import find_device
 from anyres_vlm.estimate.samples import ASSUMED, Recipe, assumed_samples
 from anyres_vlm.estimate.time import stage_work
 from anyres_vlm.model.skeleton import skeleton
-from anyres_vlm.train.stage import trained_rates
+from anyres_vlm.train.recipe import trained_rates
 from anyres_vlm.train.steps import model_flops
 
 

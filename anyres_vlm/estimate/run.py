@@ -19,7 +19,7 @@ from anyres_vlm.estimate.stage_memory import StageMemory
 from anyres_vlm.estimate.time import Work, stage_work
 from anyres_vlm.flops import Flops
 from anyres_vlm.model.skeleton import describe_bases
-from anyres_vlm.train.stage import trained_rates
+from anyres_vlm.train.recipe import trained_rates
 from anyres_vlm.train.steps import model_flops
 
 STAGES: tuple[StageName, ...] = ("stage1", "stage2")

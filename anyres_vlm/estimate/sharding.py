@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from anyres_vlm.config import find_preset, read_preset
 from anyres_vlm.errors import UsageError
+from anyres_vlm.train.engine.deepspeed_settings import find_preset, read_zero
 
 # The shipped presets from the one that moves least between ranks and host to the one that moves most.
 PRESETS = (None, "zero1", "zero2", "zero3", "zero2_offload", "zero3_offload")
@@ -29,13 +29,16 @@ class Sharding:
     subgroup: int = 0
 
 
-def read_sharding(preset: str | None) -> Sharding:
-    """A shipped preset or a JSON file by name, with DeepSpeed's defaults for what it leaves out. None is plain."""
+def read_sharding(preset: str | None, width: int | None = None) -> Sharding:
+    """Read a shipped preset or a JSON file by name, with DeepSpeed's defaults for what it leaves out. None is plain.
+
+    `width`, the language model's hidden size, decides bucket sizes of "auto", as in a run.
+    """
     if preset is None:
         return Sharding("none")
     path = find_preset(preset)
     try:
-        return _sharding(Path(preset).stem, read_preset(path).get("zero_optimization", {}))
+        return _sharding(Path(preset).stem, read_zero(path, width))
     except (AttributeError, OverflowError, TypeError, ValueError) as error:
         if isinstance(error, UsageError):
             raise

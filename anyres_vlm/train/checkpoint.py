@@ -1,9 +1,11 @@
 """Checkpoints of a running stage: atomic, complete, and refused where they belong to another run.
 
 A checkpoint is a model folder as `model.pretrained` writes it, with the trained weights in fp32, plus `trainer/` with
-the optimizer's moments by parameter name and the number of finished steps. All else follows from that number and the
-configuration: the plan of the steps, the learning rate, the seed of each step. So a checkpoint does not depend on the
-number of ranks that wrote it, or on their ZeRO stage.
+the optimizer's moments by parameter name and the number of finished steps. Everything else follows from that number
+and the configuration: the plan of the steps, the learning rate, the seed of each step. So a checkpoint does not depend
+on the number of ranks that wrote it, or on their ZeRO stage.
+
+A finished stage keeps its last checkpoint, from which more steps can be trained, and `finished.json`.
 """
 
 from __future__ import annotations
@@ -16,42 +18,75 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
+from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from anyres_vlm.durable import sync
+from anyres_vlm.config import CheckpointConfig, ModelConfig, StageConfig, StageName
+from anyres_vlm.durable import replacing, sync
 from anyres_vlm.errors import DataError, UsageError
+from anyres_vlm.explain import shortened
+from anyres_vlm.train.options import NOT_DECISIVE
 
 logger = logging.getLogger(__name__)
 
 PREFIX = "step-"
 STATE_FILE = "state.json"
 MOMENTS_FILE = "moments.safetensors"
+FINISHED_FILE = "finished.json"
+SHOWN_CHANGES = 4  # in a refusal
+
+
+class DataFacts(TypedDict):
+    """What is remembered of a stage's data, to notice and to name a change: fingerprint of its content, records."""
+
+    fingerprint: str
+    records: int
 
 
 @dataclass(frozen=True)
 class TrainerState:
-    """What resumes a stage beside its tensors; `settings` fix the sequence of steps."""
+    """What resumes a stage in addition to its tensors; `settings` fix the sequence of steps.
+
+    `data` and `stage1_steps` (the steps that stage 1 had when stage 2 started from it) are None in checkpoints of older
+    versions.
+    """
 
     step: int
     updates: int  # fewer than the steps where some were not finite
     settings: dict[str, Any]
+    data: DataFacts | None = None
+    stage1_steps: int | None = None
+
+
+@dataclass(frozen=True)
+class Finished:
+    """What a finished stage was: its steps, out of the `available` steps of so many epochs.
+
+    `available` is None where an older version kept no record.
+    """
+
+    steps: int
+    available: int | None
+    epochs: int
+    data: DataFacts | None = None
+    stage1_steps: int | None = None
 
 
 def write_folder(folder: Path, fill: Callable[[Path], None]) -> None:
-    """Make a folder appear complete or not at all: written beside, flushed to disk, renamed.
+    """Write a folder under a temporary name, flush it to disk and rename it: it appears complete or not at all.
 
-    Raises `DataError` where it cannot be written; what stood there before still does.
+    Raises `DataError` if it cannot be written; what was there before is left as it was.
     """
     try:
         _write_folder(folder, fill)
     except (OSError, SafetensorError) as error:
         raise DataError(
-            f"{folder} cannot be written ({error}): what was saved before is whole; make room or mend the folder, and "
-            "the same command goes on"
+            f"{folder} cannot be written ({error}): what was saved before is intact; make room or fix the folder, and "
+            "rerun the same command to resume"
         ) from error
 
 
@@ -64,7 +99,7 @@ def _write_folder(folder: Path, fill: Callable[[Path], None]) -> None:
         fill(partial)
         for path in [*partial.rglob("*"), partial]:
             sync(path)
-    except BaseException:  # a full disk above all: what was written so far would keep it full
+    except BaseException:  # on a full disk, what was written so far would keep it full
         shutil.rmtree(partial, ignore_errors=True)
         raise
     if folder.exists():
@@ -82,25 +117,35 @@ def save_trainer(folder: Path, state: TrainerState, moments: dict[str, Tensor]) 
 
 
 def read_state(folder: Path) -> TrainerState:
-    """The state of a checkpoint whose files are all whole. Raises `DataError` where they are not."""
+    """Read the state of a checkpoint whose files are all complete. Raises `DataError` if they are not."""
     try:
         content = json.loads((folder / "trainer" / STATE_FILE).read_text(encoding="utf-8"))
-        state = TrainerState(step=content["step"], updates=content["updates"], settings=content["settings"])
+        state = TrainerState(
+            step=content["step"],
+            updates=content["updates"],
+            settings=content["settings"],
+            data=_data_facts(content.get("data")),
+            stage1_steps=content.get("stage1_steps"),
+        )
         if not (type(state.step) is type(state.updates) is int and type(state.settings) is dict):
             raise ValueError(f"{STATE_FILE} holds other types")
         for path in _tensor_files(folder):
-            with safe_open(path, framework="pt"):  # reads the header, and that the file is as long as it says
+            with safe_open(path, framework="pt"):  # reads the header, and checks the length of the file against it
                 pass
-    except (OSError, KeyError, TypeError, ValueError, RecursionError, SafetensorError) as error:
+    except (OSError, AttributeError, KeyError, TypeError, ValueError, RecursionError, SafetensorError) as error:
         raise DataError(f"{folder}: not a whole checkpoint ({error})") from None
     return state
 
 
+def _data_facts(content: Any) -> DataFacts | None:
+    return None if content is None else {"fingerprint": str(content["fingerprint"]), "records": int(content["records"])}
+
+
 @contextmanager
 def tensors(folder: Path) -> Iterator[Callable[[str], Tensor]]:
-    """Read a checkpoint's tensors by name, moments as `NAME.exp_avg`; none is in memory before it is asked for.
+    """Yield a reader of a checkpoint's tensors by name, moments as `NAME.exp_avg`, each read when it is asked for.
 
-    What is read raises `DataError` for a tensor that is not there.
+    The reader raises `DataError` for a tensor that is not there.
     """
     with ExitStack() as stack:
         files = [stack.enter_context(safe_open(path, framework="pt")) for path in _tensor_files(folder)]
@@ -108,7 +153,7 @@ def tensors(folder: Path) -> Iterator[Callable[[str], Tensor]]:
 
         def read(name: str) -> Tensor:
             if name not in by_name:
-                raise DataError(f"{folder}: {name} is missing; delete it to go on from the checkpoint before")
+                raise DataError(f"{folder}: {name} is missing; delete it to resume from the checkpoint before it")
             tensor: Tensor = by_name[name].get_tensor(name)
             return tensor
 
@@ -119,30 +164,76 @@ def _tensor_files(folder: Path) -> list[Path]:
     return [*sorted(folder.glob("*.safetensors")), folder / "trainer" / MOMENTS_FILE]
 
 
-def require_same_settings(folder: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
-    """Raises `UsageError` if a folder was written by a run of other settings."""
-    for key in sorted(now):
-        if now[key] != before.get(key):
-            raise UsageError(
-                f"{folder} was written with {key}={before.get(key)!r}, now it is {now[key]!r}: "
-                "go on with the same settings or choose another --output"
-            )
+def require_same_settings(folder: Path, stage: StageName, before: dict[str, Any], now: dict[str, Any]) -> None:
+    """Raise `UsageError` naming each setting that differs from those that a folder was written with.
+
+    The number of steps and epochs may differ: a stage can be trained further.
+    """
+    before = _with_defaults(before)
+    changes = []
+    for key in sorted((now.keys() & before.keys()) - {"epochs", "steps", "plan"}):
+        path = f"{stage}.{key}" if key in StageConfig.model_fields else key
+        for where, old, new in _changes(path, before[key], now[key]):
+            changes.append(f"{where}: {shortened(old)} before, {shortened(new)} now")
+    if not changes and now.get("plan") != before.get("plan"):
+        changes = ["the samples have other lengths than before: the data, its images or the tokenizer changed"]
+    changes.sort()
+    if changes:
+        more = f" and {len(changes) - SHOWN_CHANGES} more" if len(changes) > SHOWN_CHANGES else ""
+        raise UsageError(
+            f"{folder} belongs to other settings: {'; '.join(changes[:SHOWN_CHANGES])}{more}: resume with the settings "
+            "of before, or choose another --output"
+        )
+
+
+def _with_defaults(settings: dict[str, Any]) -> dict[str, Any]:
+    """Fill in keys that the version which wrote the settings did not have yet."""
+    own = {key: value for key, value in settings.items() if key in StageConfig.model_fields}
+    model = settings.get("model", {})
+    kind = CheckpointConfig if "checkpoint" in model else ModelConfig
+    try:
+        filled = StageConfig.model_validate(own).model_dump(mode="json", exclude=NOT_DECISIVE)
+        return {**settings, **filled, "model": kind.model_validate(model).model_dump(mode="json")}
+    except ValidationError:  # keys that this version no longer has: compared as they are
+        return settings
+
+
+def _changes(path: str, before: Any, now: Any) -> Iterator[tuple[str, Any, Any]]:
+    if isinstance(before, dict) and isinstance(now, dict):
+        for key in sorted({**before, **now}):
+            yield from _changes(f"{path}.{key}", before.get(key), now.get(key))
+    elif before != now:
+        yield path, before, now
+
+
+def require_same_data(folder: Path, before: DataFacts | None, now: DataFacts | None) -> None:
+    """Raise `UsageError` if the content of the data changed since a folder was written. None means not known."""
+    if before is None or now is None or before["fingerprint"] == now["fingerprint"]:
+        return
+    if before["records"] != now["records"]:
+        change = f"the data changed: {before['records']:,} records before, {now['records']:,} now"
+    else:
+        change = f"the content of the data changed: {now['records']:,} records as before, but not the same"
+    raise UsageError(
+        f"{folder}: {change}: resume with the data of before, choose another --output, or start from a finished model "
+        "with model.checkpoint"
+    )
 
 
 def latest(folder: Path) -> tuple[Path, TrainerState] | None:
-    """The newest whole checkpoint in a folder of checkpoints; broken ones are passed over with a warning.
+    """Return the newest whole checkpoint in a folder of checkpoints; broken ones are passed over with a warning.
 
-    Raises `DataError` where all are broken: beginning again would throw away what may still be mended.
+    Raises `DataError` if all are broken: starting again would overwrite what may still be repaired.
     """
     broken: DataError | None = None
     for path in sorted(folder.glob(f"{PREFIX}*") if folder.is_dir() else [], key=_step, reverse=True):
         try:
             return path, read_state(path)
         except DataError as error:
-            logger.warning("%s: going on from the one before", error)
+            logger.warning("%s: trying the one before it", error)
             broken = error
     if broken is not None:
-        raise DataError(f"{broken}, and no other is left: delete {folder} to begin again")
+        raise DataError(f"{broken}, and no other is left: delete {folder} to start again")
     return None
 
 
@@ -160,4 +251,25 @@ def prune(folder: Path, keep: int) -> None:
 
 def _step(path: Path) -> int:
     digits = path.name.removeprefix(PREFIX)
-    return int(digits) if re.fullmatch("[0-9]{1,18}", digits) else -1  # someone else's, behind all of ours
+    return int(digits) if re.fullmatch("[0-9]{1,18}", digits) else -1  # not ours: sorted before all of ours
+
+
+def write_finished(folder: Path, finished: Finished) -> None:
+    """Record in a stage's folder that it is finished."""
+    with replacing(folder / FINISHED_FILE) as file:
+        file.write(json.dumps(asdict(finished), indent=2) + "\n")
+
+
+def read_finished(folder: Path) -> Finished | None:
+    """Read the record of a stage's folder; None if it is not finished, or was by a version that kept no record.
+
+    Raises `DataError` for a broken record.
+    """
+    try:
+        content = json.loads((folder / FINISHED_FILE).read_text(encoding="utf-8"))
+        content["data"] = _data_facts(content["data"])
+        return Finished(**content)
+    except FileNotFoundError:
+        return None
+    except (KeyError, TypeError, ValueError) as error:
+        raise DataError(f"{folder / FINISHED_FILE}: broken ({error}): delete it") from None

@@ -1,75 +1,379 @@
-"""What each stage of the recipe trains and at which rate, and the recipe's known mistakes."""
+"""One stage of a run: build, index, plan, prepare; for each step fetch, step, log, save; finish."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+import logging
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NoReturn
 
-from transformers.modeling_layers import GradientCheckpointingLayer
+import torch
+import yaml
+from torch import Tensor
+from torch.optim import AdamW
+from transformers import PreTrainedTokenizerFast
 
 from anyres_vlm.config import RunConfig, StageConfig, StageName
-from anyres_vlm.model.lora import is_adapter
+from anyres_vlm.data.chat_template import chat_jinja
+from anyres_vlm.data.conversation import ConversationTokenizer
+from anyres_vlm.data.index.table import Index, read_index
+from anyres_vlm.data.loader import iter_steps
+from anyres_vlm.data.samples import IndexedSamples
+from anyres_vlm.errors import DataError, Interrupted, UsageError
+from anyres_vlm.model.card import write_card
+from anyres_vlm.model.feature_cache import FeatureCache
+from anyres_vlm.model.hub import build_model
+from anyres_vlm.model.lora import add_lora, merged_weights, save_adapter
+from anyres_vlm.model.pretrained import load_parts, save_pretrained
 from anyres_vlm.model.vlm import VisionLanguageModel
+from anyres_vlm.train import checkpoint
+from anyres_vlm.train.checkpoint import Finished, TrainerState
+from anyres_vlm.train.engine.deepspeed_settings import DeepSpeedSettings
+from anyres_vlm.train.engine.engine import Engine, start_trackers
+from anyres_vlm.train.metrics import METRICS_FILE, MetricsWriter, Throughput, device_peak, step_numbers
+from anyres_vlm.train.options import (
+    CONFIG_FILE,
+    Progress,
+    RunOptions,
+    mark,
+    model_folder,
+    needs_stage_1,
+    stage_settings,
+)
+from anyres_vlm.train.recipe import (
+    ADAPTER_PARTS,
+    build_optimizer,
+    build_schedule,
+    freeze,
+    recipe_warnings,
+    trained_rates,
+)
+from anyres_vlm.train.report import stage_sections
+from anyres_vlm.train.saving import Saver, SaveSize, WriteModel, measure_save, require_disk, try_saves
+from anyres_vlm.train.steps import StageSteps, index_path, index_samples, indexed_data, model_flops
 
-ADAPTER_PARTS = ("multi_modal_projector", "image_newline")
-LORA_PART = "lora"  # the adapters in the language model
-
-_BOTH: tuple[StageName, ...] = ("stage1", "stage2")
-_LAST: tuple[StageName, ...] = ("stage2",)
-# part of the model -> the stages that train it, and its rate there; without a rate it stays frozen
-TRAINED_PARTS: dict[str, tuple[tuple[StageName, ...], Callable[[StageConfig], float | None]]] = {
-    "multi_modal_projector": (_BOTH, lambda stage: stage.learning_rate),
-    "image_newline": (_BOTH, lambda stage: stage.learning_rate),
-    "vision_tower": (_BOTH, lambda stage: stage.vision_lr),
-    "language_model": (_LAST, lambda stage: None if stage.lora else stage.learning_rate),
-    LORA_PART: (_LAST, lambda stage: (stage.lora.learning_rate or stage.learning_rate) if stage.lora else None),
-}
+logger = logging.getLogger(__name__)
 
 
-def trained_rates(config: RunConfig, stage: StageName) -> dict[str, float]:
-    """The parts of the model that a stage trains, with their learning rates."""
-    rates = {part: rate(config.stage(stage)) for part, (stages, rate) in TRAINED_PARTS.items() if stage in stages}
-    return {part: rate for part, rate in rates.items() if rate is not None}
+@dataclass(frozen=True)
+class Stage:
+    """What the parts of a stage share: how the run was started, the model, its samples and its steps."""
+
+    engine: Engine
+    config: RunConfig
+    options: RunOptions
+    name: StageName
+    model: VisionLanguageModel
+    tokenizer: PreTrainedTokenizerFast
+    samples: IndexedSamples
+    steps: StageSteps
+
+    @property
+    def settings(self) -> StageConfig:
+        """The configuration of the stage."""
+        return self.config.stage(self.name)
+
+    @property
+    def folder(self) -> Path:
+        """Where all of the stage is written."""
+        return self.options.output / self.name
+
+    def state(self, step: int, updates: int, stage1_steps: int | None) -> TrainerState:
+        """What a checkpoint after this step records."""
+        settings = stage_settings(self.config, self.name)
+        settings |= {"plan": self.steps.key, "steps": len(self.steps)}
+        return TrainerState(step, updates, settings, indexed_data(self.samples.index.path), stage1_steps)
 
 
-def part_of(name: str) -> str:
-    """The part of the model that a parameter belongs to."""
-    return LORA_PART if is_adapter(name) else name.partition(".")[0]
+def train_stage(
+    engine: Engine,
+    config: RunConfig,
+    options: RunOptions,
+    name: StageName,
+    deepspeed: DeepSpeedSettings | None,
+    done: Finished | None,
+    progress: Progress,
+) -> None:
+    """Train a stage from its newest checkpoint or from the start, and save the model. `done` is set if it was finished.
 
-
-def freeze(model: VisionLanguageModel, parts: Collection[str]) -> None:
-    """Let gradients reach just these parts. All others run as in evaluation, without dropout or drop path.
-
-    The encoder's layers behind the deepest chosen one stay frozen with it or without.
+    Raises `Interrupted` after a signal, with the state saved; `UsageError` if a checkpoint belongs to other settings or
+    data; `DataError` if the model could not be saved at the end, or too many steps are not finite.
     """
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(part_of(name) in parts)
-    for parameter in model.vision_tower.unused_parameters():
-        parameter.requires_grad_(False)
-    for name, part in model.named_children():
-        part.train(name in parts)
-    for name, module in model.named_modules():
-        if name.endswith(".lora_dropout"):
-            module.train(LORA_PART in parts)
-        # transformers recomputes activations only in layers whose own flag says training; their dropout keeps its own
-        if isinstance(module, GradientCheckpointingLayer) and module.gradient_checkpointing:
-            module.training = True
+    settings, rates = config.stage(name), trained_rates(config, name)
+    model, tokenizer = build(config, options, name, is_split=deepspeed is not None)
+    cache = open_cache(config, model)
+    with engine.main_first():
+        samples = index_samples(config, name, options.output, model, tokenizer)
+    flops = model_flops(model)
+    steps = StageSteps.plan(samples.index, config, name, flops, options.max_steps)
+    stage = Stage(engine, config, options, name, model, tokenizer, samples, steps)
+    if done is not None and len(steps) <= done.steps:
+        return record_finished(stage, done.steps, done.stage1_steps)
+
+    optimizer = build_optimizer(model, rates, settings.weight_decay)
+    size = measure_save(model)
+    before = prepare(stage, optimizer, deepspeed, done)
+    finished = 0 if before is None else before.step
+    stage1_steps = stage_1_steps(stage) if before is None else before.stage1_steps
+    schedule = build_schedule(optimizer, settings, len(steps), finished)
+    announce(stage, before, cache)
+    saver = Saver(stage.folder / "checkpoints", stage_writer(stage), config.keep_checkpoints, config.save_minutes)
+    throughput = Throughput(flops, rates, device_peak(), engine.world_size)
+    num_skipped = 0
+    with open_log(stage, finished) as log:
+        if engine.is_main:
+            try_to_finish(stage, size, finished)
+        shares = steps.shares(finished, engine.rank, engine.world_size)
+        batches = iter_steps(
+            samples, shares, settings.data, config.seed, workers=config.workers, pin_memory=engine.is_cuda
+        )
+        fetching = time.monotonic()
+        for step in range(finished + 1, len(steps) + 1):
+            packs = next(batches)
+            started = time.monotonic()
+            rate = float(schedule.get_last_lr()[0])
+            engine.seed(config.seed, step)
+            result = engine.step(packs, stop=options.is_signalled(), save=engine.is_main and saver.is_due)
+            schedule.step()
+            ended = time.monotonic()
+            numbers = step_numbers(result, rate, wait_s=started - fetching, step_s=ended - started)
+            numbers |= throughput.rates(result, ended - fetching) | cache_counts(engine, cache)
+            log.write(step, numbers)
+            if engine.is_main:
+                progress(name, step, len(steps), numbers)
+            num_skipped += result.is_skipped
+            cap_skipped(stage, step, num_skipped)
+            if step == len(steps) or result.stop or result.save or step % config.save_every == 0:
+                snapshot = engine.snapshot()
+                if engine.is_main:
+                    saver.save(snapshot, stage.state(step, snapshot.updates, stage1_steps))
+            if result.stop and step < len(steps):
+                leave(stage, saver, step)
+            fetching = time.monotonic()
+    finish(stage, saver, stage1_steps)
 
 
-def recipe_warnings(config: RunConfig, stage: StageName) -> list[str]:
-    """One line for each setting that is known to spoil the recipe."""
-    settings = config.stage(stage)
-    warnings = []
-    if config.stage1.learning_rate == config.stage2.learning_rate:
-        warnings.append(
-            f"both stages use learning_rate={settings.learning_rate:g}: the recipe aligns at 1e-3 and tunes at 2e-5; "
-            "one rate either leaves the projector behind or damages the language model"
+def build(
+    config: RunConfig, options: RunOptions, name: StageName, *, is_split: bool
+) -> tuple[VisionLanguageModel, PreTrainedTokenizerFast]:
+    """Build the model as the stage starts from it, adapters added, frozen where the stage does not train it."""
+    settings = config.stage(name)
+    # DeepSpeed takes its fp32 masters from cast weights anyway: reading them in bf16 halves the memory of the host.
+    dtype = torch.bfloat16 if is_split and config.precision == "bf16" else torch.float32
+    model, tokenizer = build_model(config.model, config.seed, dtype)
+    if name == "stage2" and needs_stage_1(config, options):
+        load_parts(model, model_folder(options.output, "stage1"), ADAPTER_PARTS)
+    stops = ConversationTokenizer(model.config.template, tokenizer).stop_ids
+    model.language_model.generation_config.eos_token_id = stops
+    if settings.lora is not None:
+        add_lora(model, settings.lora, config.seed)
+    if settings.activation_checkpointing:
+        model.language_model.activation_checkpointing_enable()
+    freeze(model, trained_rates(config, name))
+    return model, tokenizer
+
+
+def open_cache(config: RunConfig, model: VisionLanguageModel) -> FeatureCache | None:
+    """Give the model the run's cache of encoder features, if there is one."""
+    settings = config.cache_features
+    if settings is None:
+        return None
+    model.cached_features = FeatureCache(model.vision_tower, settings.folder, int(settings.max_gb * 1e9))
+    return model.cached_features
+
+
+def cache_counts(engine: Engine, cache: FeatureCache | None) -> dict[str, float]:
+    """Hits and misses of the last step over all ranks."""
+    if cache is None:
+        return {}
+    hits, misses = engine.sum(torch.tensor(cache.take_counts())).tolist()
+    return {"cache/hits": hits, "cache/misses": misses}
+
+
+def prepare(
+    stage: Stage, optimizer: AdamW, deepspeed: DeepSpeedSettings | None, done: Finished | None
+) -> TrainerState | None:
+    """Hand the model to the engine as it was at the newest checkpoint, whose state is returned; None without one."""
+    engine, settings = stage.engine, stage.settings
+    resumed = checkpoint.latest(stage.folder / "checkpoints")
+    if done is not None and (resumed is None or resumed[1].step < done.steps):
+        raise UsageError(
+            f"{stage.name} is finished after {done.steps} steps, {len(stage.steps)} are asked for, and its last "
+            "checkpoint is not there (it was deleted, or an older version kept none): choose another --output, or "
+            f"start from {model_folder(stage.options.output, stage.name)} with model.checkpoint"
         )
-    if settings.epochs > 1:
-        warnings.append(
-            f"{stage} runs {settings.epochs} epochs: the recipe runs 1; more tends to overfit the language model"
+    if resumed is None:
+        engine.prepare(stage.model, optimizer, settings.max_grad_norm, deepspeed)
+        return None
+    folder, state = resumed
+    now = stage.state(state.step, state.updates, state.stage1_steps)
+    checkpoint.require_same_data(folder, state.data, now.data)
+    checkpoint.require_same_settings(folder, stage.name, state.settings, now.settings)
+    if state.step > len(stage.steps):
+        raise UsageError(
+            f"{folder} is after step {state.step}, but {len(stage.steps)} steps are asked for: ask for more, or choose "
+            "another --output"
         )
-    if stage == "stage2" and config.model.pinpoints is None and config.model.grid == "1x1":
-        warnings.append(
-            "grid 1x1 shows the model the thumbnail alone: small text is unreadable, use --grid 2x2 to read"
+    with checkpoint.tensors(folder) as read:
+        for name, parameter in stage.model.named_parameters():
+            if parameter.requires_grad:
+                parameter.data.copy_(read(name))
+        engine.prepare(stage.model, optimizer, settings.max_grad_norm, deepspeed)
+        engine.restore(state.updates, read)
+    return state
+
+
+def stage_1_steps(stage: Stage) -> int | None:
+    """Return the steps of the stage 1 that this stage starts from; None for stage 1, and where it is not recorded."""
+    if stage.name == "stage1" or not needs_stage_1(stage.config, stage.options):
+        return None
+    first = checkpoint.read_finished(stage.options.output / "stage1")
+    return None if first is None else first.steps
+
+
+def announce(stage: Stage, before: TrainerState | None, cache: FeatureCache | None) -> None:
+    """Log what will be trained and known mistakes of the recipe; write the stage's configuration."""
+    if not stage.engine.is_main:
+        return
+    steps, name = stage.steps, stage.name
+    packs, advice = steps.describe(stage.engine.world_size)
+    for warning in [*recipe_warnings(stage.config, name), *advice]:
+        logger.warning(warning)
+    trained = sum(p.numel() for p in stage.model.parameters() if p.requires_grad)
+    logger.info(
+        "%s: %s samples, %s tokens, %s steps, %.1f M parameters trained%s",
+        name,
+        f"{len(steps.positions):,}",
+        f"{int(steps.epochs[0].tokens.sum()):,}",
+        f"{len(steps):,}",
+        trained / 1e6,
+        f", resumed after step {before.step}" if before is not None else "",
+    )
+    planned = None if before is None else before.settings.get("steps")
+    if before is not None and planned != len(steps):
+        logger.info(
+            "%s: %s steps were planned before, %d now: from step %d on, the learning rate follows the schedule of %d",
+            name,
+            planned,
+            len(steps),
+            before.step + 1,
+            len(steps),
         )
-    return warnings
+    logger.info("%s: %s", name, packs)
+    if cache is not None:
+        announce_cache(stage, cache)
+    (stage.folder / "checkpoints").mkdir(parents=True, exist_ok=True)
+    content = yaml.safe_dump(stage.config.model_dump(mode="json"), sort_keys=False)
+    (stage.folder / CONFIG_FILE).write_text(content, encoding="utf-8")
+
+
+def announce_cache(stage: Stage, cache: FeatureCache) -> None:
+    """Log how much of the stage's features the cache can hold."""
+    tiles = int(stage.samples.index.tiles[stage.steps.positions].sum())
+    need_gb, bound_gb = tiles * cache.tile_bytes / 1e9, cache.max_bytes / 1e9
+    logger.info(
+        "%s: features of %s tiles take up to %.2f GB; %s may hold %.2f GB%s",
+        stage.name,
+        f"{tiles:,}",
+        need_gb,
+        cache.root,
+        bound_gb,
+        f", {bound_gb / need_gb:.0%} of them: raise cache_features.max_gb" if need_gb > bound_gb else "",
+    )
+    if stage.settings.data.augment is not None:
+        logger.warning("data.augment changes images in every epoch: cache_features finds only those left unchanged")
+
+
+def open_log(stage: Stage, finished: int) -> MetricsWriter:
+    """Open the stage's metrics on rank 0, cut back to the finished steps; elsewhere they go nowhere."""
+    if not stage.engine.is_main:
+        return MetricsWriter(None, finished)
+    trackers = start_trackers(stage.config.trackers, stage.folder, stage.config.model_dump(mode="json"))
+    return MetricsWriter(stage.folder, finished, trackers)
+
+
+def try_to_finish(stage: Stage, size: SaveSize, finished: int) -> None:
+    """Try dry, before the first step, what `finish` will do. Raises `DataError` if it would fail."""
+    config, remaining = stage.config, len(stage.steps) - finished
+    is_timed = config.save_minutes is not None
+    num_saves = config.keep_checkpoints + 1 if is_timed else -(-remaining // config.save_every)
+    require_disk(size, stage.folder, num_saves=num_saves, keep=config.keep_checkpoints)
+    try_saves(size, stage.folder, finished_writer(stage), stage.state(finished, 0, None))
+
+
+def cap_skipped(stage: Stage, step: int, num_skipped: int) -> None:
+    """Raise `DataError` if more steps than allowed were not finite."""
+    if num_skipped > stage.config.max_skipped_steps:
+        raise DataError(
+            f"{stage.name}: {num_skipped} steps were not finite, the last one step {step}: look at the samples named "
+            "above, lower learning_rate, or raise max_skipped_steps"
+        )
+
+
+def leave(stage: Stage, saver: Saver, step: int) -> NoReturn:
+    """Wait for the checkpoint, leave the marker for job scripts, and raise `Interrupted` on all ranks."""
+    reason = f"{stage.name} is saved after step {step} of {len(stage.steps)}: rerun the same command to resume"
+    if stage.engine.is_main:
+        saver.finish()
+        mark(stage.options.output, reason)
+    stage.engine.wait()
+    raise Interrupted(reason)
+
+
+def finish(stage: Stage, saver: Saver, stage1_steps: int | None) -> None:
+    """Save the finished model, and record the stage as finished."""
+    weights = stage.engine.snapshot(with_moments=False).weights
+    if stage.engine.is_main:
+        saver.finish()
+        write = finished_writer(stage)
+        target = model_folder(stage.options.output, stage.name)
+        checkpoint.write_folder(target, lambda folder: write(folder, weights))
+    record_finished(stage, len(stage.steps), stage1_steps)
+
+
+def record_finished(stage: Stage, steps: int, stage1_steps: int | None) -> None:
+    """Write the record that tells a later run what it need not train again."""
+    if stage.engine.is_main:
+        data = indexed_data(stage.samples.index.path)
+        record = Finished(steps, stage.steps.available, stage.settings.epochs, data, stage1_steps)
+        checkpoint.write_finished(stage.folder, record)
+        logger.info(
+            "%s is finished after %d steps: %s", stage.name, steps, model_folder(stage.options.output, stage.name)
+        )
+    stage.engine.wait()
+
+
+def stage_writer(stage: Stage) -> WriteModel:
+    """Return what fills a folder with the model whose weights it is given."""
+
+    def write(folder: Path, weights: dict[str, Tensor]) -> None:
+        if stage.settings.lora is not None:
+            save_adapter(stage.model, weights, folder)
+            weights = merged_weights(weights, stage.settings.lora)
+        chat_template = chat_jinja(stage.model.config.template, stage.tokenizer)
+        save_pretrained(stage.model, weights, stage.tokenizer, chat_template, folder)
+
+    return write
+
+
+def finished_writer(stage: Stage) -> WriteModel:
+    """Return what fills the folder of the finished model, its card included."""
+
+    def write(folder: Path, weights: dict[str, Tensor]) -> None:
+        stage_writer(stage)(folder, weights)
+        write_card(folder, stage.model, stage_sections(stage.options.output, indexes(stage)))
+
+    return write
+
+
+def indexes(stage: Stage) -> dict[StageName, Index]:
+    """Return the indexes of the stages that made this model, as far as they ran here."""
+    stages: dict[StageName, Index] = {stage.name: stage.samples.index}
+    first = stage.options.output / "stage1"
+    if stage.name == "stage1" or not needs_stage_1(stage.config, stage.options):
+        return stages
+    index = index_path(stage.config, "stage1", stage.options.output)
+    files = (index, first / CONFIG_FILE, first / METRICS_FILE)
+    # Without them the card leaves stage 1 out, which is better than to save no model.
+    return {"stage1": read_index(index), **stages} if all(file.exists() for file in files) else stages

@@ -1,26 +1,109 @@
-"""The optimizer steps of a stage: the plans of its epochs, one behind the other."""
+"""What a stage learns from, and in which order: its indexed samples, and the optimizer steps planned over them."""
 
 from __future__ import annotations
 
 import logging
+import os
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from transformers import CLIPVisionConfig
+from transformers import CLIPVisionConfig, PreTrainedTokenizerFast
 
-from anyres_vlm.config import RunConfig, StageName
-from anyres_vlm.data.index.table import Index
+from anyres_vlm.config import DataConfig, RunConfig, StageName
+from anyres_vlm.data.conversation import ConversationTokenizer
+from anyres_vlm.data.index.build import build_index
+from anyres_vlm.data.index.rejects import count_rejects, rejects_path
+from anyres_vlm.data.index.rows import IndexSettings
+from anyres_vlm.data.index.stamp import Stamp
+from anyres_vlm.data.index.table import Index, read_index
 from anyres_vlm.data.loader import Pack
-from anyres_vlm.data.packing.cost import CostModel
+from anyres_vlm.data.packing.cost import CostModel, derive_cost
 from anyres_vlm.data.packing.plan import Plan, plan_epoch
 from anyres_vlm.data.packing.report import measure
-from anyres_vlm.errors import UsageError
+from anyres_vlm.data.samples import IndexedSamples
+from anyres_vlm.data.sources import open_source
+from anyres_vlm.errors import DataError, UsageError
 from anyres_vlm.flops import Flops, forward_flops
 from anyres_vlm.model.encoder import ClipEncoder
 from anyres_vlm.model.vlm import VisionLanguageModel
+from anyres_vlm.synthetic.dataset import write_dataset
+from anyres_vlm.train.checkpoint import DataFacts
 
 logger = logging.getLogger(__name__)
+
+INDEX_FILE = "index.parquet"
+
+
+def index_path(config: RunConfig, stage: StageName, output: Path) -> Path:
+    """Where the index of a stage's data lies: in the run's folder, or where `data.index` says."""
+    return config.stage(stage).data.index or output / stage / INDEX_FILE
+
+
+def index_samples(
+    config: RunConfig, stage: StageName, output: Path, model: VisionLanguageModel, tokenizer: PreTrainedTokenizerFast
+) -> IndexedSamples:
+    """Index a stage's data; an index that is up to date is used as it is.
+
+    Raises `DataError` for data that cannot be read or has too many rejects.
+    """
+    settings = config.stage(stage)
+    path, images = _locate(settings.data, output, config.seed)
+    conversation = ConversationTokenizer(settings.template or model.config.template, tokenizer)
+    index = build_index(
+        path,
+        images,
+        IndexSettings(conversation, model.tiling, settings.max_length),
+        index_path(config, stage, output),
+        workers=os.cpu_count() or 1,
+        max_bad_fraction=settings.data.max_bad_fraction,
+    ).index
+    if rejects := count_rejects(index):
+        kinds = ", ".join(f"{count:,} {kind}" for kind, count in rejects.items())
+        logger.warning(
+            "%s: left out of %s records: %s; see %s", path, f"{len(index):,}", kinds, rejects_path(index.path)
+        )
+    return IndexedSamples(open_source(path, images), index, conversation, model.tiling)
+
+
+def _locate(data: DataConfig, output: Path, seed: int) -> tuple[Path, Path | None]:
+    """Return the data and its image folder; rendered data goes to `output/data` and is reused when it is there."""
+    if data.rendered is None:
+        assert data.path is not None, "validated by the configuration"
+        return data.path, data.images
+    assert data.samples is not None, "validated by the configuration"
+    folder = output / "data" / data.rendered
+    return write_dataset(folder, data.rendered, data.samples, seed, data.kinds), None
+
+
+def indexed_data(path: Path) -> DataFacts | None:
+    """Return the fingerprint and records of the data that an index was made of; None without a readable index."""
+    try:
+        source = read_index(path).metadata["source"]
+        return {"fingerprint": str(source["fingerprint"]), "records": int(source["rows"])}
+    except (DataError, KeyError, TypeError, ValueError):
+        return None
+
+
+def current_data(config: RunConfig, stage: StageName, output: Path) -> DataFacts | None:
+    """Return the fingerprint and records of a stage's data as it is now, without a model.
+
+    The data is read only if its files look different from when they were indexed. None for rendered data, which follows
+    from the configuration, and for data that is no longer there.
+    """
+    data, index = config.stage(stage).data, index_path(config, stage, output)
+    if data.path is None:
+        return None
+    try:
+        known = Stamp.take(data.path, data.images).known_fingerprint(index)
+        indexed = indexed_data(index)
+        if known is not None and indexed is not None and indexed["fingerprint"] == known:
+            return indexed
+        source = open_source(data.path, data.images)
+        return {"fingerprint": source.fingerprint(), "records": len(source)}
+    except (DataError, OSError):
+        return None
 
 
 @dataclass(frozen=True)
@@ -33,10 +116,11 @@ class StageSteps:
 
     @classmethod
     def plan(
-        cls, index: Index, config: RunConfig, stage: StageName, cost: CostModel, max_steps: int | None
+        cls, index: Index, config: RunConfig, stage: StageName, flops: Flops | None, max_steps: int | None
     ) -> StageSteps:
-        """Plan every epoch. Raises `UsageError` for a sample above the capacity."""
+        """Plan every epoch, packs balanced by cost. Raises `UsageError` for a sample above the capacity."""
         settings, positions = config.stage(stage), np.flatnonzero(index.ok)
+        cost = CostModel() if flops is None else derive_cost(flops)
         epochs = tuple(
             plan_epoch(
                 index.tokens[positions],
@@ -52,12 +136,16 @@ class StageSteps:
         )
         return cls(positions, epochs, max_steps)
 
+    @property
+    def available(self) -> int:
+        """The steps of all epochs, whatever `max_steps` is."""
+        return sum(plan.num_steps for plan in self.epochs)
+
     def __len__(self) -> int:
-        steps = sum(plan.num_steps for plan in self.epochs)
-        return steps if self.max_steps is None else min(steps, self.max_steps)
+        return self.available if self.max_steps is None else min(self.available, self.max_steps)
 
     def describe(self, world_size: int) -> tuple[str, tuple[str, ...]]:
-        """What the first epoch's plan is worth on so many ranks, in a line, and advice where it could be worth more."""
+        """Describe the first epoch's plan on so many ranks in a line, and advise where it could be better."""
         report = measure(self.epochs[0], world_size)
         line = (
             f"{report.packs_per_step} packs a step of up to {report.capacity:,} tokens, {report.efficiency:.1%} full; "
@@ -68,11 +156,11 @@ class StageSteps:
 
     @property
     def key(self) -> str:
-        """What the sequence of steps follows from; with a step's number it is the state to resume from."""
+        """Hash of what decides the sequence of steps; with a step's number it is the state to resume from."""
         return self.epochs[0].key
 
     def shares(self, first_step: int, rank: int, world_size: int) -> list[list[Pack]]:
-        """The packs of one rank for each step from `first_step` on, one a micro-step."""
+        """Return the packs of one rank for each step from `first_step` on, one a micro-step."""
         every = [(epoch, plan, step) for epoch, plan in enumerate(self.epochs) for step in range(plan.num_steps)]
         return [
             [Pack(epoch, self.positions[rows]) for rows in plan.shares(step, world_size)[rank]]
@@ -81,11 +169,11 @@ class StageSteps:
 
 
 def model_flops(model: VisionLanguageModel) -> Flops | None:
-    """FLOPs of this model's parts; None for a language model that is not like Llama."""
+    """Return the FLOPs of this model's parts; None for a language model that is not like Llama."""
     tower = model.vision_tower
     if isinstance(tower, ClipEncoder):
         vision = tower.vision_model.config
-    else:  # a plain vision transformer, so CLIP's configuration has the words for it
+    else:  # a plain vision transformer, which CLIP's configuration can describe
         width = tower.width // len(tower.layers)
         vision = CLIPVisionConfig(
             hidden_size=width,

@@ -22,15 +22,15 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.optim import AdamW
 
-from anyres_vlm.config import find_preset, load_config, shipped_config
+from anyres_vlm.config import load_config, shipped_config
 from anyres_vlm.data.loader import Loaded, collate
 from anyres_vlm.geometry import Size, plan_tiles
 from anyres_vlm.model.hub import build_model
 from anyres_vlm.model.vlm import VisionLanguageModel
 from anyres_vlm.schema import IGNORE_INDEX, Batch, Sample
-from anyres_vlm.train.engine import Engine
-from anyres_vlm.train.optim import build_optimizer
-from anyres_vlm.train.stage import freeze
+from anyres_vlm.train.engine.deepspeed_settings import find_preset, resolve_deepspeed
+from anyres_vlm.train.engine.engine import Engine
+from anyres_vlm.train.recipe import build_optimizer, freeze
 
 MICRO_STEPS = (1, 2, 4)
 BACKENDS = ("plain", "zero1", "zero2", "zero3")
@@ -125,13 +125,16 @@ def share(engine: Engine, model: VisionLanguageModel, parts: list[list[Loaded]],
     return [collate(pack, model.tiling.tile, model.image_token_id) for pack in mine]
 
 
-def compare(engine: Engine, bases: Path, expected: Any, backend: str, micro_steps: int) -> dict[str, float]:
+def compare(
+    engine: Engine, bases: Path, precision: str, expected: Any, backend: str, micro_steps: int
+) -> dict[str, float]:
     """Largest differences from the reference; weights and updates are those of rank 0."""
     model = build(bases)
     before = {name: tensor.detach().clone() for name, tensor in model.named_parameters()}
     steps = [share(engine, model, parts, micro_steps) for parts in make_steps(model)]
-    preset = None if backend == "plain" else find_preset(backend)
-    engine.prepare(model, adamw(model), MAX_GRAD_NORM, preset)
+    config = load_config(shipped_config("tiny"), [f"stage2.max_grad_norm={MAX_GRAD_NORM}", f"precision={precision}"])
+    settings = None if backend == "plain" else resolve_deepspeed(find_preset(backend), config, "stage2")
+    engine.prepare(model, adamw(model), MAX_GRAD_NORM, settings)
     results = [engine.step(batches) for batches in steps]
     found = engine.snapshot(with_moments=False).weights
     if not engine.is_main:
@@ -149,10 +152,13 @@ def compare(engine: Engine, bases: Path, expected: Any, backend: str, micro_step
 
 def run(bases: Path, precision: Any) -> Iterator[tuple[str, dict[str, float]]]:
     """Differences by combination: ranks, backend and micro-steps."""
-    engine = Engine(precision, rank_timeout_minutes=5)
+    engine = Engine.start(precision, rank_timeout_minutes=5)
     expected = reference(bases) if engine.is_main else None
     for backend, micro_steps in SPLITS:
-        yield f"{engine.world_size} {backend} {micro_steps}", compare(engine, bases, expected, backend, micro_steps)
+        yield (
+            f"{engine.world_size} {backend} {micro_steps}",
+            compare(engine, bases, precision, expected, backend, micro_steps),
+        )
     engine.wait()
     engine.close()
 

@@ -150,7 +150,7 @@ def test_other_layers_and_precisions_have_their_own(cold: Path, tiny_bases: Path
 
 def test_the_cache_is_part_of_a_run_but_not_its_place(cold: Path, tiny_bases: Path, tmp_path: Path) -> None:
     run(tiny_bases, tmp_path / "elsewhere", cold, "cache_features.max_gb=1")
-    with pytest.raises(UsageError, match=r"was written with cache_features=True, now it is False"):
+    with pytest.raises(UsageError, match=r"cache_features: True before, False now"):
         run(tiny_bases, tmp_path, cold, "cache_features=null")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -10,8 +11,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from deepspeed_files import PUBLISHED
 from safetensors.torch import load_file
 
+from anyres_vlm.cli.main import main
 from anyres_vlm.train.metrics import read_metrics
 
 STEPS = 3
@@ -80,19 +83,34 @@ def test_a_plain_checkpoint_goes_on_under_zero_3(plain: Path, tiny_bases, tmp_pa
     """Step 2 was saved by one plain process; two ranks of ZeRO-3 take the third step from it."""
     shutil.copytree(plain, tmp_path / "run")
     shutil.rmtree(tmp_path / "run" / "stage2" / "model")
+    shutil.rmtree(tmp_path / "run" / "stage2" / "checkpoints" / "step-0000003")
     train(tiny_bases, tmp_path / "run", 2, "--deepspeed", "zero3")
     assert_same_run(tmp_path / "run", plain)
 
 
-def test_presets_are_checked(tiny_bases, tmp_path) -> None:
-    from anyres_vlm.config import find_preset
-    from anyres_vlm.errors import UsageError
-    from anyres_vlm.train.engine.zero import fill_preset
+@pytest.mark.parametrize(
+    ("name", "ranks"),
+    [
+        ("llava-zero2", 1),
+        ("llava-zero3_offload", 1),
+        ("llama-factory-z0", 1),
+        ("llama-factory-z2_offload", 1),
+        ("transformers-zero3", 2),
+    ],
+)
+def test_published_files_take_the_steps_of_one_plain_process(
+    plain: Path, tiny_bases, tmp_path, name: str, ranks: int
+) -> None:
+    path = tmp_path / "ds.json"
+    path.write_text(json.dumps(PUBLISHED[name]), encoding="utf-8")
+    train(tiny_bases, tmp_path / "run", ranks, "--deepspeed", str(path))
+    assert_same_run(tmp_path / "run", plain)
 
-    settings = fill_preset(find_preset("zero2_offload"), bf16=True, max_grad_norm=0.5)
-    assert (settings["bf16"]["enabled"], settings["gradient_clipping"]) == (True, 0.5)
-    (tmp_path / "own.json").write_text('{"gradient_clipping": 2.0, "zero_optimization": {"stage": 2}}')
-    with pytest.raises(UsageError, match=r'gradient_clipping is 2\.0, the run needs 0\.5: write "auto"'):
-        fill_preset(tmp_path / "own.json", bf16=True, max_grad_norm=0.5)
-    with pytest.raises(UsageError, match="expected a JSON file or one of zero1, zero2"):
-        find_preset("zero4")
+
+def test_a_contradiction_of_stage_2_ends_the_run_before_stage_1(tiny_bases, tmp_path, capsys) -> None:
+    path = tmp_path / "ds.json"
+    path.write_text('{"train_batch_size": 16, "zero_optimization": {"stage": 2}}', encoding="utf-8")
+    words = ["--set", "stage2.batch_size=8", "--deepspeed", str(path), "--output", str(tmp_path / "run")]
+    assert main(["train", *words]) == 2
+    assert "train_batch_size is 16, the run has stage2.batch_size=8" in capsys.readouterr().err
+    assert not (tmp_path / "run" / "stage1").exists()

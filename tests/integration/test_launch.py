@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from anyres_vlm.train.interruption import MARKER
 from anyres_vlm.train.metrics import read_metrics
+from anyres_vlm.train.options import MARKER
 
 ROOT = Path(__file__).parents[2]
 SETTINGS = ("stage1.data.samples=800", "stage1.max_length=512", "stage1.capacity=512", "save_every=1000")

@@ -76,7 +76,7 @@ def test_killed_and_resumed_is_the_undisturbed_run(tiny_bases: Path, tmp_path: P
         expected, found = weights(tmp_path / "whole", name), weights(tmp_path / "killed", name)
         assert expected.keys() == found.keys()
         assert all(torch.equal(found[key], tensor) for key, tensor in expected.items())
-    with pytest.raises(UsageError, match=r"was written with lora=\{.*'rank': 4.*now it is \{.*'rank': 8"):
+    with pytest.raises(UsageError, match=r"stage2\.lora\.rank: 4 before, 8 now"):
         run(tiny_bases, tmp_path / "killed", dropout, "stage2.lora.rank=8")
 
 

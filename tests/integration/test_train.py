@@ -154,15 +154,15 @@ def test_other_grids_layouts_and_projectors_train(tiny_bases: Path, tmp_path: Pa
 
 def test_another_run_s_output_is_refused(whole: Path, tiny_bases: Path, tmp_path: Path) -> None:
     run(tiny_bases, tmp_path, stages=("stage1",), max_steps=3)
-    with pytest.raises(UsageError, match=r"was written with capacity=512, now it is 600"):
+    with pytest.raises(UsageError, match=r"stage1\.capacity: 512 before, 600 now"):
         run(tiny_bases, tmp_path, "stage1.capacity=600", stages=("stage1",))
     (tmp_path / "stage1" / "model").rename(tmp_path / "elsewhere")
-    with pytest.raises(UsageError, match=r"was written with learning_rate=0.002, now it is 0.01"):
+    with pytest.raises(UsageError, match=r"stage1\.learning_rate: 0\.002 before, 0\.01 now"):
         run(tiny_bases, tmp_path, "stage1.learning_rate=1e-2", stages=("stage1",), max_steps=3)
     with pytest.raises(UsageError, match="choose another --output"):
         run(tiny_bases, tmp_path, stages=("stage1",), resume=False)
-    broken = tmp_path / "stage1" / "checkpoints" / "step-0000002" / "trainer" / "moments.safetensors"
-    broken.write_bytes(broken.read_bytes()[:100])
+    for broken in (tmp_path / "stage1" / "checkpoints").glob("*/trainer/moments.safetensors"):
+        broken.write_bytes(broken.read_bytes()[:100])
     with pytest.raises(DataError, match=r"step-0000002: not a whole checkpoint.*delete"):
         run(tiny_bases, tmp_path, stages=("stage1",), max_steps=3)
 

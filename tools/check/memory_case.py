@@ -26,9 +26,9 @@ from anyres_vlm.estimate.pack import PackSize
 from anyres_vlm.geometry import Size, plan_tiles
 from anyres_vlm.model.vlm import VisionLanguageModel
 from anyres_vlm.schema import IGNORE_INDEX, Batch, Sample
-from anyres_vlm.train.engine import Engine
-from anyres_vlm.train.optim import build_optimizer
-from anyres_vlm.train.stage import trained_rates
+from anyres_vlm.train.engine.deepspeed_settings import resolve_deepspeed
+from anyres_vlm.train.engine.engine import Engine
+from anyres_vlm.train.recipe import build_optimizer, trained_rates
 
 MICRO_STEPS = 2
 
@@ -85,8 +85,8 @@ def measure(engine: Engine, case: dict[str, Any]) -> dict[str, Any]:
 
         model.register_forward_pre_hook(before_forward)
         model.register_forward_hook(lambda *_: mark("loss"))
-        preset = None if case["preset"] is None else Path(case["preset"])
-        engine.prepare(model, optimizer, 1.0, preset)
+        settings = None if case["preset"] is None else resolve_deepspeed(Path(case["preset"]), config, stage)
+        engine.prepare(model, optimizer, 1.0, settings)
         engine.step(batches)
         gc.collect()
         mark("second")
@@ -186,7 +186,7 @@ def _child(case: dict[str, Any], rank: int, ranks: int, port: int, results: Any)
     if ranks > 1:
         os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    engine = Engine(case_config(case)[0].precision, rank_timeout_minutes=5)
+    engine = Engine.start(case_config(case)[0].precision, rank_timeout_minutes=5)
     found = measure(engine, case)
     if rank == 0:
         results.put(found)

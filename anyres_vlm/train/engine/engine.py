@@ -1,4 +1,7 @@
-"""One optimizer step over all ranks, whatever splits the model: the seam between the training loop and its backends."""
+"""One optimizer step over all ranks, whatever splits the model: the interface between training loop and backends.
+
+Trackers (wandb, trackio) are here as well, because accelerate drives them.
+"""
 
 from __future__ import annotations
 
@@ -6,50 +9,57 @@ import logging
 import math
 import os
 import random
+import secrets
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, Protocol, cast
 
 import torch
 from accelerate import Accelerator
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 from accelerate.utils import InitProcessGroupKwargs
 from torch import Tensor
 from torch._C._distributed_c10d import HashStore
 from torch.distributed import init_process_group, is_initialized
 from torch.optim import AdamW
 
+from anyres_vlm.config import RunConfig, StageName
 from anyres_vlm.errors import UsageError
 from anyres_vlm.model.vlm import VisionLanguageModel
 from anyres_vlm.schema import Batch
-from anyres_vlm.train.engine.plain import PlainBackend
+from anyres_vlm.train.engine.deepspeed_settings import DeepSpeedSettings, find_preset, resolve_deepspeed
+from anyres_vlm.train.engine.plain import PlainBackend, ReadTensor, Snapshot
 from anyres_vlm.train.engine.ranks import adopt_slurm_ranks
-from anyres_vlm.train.engine.state import ReadTensor, Snapshot
 
 if TYPE_CHECKING:  # DeepSpeed is optional
     from anyres_vlm.train.engine.zero import ZeroBackend
 
 logger = logging.getLogger(__name__)
 
+PROJECT = "anyres-vlm"
+ID_FILE = "tracker_id"  # in the stage's folder: a resumed stage continues the same tracked run
+
 
 @dataclass(frozen=True)
 class StepResult:
-    """One optimizer step over all ranks: loss in nats a supervised token, gradient norm before clipping, counts.
+    """One optimizer step over all ranks: loss in nats per supervised token, gradient norm before clipping, counts.
 
-    A step whose loss or gradient is not finite leaves the weights alone: `is_skipped`.
+    A step whose loss or gradient is not finite does not change the weights: `is_skipped`.
     """
 
     loss: float
     grad_norm: float
     supervised_tokens: int
     tokens: int
-    pairs: int  # of a token and one that it sees: itself and those before it in its document
+    pairs: int  # of a token and one it attends to: itself and those before it in its document
     tiles: int
     samples: int
     rejects: int
-    stop: bool  # whether any rank asked to stop, and to save, behind this step
+    stop: bool  # whether any rank asked to stop, and to save, after this step
     save: bool
 
     @property
@@ -61,54 +71,86 @@ class StepResult:
 class Engine:
     """The ranks of a run, and on them one stage's model and optimizer."""
 
-    def __init__(self, precision: Literal["fp32", "bf16"], rank_timeout_minutes: float) -> None:
+    def __init__(self, accelerator: Accelerator) -> None:
+        self._accelerator = accelerator
+        self.rank: int = accelerator.process_index
+        self.world_size: int = accelerator.num_processes
+        self.is_main: bool = accelerator.is_main_process
+        self.is_cuda: bool = accelerator.device.type == "cuda"
+
+    @classmethod
+    def start(cls, precision: Literal["fp32", "bf16"], rank_timeout_minutes: float) -> Engine:
+        """Join the ranks that a launcher or `srun` started; one process alone is a run of one rank."""
         adopt_slurm_ranks()
         has_device = torch.accelerator.is_available()
         if not has_device:
-            os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed, where installed, warns that it found none
-        # Said outright: under a launcher, accelerate takes several CPU ranks for single processes otherwise.
-        self._accelerator = Accelerator(
+            os.environ.setdefault(
+                "DS_ACCELERATOR", "cpu"
+            )  # otherwise DeepSpeed, if installed, warns that it found none
+        # `cpu` is set explicitly: otherwise accelerate treats several CPU ranks under a launcher as single processes.
+        accelerator = Accelerator(
             cpu=not has_device,
             mixed_precision="bf16" if precision == "bf16" else "no",
             kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(minutes=rank_timeout_minutes))],
         )
-        self._bf16 = precision == "bf16"
-        self.rank: int = self._accelerator.process_index
-        self.world_size: int = self._accelerator.num_processes
-        self.is_main: bool = self._accelerator.is_main_process
-        self.is_cuda: bool = self._accelerator.device.type == "cuda"
+        return cls(accelerator)
 
-    def prepare(
-        self, model: VisionLanguageModel, optimizer: AdamW, max_grad_norm: float, preset: Path | None = None
-    ) -> None:
-        """Move the model to this rank's device, whole, or split as a DeepSpeed preset says.
+    def read_deepspeed(self, config: RunConfig, stage: StageName) -> DeepSpeedSettings | None:
+        """Read the stage's DeepSpeed settings; None without any, or where they split nothing.
 
-        Raises `UsageError` for a preset that contradicts the run, or where DeepSpeed is not installed.
+        Raises `UsageError` for settings that contradict the run or are not DeepSpeed's, and without DeepSpeed.
         """
-        self._backend: PlainBackend | ZeroBackend
-        if preset is None:
-            self._backend = PlainBackend(self._accelerator, model, optimizer, max_grad_norm)
-            return
+        if (name := config.stage(stage).deepspeed) is None:
+            return None
+        settings = resolve_deepspeed(
+            find_preset(name), config, stage, ranks=self.world_size, has_cuda=torch.cuda.is_available()
+        )
+        for warning in settings.warnings if self.is_main else ():
+            logger.warning("%s: %s", stage, warning)
+        if settings.zero_stage == 0:
+            return None
+        if settings.zero_stage == 3 and config.cache_features is not None:
+            raise UsageError(
+                "cache_features does not go with ZeRO-3, where an encoder runs on all ranks or on none: use zero2, or "
+                "leave the cache out"
+            )
         try:
-            from anyres_vlm.train.engine.zero import ZeroBackend, fill_preset  # optional: the extra `deepspeed`
+            from anyres_vlm.train.engine.zero import check_zero  # optional: the extra `deepspeed`
         except ModuleNotFoundError:
             raise UsageError("--deepspeed needs DeepSpeed: pip install 'anyres-vlm[deepspeed]'") from None
-        settings = fill_preset(preset, bf16=self._bf16, max_grad_norm=max_grad_norm)
+        check_zero(settings)
+        return settings
+
+    def prepare(
+        self,
+        model: VisionLanguageModel,
+        optimizer: AdamW,
+        max_grad_norm: float,
+        deepspeed: DeepSpeedSettings | None = None,
+    ) -> None:
+        """Move the model to this rank's device: whole, or split as DeepSpeed's settings say."""
+        self._backend: PlainBackend | ZeroBackend
+        if deepspeed is None:
+            self._backend = PlainBackend(self._accelerator, model, optimizer, max_grad_norm)
+            return
+        from anyres_vlm.train.engine.zero import ZeroBackend  # optional: the extra `deepspeed`
+
+        settings = deepspeed.sized(model.language_model.config.hidden_size)
         if not is_initialized():  # one process without a launcher is a world of its own
             init_process_group(store=HashStore(), rank=0, world_size=1)
-            os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed asks for what a launcher would have set
+            os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed reads what a launcher would have set
         self._backend = ZeroBackend(model, optimizer, settings, self._accelerator.device, is_main=self.is_main)
 
     def seed(self, seed: int, step: int) -> None:
-        """Seed what the next optimizer step draws on this rank (dropout), on every device."""
+        """Seed the random numbers of the next optimizer step on this rank (dropout), on every device."""
         torch.manual_seed(random.Random(f"{seed} {step} {self.rank}").getrandbits(63))
 
     def step(self, batches: Sequence[Batch], *, stop: bool = False, save: bool = False) -> StepResult:
-        """One optimizer step over this rank's packs, equal to one big batch over all ranks' samples.
+        """Take one optimizer step over this rank's packs, equal to one big batch over all ranks' samples.
 
         Every rank passes the same number of packs. The summed loss is divided once, by the supervised tokens of the
-        whole step; the factor `world_size` undoes the mean that the gradient exchange takes. What one rank asks for
-        travels with the counts, so that all agree on it at no cost.
+        whole step; the factor `world_size` undoes the mean that the gradient exchange takes. `stop` and `save` are
+        exchanged with the counts, so that all ranks agree on them without another collective.
         """
         counts = torch.tensor(
             [
@@ -147,15 +189,15 @@ class Engine:
         return result
 
     def snapshot(self, *, with_moments: bool = True) -> Snapshot:
-        """A copy of weights and optimizer state on rank 0. Called on all ranks together."""
+        """Copy weights and optimizer state to rank 0. Called on all ranks together."""
         return self._backend.snapshot(with_moments=with_moments)
 
     def restore(self, updates: int, read: ReadTensor) -> None:
-        """Put a saved optimizer state in place, on all ranks; `prepare` was given the saved weights."""
+        """Load a saved optimizer state, on all ranks; `prepare` was given the saved weights."""
         self._backend.restore(updates, read)
 
     def wait(self) -> None:
-        """Return once every rank has come here."""
+        """Wait until every rank has called this."""
         self._accelerator.wait_for_everyone()
 
     def close(self) -> None:
@@ -164,18 +206,53 @@ class Engine:
 
     @contextmanager
     def main_first(self) -> Iterator[None]:
-        """Run the block on rank 0 before the others: what it writes is there when they read."""
+        """Run the block on rank 0 before the others, which can then read what it wrote."""
         with self._accelerator.main_process_first():
             yield
 
     def sum(self, tensor: Tensor) -> Tensor:
-        """A tensor added up over all ranks."""
+        """Sum a tensor over all ranks."""
         return cast(Tensor, self._accelerator.reduce(tensor.to(self._accelerator.device), reduction="sum"))
 
 
 def _report(batches: Sequence[Batch], losses: Sequence[Tensor]) -> None:
-    """Name the samples of the packs whose loss is not finite; of all packs where only a gradient is not."""
+    """Log the samples of the packs whose loss is not finite; of all packs if only the gradient is not."""
     bad = [batch for batch, loss in zip(batches, losses, strict=True) if not math.isfinite(float(loss))]
     for batch in bad or batches:
         what = "loss" if bad else "gradient of the step"
         logger.warning("the %s is not finite; samples of the pack: %s", what, ", ".join(batch.sample_ids))
+
+
+class Tracker(Protocol):
+    """The part of accelerate's trackers that is used."""
+
+    def log(self, values: dict[str, float], step: int) -> None:
+        """Record the numbers of an optimizer step."""
+
+    def finish(self) -> None:
+        """Send the remaining numbers and close."""
+
+
+def require_trackers(names: Sequence[str]) -> None:
+    """Raise `UsageError` for a tracker that is not installed."""
+    for name in names:
+        if find_spec(name) is None:
+            raise UsageError(f"trackers: {name} is not installed: pip install {name}")
+
+
+def start_trackers(names: Sequence[str], folder: Path, settings: dict[str, Any]) -> list[Tracker]:
+    """Open the run of a stage's folder in each tracker, named by output folder, stage and an id."""
+    if not names:
+        return []
+    id_file = folder / ID_FILE
+    if not id_file.exists():
+        id_file.write_text(secrets.token_hex(4), encoding="utf-8")
+    run = f"{folder.parent.resolve().name}-{folder.name}-{id_file.read_text(encoding='utf-8')}"
+    trackers = []
+    for name in names:
+        identity = {"id": run, "dir": str(folder)} if name == "wandb" else {}
+        tracker = LOGGER_TYPE_TO_CLASS[name](PROJECT, name=run, resume="allow", **identity)
+        tracker.start()
+        tracker.store_init_configuration(settings)
+        trackers.append(tracker)
+    return trackers

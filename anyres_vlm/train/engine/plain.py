@@ -1,17 +1,50 @@
-"""The plain backend: the whole model on every rank, gradients exchanged by DistributedDataParallel."""
+"""The plain backend: the whole model on every rank, gradients exchanged by DistributedDataParallel.
+
+Both backends give AdamW's state by parameter name: the same for one rank, for many, and for any ZeRO stage.
+"""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
+from dataclasses import dataclass
 
+import torch
 from accelerate import Accelerator
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import AdamW
 
 from anyres_vlm.model.vlm import VisionLanguageModel
 from anyres_vlm.schema import Batch
-from anyres_vlm.train.engine.state import MOMENTS, ReadTensor, Snapshot, blank_entry, trained_parameters
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+ReadTensor = Callable[[str], Tensor]
+"""Returns a saved tensor by its name, on the CPU."""
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A copy of the state of training, on rank 0; the other ranks hold no tensors.
+
+    `weights` is the whole model under the names of a checkpoint; `moments` has `NAME.exp_avg` and `NAME.exp_avg_sq` of
+    each trained parameter in fp32, or nothing before the first of AdamW's `updates`.
+    """
+
+    weights: dict[str, Tensor]
+    moments: dict[str, Tensor]
+    updates: int
+
+
+def trained_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """Yield the parameters that the optimizer updates, by name; a tied parameter comes once."""
+    return ((name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad)
+
+
+def blank_entry(tensor: Tensor, updates: int) -> dict[str, Tensor]:
+    """Return AdamW's state of a tensor after so many updates, moments still zero; fused AdamW counts on the device."""
+    count = torch.tensor(float(updates), device=tensor.device)
+    return {"step": count, **{moment: torch.zeros_like(tensor) for moment in MOMENTS}}
 
 
 class PlainBackend:
@@ -25,7 +58,7 @@ class PlainBackend:
         self._adamw, self._module = optimizer, model
 
     def micro_step(self, batch: Batch, scale: float, *, is_last: bool) -> Tensor:
-        """Add a pack's scaled gradient; ranks exchange at the last one. Returns its summed loss, ()."""
+        """Add a pack's scaled gradient; ranks exchange gradients at the last pack. Returns its summed loss, ()."""
         with nullcontext() if is_last else self._accelerator.no_sync(self._model):
             loss: Tensor = self._model(batch)
             self._accelerator.backward(loss * scale)
@@ -40,7 +73,7 @@ class PlainBackend:
         return norm
 
     def snapshot(self, *, with_moments: bool) -> Snapshot:
-        """Copies on rank 0: training may go on while they are written."""
+        """Copy the state to rank 0, so that training can continue while it is written."""
         if not self._accelerator.is_main_process:
             return Snapshot({}, {}, 0)
         moments: dict[str, Tensor] = {}
@@ -57,7 +90,7 @@ class PlainBackend:
         return Snapshot(weights, moments, updates)
 
     def restore(self, updates: int, read: ReadTensor) -> None:
-        """Put a saved optimizer state in place; the weights are in the model already."""
+        """Load a saved optimizer state; the model has the saved weights already."""
         if not updates:
             return
         for name, parameter in trained_parameters(self._module):

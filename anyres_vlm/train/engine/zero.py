@@ -2,56 +2,45 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import deepspeed
 import torch
 import torch.distributed as dist
+from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+from pydantic import ValidationError
 from torch import Tensor, nn
 from torch.optim import AdamW
 
-from anyres_vlm.config import read_preset
 from anyres_vlm.errors import UsageError
+from anyres_vlm.explain import did_you_mean, explain, shortened
 from anyres_vlm.model.vlm import VisionLanguageModel
 from anyres_vlm.schema import Batch
-from anyres_vlm.train.engine.state import MOMENTS, ReadTensor, Snapshot, blank_entry, trained_parameters
-
-AUTO = "auto"
-
-
-def fill_preset(path: Path, *, bf16: bool, max_grad_norm: float) -> dict[str, Any]:
-    """DeepSpeed's settings from a JSON file whose `auto` values follow from the run's own.
-
-    Raises `UsageError` for a file that is no JSON object or that says otherwise than the run.
-    """
-    settings = read_preset(path)
-    ours = {
-        "train_micro_batch_size_per_gpu": 1,  # a pack
-        "gradient_accumulation_steps": 1,  # the step's packs are counted here, not by DeepSpeed
-        "gradient_clipping": max_grad_norm,
-        "zero_allow_untested_optimizer": True,  # torch's AdamW
-        "zero_force_ds_cpu_optimizer": False,
-    }
-    _agree(path, settings, ours)
-    _agree(path, settings.setdefault("bf16", {}), {"enabled": bf16}, "bf16.")
-    return settings
+from anyres_vlm.train.engine.deepspeed_settings import DeepSpeedSettings, fill_sizes
+from anyres_vlm.train.engine.plain import MOMENTS, ReadTensor, Snapshot, blank_entry, trained_parameters
 
 
-def _agree(path: Path, settings: dict[str, Any], ours: dict[str, Any], prefix: str = "") -> None:
-    for key, value in ours.items():
-        if settings.get(key, AUTO) not in (AUTO, value):
-            raise UsageError(
-                f'--deepspeed {path}: {prefix}{key} is {settings[key]!r}, the run needs {value!r}: write "auto"'
-            )
-        settings[key] = value
+def check_zero(settings: DeepSpeedSettings) -> None:
+    """Raise `UsageError` unless DeepSpeed itself takes the settings' `zero_optimization`."""
+    fields = DeepSpeedZeroConfig.model_fields
+    known = [*fields, *(field.alias for field in fields.values() if field.alias is not None)]
+    where = f"--deepspeed {settings.path}: zero_optimization"
+    zero = fill_sizes(settings.content["zero_optimization"], None)
+    for key in zero:
+        if key not in known:
+            raise UsageError(f"{where}: unknown key {shortened(key)}{did_you_mean(key, known)}")
+    try:
+        DeepSpeedZeroConfig(**zero)
+    except (ValidationError, AssertionError) as error:
+        reason = explain(error, DeepSpeedZeroConfig) if isinstance(error, ValidationError) else str(error)
+        raise UsageError(f"{where}: {reason}") from None
 
 
 def split(model: nn.Module, settings: dict[str, Any]) -> None:
-    """Bring the parameters one after the other from the host to their ranks, cast before, as DeepSpeed does for all.
+    """Cast the parameters and move them to their ranks one by one.
 
-    Left to itself, DeepSpeed first moves the whole model to every device, where 34B parameters have no room.
+    By itself DeepSpeed first moves the whole model to every device, where 34B parameters do not fit.
     """
     for parameter in model.parameters():
         if settings["bf16"]["enabled"]:
@@ -72,9 +61,9 @@ class ZeroBackend:
         is_main: bool,
     ) -> None:
         self._module, self._is_main = model, is_main
-        # On a CPU it would compile this for a minute, with a compiler that may not be there, for inference alone.
+        # On a CPU, DeepSpeed would compile this for a minute, with a compiler that may be missing, for inference only.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-        # DeepSpeed casts floating buffers with the weights: rotary frequencies in bf16 would bend long sequences.
+        # DeepSpeed casts floating buffers with the weights: rotary frequencies in bf16 lose precision at long range.
         buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
         if settings.get("zero_optimization", {}).get("stage") == 3:
             split(model, settings)
@@ -84,14 +73,9 @@ class ZeroBackend:
         for name, buffer in model.named_buffers():
             buffer.data = buffers[name].to(device)
         self._is_stage_3 = self._engine.zero_optimization_stage() == 3
-        if self._is_stage_3 and model.cached_features is not None:
-            raise UsageError(
-                "cache_features does not go with ZeRO-3, where an encoder runs on all ranks or on none: "
-                "use zero2, or leave the cache out"
-            )
 
     def micro_step(self, batch: Batch, scale: float, *, is_last: bool) -> Tensor:
-        """Add a pack's scaled gradient; ranks exchange as the ZeRO stage does. Returns its summed loss, ()."""
+        """Add a pack's scaled gradient; ranks exchange it as the ZeRO stage does. Returns its summed loss, ()."""
         self._engine.set_gradient_accumulation_boundary(is_last)
         loss: Tensor = self._engine(batch)
         self._engine.backward(loss * scale)
@@ -103,7 +87,7 @@ class ZeroBackend:
         return float("inf") if self._zero.overflow else float(self._engine.get_global_grad_norm())
 
     def snapshot(self, *, with_moments: bool) -> Snapshot:
-        """The model and optimizer put together on rank 0, trained weights from their fp32 masters."""
+        """Gather model and optimizer on rank 0, trained weights from their fp32 masters."""
         known = dict(self._module.named_parameters(remove_duplicate=False))
         whole = {id(parameter): self._whole(parameter) for _, parameter in self._module.named_parameters()}
         state = self._module.state_dict()
@@ -119,7 +103,7 @@ class ZeroBackend:
         return Snapshot(weights, moments, updates) if self._is_main else Snapshot({}, {}, 0)
 
     def restore(self, updates: int, read: ReadTensor) -> None:
-        """Put a saved optimizer state in place, and the fp32 masters that this rank's weights were rounded from."""
+        """Load a saved optimizer state, and the fp32 masters of this rank's weights."""
         for name, parameter in trained_parameters(self._module):
             self._set(parameter, read(name), None)
         if not updates:
@@ -138,12 +122,12 @@ class ZeroBackend:
                 self._set(parameter, read(f"{name}.{moment}"), moment)
 
     def _set(self, parameter: Any, value: Tensor, moment: str | None) -> None:
-        """This rank's part of a master (no moment) or of a moment; DeepSpeed hangs its methods on the parameter."""
+        """Set this rank's part of a master (`moment` None) or of a moment; DeepSpeed adds the methods to parameters."""
         value = value.float().flatten()
         if not self._is_stage_3:
             parameter.set_full_hp_param(value.to(parameter.device), moment)
             return
-        # DeepSpeed's setter of whole tensors reads behind the end of one that the ranks do not divide evenly.
+        # DeepSpeed's setter of whole tensors reads out of bounds if numel is not divisible by the number of ranks.
         size = parameter.ds_tensor.ds_numel
         part = nn.functional.pad(value, (0, size * dist.get_world_size() - value.numel()))[size * dist.get_rank() :]
         self._zero.set_local_hp_param(part[:size], parameter, moment)
@@ -155,6 +139,6 @@ class ZeroBackend:
             return self._keep(parameter.detach().clone())
 
     def _keep(self, tensor: Tensor | None) -> Tensor:
-        """On rank 0 a copy on the CPU; elsewhere nothing, so that no other rank fills its memory."""
+        """Copy to the CPU on rank 0; an empty tensor elsewhere, which saves memory."""
         assert tensor is not None, "a trained parameter has a master and moments"
         return tensor.cpu() if self._is_main else tensor.new_empty(0, device="cpu")

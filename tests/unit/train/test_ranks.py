@@ -64,7 +64,7 @@ def test_a_batch_script_and_a_launcher_are_left_alone(monkeypatch: pytest.Monkey
 
 @pytest.mark.parametrize("error", [RuntimeError("[/a/gloo/pair.cc:1] Connection closed\nby peer"), DistStoreError("x")])
 def test_lost_ranks_are_told_in_one_line(error: RuntimeError) -> None:
-    told = r"rank_timeout_minutes=5: .*goes on from the newest checkpoint"
+    told = r"rank_timeout_minutes=5: .*resume from the newest checkpoint"
     with pytest.raises(RankLost, match=told) as caught, telling_lost_ranks(5):
         raise error
     assert "\n" not in str(caught.value)

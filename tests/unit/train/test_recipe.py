@@ -15,8 +15,7 @@ from anyres_vlm.data.loader import collate
 from anyres_vlm.model.hub import build_model
 from anyres_vlm.model.lora import add_lora
 from anyres_vlm.schema import Batch, ImageRef, Record, Turn
-from anyres_vlm.train.optim import build_optimizer, rate_factor
-from anyres_vlm.train.stage import freeze, recipe_warnings, trained_rates
+from anyres_vlm.train.recipe import build_optimizer, freeze, rate_factor, recipe_warnings, trained_rates
 
 
 def config(bases: Path, *overrides: str):

@@ -7,8 +7,8 @@ import torch
 from transformers import CLIPVisionConfig, LlamaConfig
 
 from anyres_vlm.flops import forward_flops
-from anyres_vlm.train.engine import StepResult
-from anyres_vlm.train.throughput import Throughput, device_peak
+from anyres_vlm.train.engine.engine import StepResult
+from anyres_vlm.train.metrics import Throughput, device_peak
 
 LANGUAGE = LlamaConfig(vocab_size=32_064)  # 7B
 VISION = CLIPVisionConfig(
