@@ -30,14 +30,14 @@ import torch
 import yaml
 from transformers import LlavaNextForConditionalGeneration, LlavaNextProcessor, PreTrainedTokenizerFast
 
-from anyres_vlm.config import CheckpointConfig, DataConfig, ModelConfig, RunConfig, StageName, find_preset
+from anyres_vlm.config import CheckpointConfig, DataConfig, ModelConfig, RunConfig, StageName
 from anyres_vlm.data.conversation import ConversationTokenizer
 from anyres_vlm.data.images import open_image
 from anyres_vlm.data.index.rows import IndexSettings
 from anyres_vlm.data.index.table import OK
 from anyres_vlm.data.packing.plan import round_packs
 from anyres_vlm.data.sources import Source, open_source
-from anyres_vlm.doctor.finding import BROKEN, Finding, gigabytes, judge
+from anyres_vlm.doctor.finding import Finding, gigabytes, judge
 from anyres_vlm.doctor.run import require_reachable
 from anyres_vlm.errors import DataError, UsageError
 from anyres_vlm.geometry import Tiling
@@ -49,9 +49,10 @@ from anyres_vlm.model.skeleton import skeleton
 from anyres_vlm.model.stock import stock_obstacle
 from anyres_vlm.preflight.replica import choose, look, replicate, small_files, weight_files, write_records
 from anyres_vlm.schema import ImageRef, Record, Turn
-from anyres_vlm.train.engine.trackers import require_trackers
+from anyres_vlm.train.engine.deepspeed_settings import find_preset, resolve_deepspeed
+from anyres_vlm.train.engine.engine import require_trackers
 from anyres_vlm.train.metrics import METRICS_FILE, read_metrics
-from anyres_vlm.train.stage import trained_rates
+from anyres_vlm.train.recipe import trained_rates
 
 STAGES: tuple[StageName, ...] = get_args(StageName)
 STEPS = 6  # optimizer steps of a stage
@@ -63,7 +64,9 @@ PATIENCE_S = 600  # for a training process
 REPLAYED = ("train/loss", "train/grad_norm")  # equal to the last digit when a step is repeated
 DEVICE_RTOL = 1e-3  # on a GPU, whose attention adds up gradients in no fixed order
 NEW_TOKENS = 8  # of an answer that is compared
-FIRST = re.compile(r"^error: (.*)$", re.MULTILINE)
+SAID = re.compile(r"^(?:\[rank\d+\]: )?error: (.*)$", re.MULTILINE)
+RAISED = re.compile(r"^(?:\[rank\d+\]: )?([\w.]+(?:Error|Exception): .*(?:\n.+)?)$", re.MULTILINE)
+LOST = "another rank has ended"
 
 
 @dataclass(frozen=True)
@@ -156,19 +159,18 @@ class Rehearsal:
             words = f"not installed, the config names {', '.join(dict.fromkeys(presets.values()))}"
             yield Finding("deepspeed", "fail", words, "pip install 'anyres-vlm[deepspeed]'")
             return
-        if not torch.accelerator.is_available():
-            os.environ.setdefault("DS_ACCELERATOR", "cpu")  # as the engine does
-        from anyres_vlm.train.engine.zero import fill_preset  # optional: the extra `deepspeed`
-
         for stage, preset in presets.items():
-            settings, is_bf16 = self.config.stage(stage), self.config.precision == "bf16"
             try:
-                fill_preset(find_preset(preset), bf16=is_bf16, max_grad_norm=settings.max_grad_norm)
-            except (UsageError, DataError) as error:
+                settings = resolve_deepspeed(
+                    find_preset(preset), self.config, stage, ranks=0, has_cuda=torch.cuda.is_available()
+                )
+            except UsageError as error:
                 self.broken_presets.add(stage)
                 yield Finding("deepspeed", "fail", f"{stage}: {error}")
-            else:
-                yield Finding("deepspeed", "ok", f"{stage}: {preset} agrees with the run")
+                continue
+            for warning in settings.warnings:
+                yield Finding("deepspeed", "warn", f"{stage}: {warning}")
+            yield Finding("deepspeed", "ok", f"{stage}: {preset} agrees with the run")
 
     def _check_bases(self) -> Iterator[Finding]:
         """The real files: there, complete, of a supported kind, and with room on the disk for their checkpoints."""
@@ -277,7 +279,9 @@ class Rehearsal:
         with_images = table.filter(pc.and_(pc.equal(table["status"], OK), pc.greater(table["tiles"], 0)))
         example = source.record(int((with_images if len(with_images) else table)["row"][0].as_py()))
         self.chosen[stage] = Chosen(path, path.parent / "images", example)
-        yield Finding(check, "ok", f"{len(rows)} records chosen: the extremes, each source and kind of reject, random ones")
+        yield Finding(
+            check, "ok", f"{len(rows)} records chosen: the extremes, each source and kind of reject, random ones"
+        )
 
     def _make_replica(self) -> Iterator[Finding]:
         """Shrink the bases, put them together and save the result, as every run does at its end."""
@@ -303,7 +307,7 @@ class Rehearsal:
             codes = [rank.poll() for rank in ranks]
         self.before = _logged(metrics)
         if any(code not in (None, 0) for code in codes):
-            yield self._failure("train", config)
+            yield self._failure("train")
             return
         if len(self.before) < KILL_AFTER:
             yield Finding("train", "fail", f"no step {KILL_AFTER} of stage 2 within {PATIENCE_S} s", self._log_hint())
@@ -311,7 +315,11 @@ class Rehearsal:
         self.is_trained = True
         where = torch.cuda.get_device_name(0) if torch.cuda.is_available() else "CPU"
         presets = ", ".join(f"{s} {config.stage(s).deepspeed or 'plain'}" for s in STAGES)
-        yield Finding("train", "ok", f"{STEPS} steps of stage 1 and {len(self.before)} of stage 2 on {self.ranks} ranks ({where}; {presets}), then killed")
+        yield Finding(
+            "train",
+            "ok",
+            f"{STEPS} steps of stage 1 and {len(self.before)} of stage 2 on {self.ranks} ranks ({where}; {presets}), then killed",
+        )
         yield from self._check_unread()
 
     def _check_unread(self) -> Iterator[Finding]:
@@ -332,22 +340,30 @@ class Rehearsal:
             codes = [rank.poll() for rank in ranks]
         if any(codes) or None in codes:
             self.is_trained = False
-            yield self._failure("resume", config)
+            yield self._failure("resume")
             return
         after = _logged(self._run / "stage2" / METRICS_FILE)
-        resumed = re.search(r"stage2: .*resumed after step (\d+)", self._log.read_text(encoding="utf-8", errors="replace"))
+        resumed = re.search(
+            r"stage2: .*resumed after step (\d+)", self._log.read_text(encoding="utf-8", errors="replace")
+        )
         tolerance = DEVICE_RTOL if torch.cuda.is_available() else 0.0
         for step, row in self.before.items():
             for key in REPLAYED:
                 if not np.isclose(after[step].get(key, 0), row.get(key, 0), rtol=tolerance, atol=0):
-                    words = f"step {step} had {key}={row.get(key)} before the kill and {after[step].get(key)} when repeated"
-                    yield Finding("resume", "fail", words, "the run cannot be trusted to resume: report this with the config")
+                    words = (
+                        f"step {step} had {key}={row.get(key)} before the kill and {after[step].get(key)} when repeated"
+                    )
+                    yield Finding(
+                        "resume", "fail", words, "the run cannot be trusted to resume: report this with the config"
+                    )
                     return
         if resumed is None:
             yield Finding("resume", "fail", "no checkpoint was resumed from after the kill", self._log_hint())
             return
         repeated = len(self.before) - int(resumed[1])
-        yield Finding("resume", "ok", f"after step {resumed[1]}; {repeated} steps repeated with equal loss and gradient norm")
+        yield Finding(
+            "resume", "ok", f"after step {resumed[1]}; {repeated} steps repeated with equal loss and gradient norm"
+        )
 
     def _compare_answers(self) -> Iterator[Finding]:
         """Greedy answers of the finished folder, ours and those of stock transformers where it can load it."""
@@ -392,7 +408,7 @@ class Rehearsal:
         with self._log.open("ab") as log:
             words = [sys.executable, "-m", "anyres_vlm", "export", str(folder), str(out)]
             done = subprocess.run(words, env=self._environment(), stdout=log, stderr=subprocess.PIPE, text=True)
-        said = FIRST.search(done.stderr)
+        said = SAID.search(done.stderr)
         if done.returncode == 2 and said is not None and "cannot be exported" in said[1]:
             yield Finding("export", "ok", said[1].partition("cannot be exported: ")[2])
             return
@@ -428,8 +444,7 @@ class Rehearsal:
         stages: dict[str, Any] = {}
         for stage in STAGES:
             settings = self.config.stage(stage)
-            changes: dict[str, Any] = {"data": self._data(stage), "batch_size": self.ranks, "epochs": STEPS}
-            changes["packs_per_step"] = self.ranks
+            changes: dict[str, Any] = {"data": self._data(stage), "packs_per_step": self.ranks, "epochs": STEPS}
             if stage in self.broken_presets:
                 changes["deepspeed"] = None
             stages[stage] = settings.model_copy(update=changes)
@@ -466,9 +481,7 @@ class Rehearsal:
                     environment |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(self.ranks)}
                     environment |= {"LOCAL_WORLD_SIZE": str(self.ranks), "MASTER_ADDR": "127.0.0.1"}
                     environment["MASTER_PORT"] = str(port)
-                ranks.append(
-                    subprocess.Popen(words, env=environment, stdout=log, stderr=log, start_new_session=True)
-                )
+                ranks.append(subprocess.Popen(words, env=environment, stdout=log, stderr=log, start_new_session=True))
         try:
             yield ranks
         finally:
@@ -484,10 +497,10 @@ class Rehearsal:
         threads = max((os.cpu_count() or 1) // self.ranks, 1)
         return kept | {"OMP_NUM_THREADS": kept.get("OMP_NUM_THREADS", str(threads)), "ANYRES_FOLLOW_LINKS": "1"}
 
-    def _failure(self, check: str, config: RunConfig) -> Finding:
-        """The first error that a rank printed."""
+    def _failure(self, check: str) -> Finding:
+        """The first error that a rank printed, or raised without a word of this package; not that it lost another."""
         text = self._log.read_text(encoding="utf-8", errors="replace")
-        said = [line for line in FIRST.findall(text) if not line.startswith("another rank has ended")]
+        said = [line for line in [*SAID.findall(text), *RAISED.findall(text)] if not line.startswith(LOST)]
         last = next((line for line in reversed(text.splitlines()) if line.strip()), "ended without a word")
         return Finding(check, "fail", said[0] if said else last, self._log_hint())
 
@@ -511,7 +524,7 @@ def _caught(name: str, step: Callable[[], Iterable[Finding]]) -> Iterator[Findin
         yield from step()
     except NotTried as reason:
         yield Finding(name, "warn", f"not tried: {reason}")
-    except BROKEN as error:
+    except Exception as error:  # whatever libraries raise over someone's files would also end the real run
         yield Finding(name, "fail", " ".join(str(error).split()) or type(error).__name__)
 
 
