@@ -42,6 +42,7 @@ from anyres_vlm.doctor.run import require_reachable
 from anyres_vlm.errors import DataError, UsageError
 from anyres_vlm.geometry import Tiling
 from anyres_vlm.inference import Assistant, Conversation
+from anyres_vlm.model.files import parsing
 from anyres_vlm.model.generation import Decoding
 from anyres_vlm.model.hub import build_model, describe_model
 from anyres_vlm.model.pretrained import load_pretrained
@@ -192,7 +193,8 @@ class Rehearsal:
 
     def _check_described(self, model: ModelConfig | CheckpointConfig) -> Iterator[Finding]:
         """Tokenizer, templates and geometry; sets `described`."""
-        described = describe_model(model)
+        with parsing(Path(_first_name(model)), "its tokenizer or configuration"):
+            described = describe_model(model)
         chosen, tiling, tokenizer = described
         if isinstance(model, ModelConfig):
             rows = _embedding_rows(model)
@@ -543,6 +545,10 @@ def _local(model: ModelConfig | CheckpointConfig) -> ModelConfig | CheckpointCon
         named = {"name": str(small_files(model.encoder.name))}
         changes["encoder"] = model.encoder.model_copy(update=named)
     return model.model_copy(update=changes)
+
+
+def _first_name(model: ModelConfig | CheckpointConfig) -> str:
+    return model.checkpoint if isinstance(model, CheckpointConfig) else model.llm
 
 
 def _embedding_rows(model: ModelConfig) -> int:
