@@ -60,10 +60,12 @@ NEXT_MISTRAL, NEXT_VICUNA = "llava-hf/llava-v1.6-mistral-7b-hf", "llava-hf/llava
 LLAVA_15 = "llava-hf/llava-1.5-7b-hf"
 ORIGINAL_NEXT, ORIGINAL_15 = "liuhaotian/llava-v1.6-vicuna-7b", "liuhaotian/llava-v1.5-7b"
 
+# How byte-level tokenizers split before merging; "digits": GPT-2's own way, each digit alone.
 LLAMA_3_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+QWEN_SPLIT = LLAMA_3_SPLIT.replace("{1,3}", "")
 CHATML = (
     "{%% for message in messages %%}%s{{ '<|im_start|>' + message.role + '\n' + message.content + '<|im_end|>\n' }}"
     "{%% endfor %%}{%% if add_generation_prompt %%}{{ '<|im_start|>assistant\n' }}{%% endif %%}"
@@ -120,6 +122,7 @@ class TokenizerFacts:
     added: tuple[str, ...] = ()
     dummy_prefix: bool = True  # SentencePiece puts a space before the text
     adds: str | None = None  # what the post-processor of tokenizer.json writes first
+    split: str = LLAMA_3_SPLIT
 
 
 @dataclass(frozen=True)
@@ -263,11 +266,12 @@ def _fast_sentencepiece(facts: TokenizerFacts, size: Size) -> Tokenizer:
 
 
 @cache
-def _trained_byte_level(first: tuple[str, ...]) -> str:
+def _trained_byte_level(first: tuple[str, ...], split: str) -> str:
     tokenizer = Tokenizer(models.BPE())
-    split = pre_tokenizers.Split(Regex(LLAMA_3_SPLIT), "isolated")
+    by_digit = split == "digits"
+    before = pre_tokenizers.Digits(True) if by_digit else pre_tokenizers.Split(Regex(split), "isolated")
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+        [before, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=by_digit)]
     )
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
@@ -281,7 +285,7 @@ def _trained_byte_level(first: tuple[str, ...]) -> str:
 
 
 def _byte_level(facts: TokenizerFacts, size: Size) -> Tokenizer:
-    content = json.loads(_trained_byte_level(facts.first))
+    content = json.loads(_trained_byte_level(facts.first, facts.split))
     vocab = content["model"]["vocab"]
     if size == "real":
         vocab |= {_filler(number): number for number in range(len(vocab), facts.base)}
@@ -348,6 +352,10 @@ def _shrink_processor(settings: Settings) -> Settings:
 
 def _listed(value: Any) -> list[int]:
     return value if isinstance(value, list) else [value]
+
+
+def read_json(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def _write_json(path: Path, content: object) -> None:
@@ -672,6 +680,7 @@ _SMOLLM2 = Facts(
             "vocab_size": 49152,
         },
         ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<repo_name>", "<reponame>", "<file_sep>", "<filename>"),
+        split="digits",
     ),
     {"_from_model_config": True, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2},
     dtype=torch.bfloat16,
@@ -727,7 +736,7 @@ def _qwen(added: tuple[str, ...], **config: Any) -> Facts:
         "top_k": 20,
         "transformers_version": "4.37.0",
     }
-    tokenizer = TokenizerFacts("byte_level", ("tokenizer.json",), 151643, tokens, (), added)
+    tokenizer = TokenizerFacts("byte_level", ("tokenizer.json",), 151643, tokens, (), added, split=QWEN_SPLIT)
     return Facts("llm", settings, tokenizer, generation, dtype=torch.bfloat16)
 
 

@@ -10,7 +10,7 @@ from anyres_vlm.errors import UsageError
 
 
 def import_checkpoint(
-    source: str = typer.Argument(..., metavar="SRC", help="Folder or hub id in the original layout, safetensors."),
+    source: str = typer.Argument(..., metavar="SRC", help="Folder or hub id in the original layout."),
     out: Path = typer.Argument(..., metavar="OUT", help="Folder to write; must not exist."),
     template: str | None = typer.Option(None, help="Chat template it was trained with: vicuna_v1, mistral, ..."),
     encoder: str | None = typer.Option(None, help="CLIP encoder by folder or hub id, instead of the one it names."),
@@ -24,6 +24,7 @@ def import_checkpoint(
     from anyres_vlm.data.chat_template import chat_jinja
     from anyres_vlm.data.conversation import ConversationTokenizer
     from anyres_vlm.model.card import write_card
+    from anyres_vlm.model.generation_config import end_tokens
     from anyres_vlm.model.original import load_original
     from anyres_vlm.model.pretrained import save_pretrained
     from anyres_vlm.train.checkpoint import write_folder
@@ -31,8 +32,9 @@ def import_checkpoint(
     if out.exists():
         raise UsageError(f"{out} exists: choose another folder")
     model, tokenizer = load_original(source, template_name(template), encoder)
+    generation = model.language_model.generation_config
     stops = ConversationTokenizer(model.config.template, tokenizer).stop_ids
-    model.language_model.generation_config.eos_token_id = stops
+    generation.eos_token_id = sorted({*stops, *end_tokens(generation)})
     jinja = chat_jinja(model.config.template, tokenizer)
 
     def fill(folder: Path) -> None:

@@ -122,9 +122,11 @@ def check_models(case: Case) -> Iterator[Finding]:
     for name, size in sizes.items():
         if size is None:
             remedy = f"the first start fetches what is missing; before: hf download {name}"
-            yield Finding("weights", "warn", f"{name}: no safetensors at hand", remedy)
+            yield Finding("weights", "warn", f"{name}: no weights at hand", remedy)
         else:
-            yield Finding("weights", "ok", f"{name}: {size / 1e6:,.1f} M numbers")
+            is_pickle = any(path.suffix == ".bin" for path in _weight_files(name))
+            kind = ", in .bin files: pickle, of which only tensors are read" if is_pickle else ""
+            yield Finding("weights", "ok", f"{name}: {size / 1e6:,.1f} M numbers{kind}")
     ranks, free = _local_ranks(), free_memory()
     held = 4 * sum(size or 0 for size in sizes.values()) * ranks
     words = f"{gigabytes(free)} free; weights in fp32, whole on each of {ranks} local ranks, take {gigabytes(held)}"
@@ -295,26 +297,38 @@ def _local_ranks() -> int:
     return int(os.environ.get("LOCAL_WORLD_SIZE", 0)) or (torch.accelerator.device_count() or 1)
 
 
-def _numbers(name: str) -> int | None:
-    """How many numbers the safetensors of a folder or of a hub id's snapshot hold; None where none is at hand."""
+def _weight_files(name: str) -> list[Path]:
+    """The weight files of a folder or of a hub id's snapshot, as far as they are at hand."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
-    from safetensors import SafetensorError, safe_open
 
+    from anyres_vlm.model.files import PICKLED, weight_files
     from anyres_vlm.model.hub import resolve
 
     folder = Path(resolve(name))
-    if not folder.is_dir():
-        try:
-            folder = Path(snapshot_download(name, allow_patterns=["*.safetensors*"], local_files_only=True))
-        except (LocalEntryNotFoundError, HFValidationError):
-            return None
+    try:
+        if not folder.is_dir():
+            folder = Path(snapshot_download(name, allow_patterns=["*.safetensors*", PICKLED], local_files_only=True))
+        return weight_files(folder)
+    except (DataError, LocalEntryNotFoundError, HFValidationError):
+        return []
+
+
+def _numbers(name: str) -> int | None:
+    """How many numbers the weights of a folder or hub id have; None where none is at hand."""
+    from safetensors import SafetensorError, safe_open
+
+    from anyres_vlm.model.files import read_pickled
+
     total = 0
-    for path in folder.glob("*.safetensors"):
+    for path in _weight_files(name):
+        if path.suffix == ".bin":
+            total += sum(tensor.numel() for tensor in read_pickled(path).values())
+            continue
         try:
             with safe_open(path, framework="numpy") as file:
                 total += sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
-        except SafetensorError as error:
+        except (OSError, SafetensorError) as error:
             raise DataError(f"{path}: its weights cannot be read ({error}): fetch it again") from None
     return total or None
 

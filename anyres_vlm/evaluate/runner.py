@@ -28,7 +28,7 @@ from anyres_vlm.schema import IMAGE_TOKEN, ImageRef, Turn
 logger = logging.getLogger(__name__)
 
 WINDOW = 1024  # questions whose prompts are in memory and sorted by length together: 25 MB at 3,000 tokens each
-MODEL_FILES = {".safetensors", ".json", ".jinja", ".model"}  # what decides an answer; a model card does not
+MODEL_FILES = {".safetensors", ".bin", ".json", ".jinja", ".model"}  # what decides an answer; a model card does not
 MAX_UNASKED = 0.01  # of the questions may be too long for the model or hold its control tokens: they count as ""
 SHOWN = 3  # questions named in a message
 

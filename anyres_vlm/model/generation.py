@@ -19,6 +19,7 @@ from transformers.generation import LogitsProcessorList, TemperatureLogitsWarper
 
 from anyres_vlm.errors import UsageError
 from anyres_vlm.model.attention import Documents
+from anyres_vlm.model.generation_config import end_tokens
 from anyres_vlm.model.kv_cache import ConversationCache
 
 Watch = Callable[[Sequence[int], Tensor], None]
@@ -73,7 +74,7 @@ def generate_tokens(
     """
     rooms = [room_for_answer(language_model, length, decoding.max_new_tokens) for length in lengths]
     choice = _Choice(decoding, range(len(lengths)) if numbers is None else numbers, embedded.device)
-    stops = _end_tokens(language_model)
+    stops = end_tokens(language_model.generation_config)
     cache = ConversationCache(lengths, max(rooms))
     rows = list(range(len(lengths)))  # the conversations in the cache
     unfinished = set(rows)
@@ -166,8 +167,3 @@ def _forward(language_model: PreTrainedModel, cache: ConversationCache, **inputs
     name = "cache" if "cache" in inspect.signature(base.forward).parameters else "past_key_values"  # before 5.24
     hidden: Tensor = base(**inputs, **{name: cache}, use_cache=True).last_hidden_state
     return hidden
-
-
-def _end_tokens(language_model: PreTrainedModel) -> set[int]:
-    ending: Any = language_model.generation_config.eos_token_id
-    return set() if ending is None else {ending} if isinstance(ending, int) else set(ending)

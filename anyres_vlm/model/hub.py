@@ -10,8 +10,8 @@ from typing import Any, cast
 import timm
 import torch
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
-    AutoTokenizer,
     CLIPImageProcessor,
     CLIPVisionConfig,
     CLIPVisionModel,
@@ -25,8 +25,10 @@ from anyres_vlm.errors import DataError, UsageError
 from anyres_vlm.geometry import Tiling
 from anyres_vlm.model.description import describe
 from anyres_vlm.model.encoder import ClipEncoder, Encoder, TimmEncoder, plain_geometry
-from anyres_vlm.model.files import checkpoint_folder
+from anyres_vlm.model.files import BROKEN, base_file, checkpoint_folder, load_fault, read_json
+from anyres_vlm.model.generation_config import clean_generation_config, clean_padding
 from anyres_vlm.model.pretrained import load_pretrained, read_tokenizer
+from anyres_vlm.model.tokenizer import build_tokenizer
 from anyres_vlm.model.vlm import VisionLanguageModel
 from anyres_vlm.schema import IMAGE_TOKEN
 
@@ -79,13 +81,8 @@ def describe_model(
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerFast:
-    """A fast tokenizer with the special token `<image>` and a padding token."""
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(resolve(name), trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise _unavailable("llm", name, error) from error
-    if not isinstance(tokenizer, PreTrainedTokenizerFast):
-        raise UsageError(f"llm {name}: exact labels need a fast tokenizer, got {type(tokenizer).__name__}")
+    """A fast tokenizer with the special token `<image>` and a padding token: nothing here is padded, others do."""
+    tokenizer = build_tokenizer(resolve(name), "llm")
     if IMAGE_TOKEN not in tokenizer.get_vocab():
         tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE_TOKEN]}, replace_extra_special_tokens=False)
     if tokenizer.pad_token is None:
@@ -106,10 +103,11 @@ def load_encoder(config: EncoderConfig) -> Encoder:
             network = timm_network(config, pretrained=True)
             pixels = network.pretrained_cfg
             return TimmEncoder(network, config.layer, pixels["mean"], pixels["std"])
-        vision_model = CLIPVisionModel.from_pretrained(name, dtype=torch.float32)
+        vision_model, report = CLIPVisionModel.from_pretrained(name, dtype=torch.float32, output_loading_info=True)
         mean, std = _clip_statistics(name)
-    except (OSError, RuntimeError) as error:
+    except BROKEN as error:
         raise _unavailable("encoder", config.name, error) from error
+    _require_all_weights("encoder", config.name, report)
     return ClipEncoder(vision_model, config.layer, mean, std)
 
 
@@ -149,20 +147,46 @@ def _clip_statistics(name: str) -> tuple[list[float], list[float]]:
 
 
 def _load_llm(name: str, dtype: torch.dtype) -> PreTrainedModel:
+    place, options = resolve(name), {"trust_remote_code": False}
     try:
-        llm = AutoModelForCausalLM.from_pretrained(resolve(name), dtype=dtype, trust_remote_code=False)
-        return cast(PreTrainedModel, llm)
-    except (OSError, ValueError) as error:
+        config = AutoConfig.from_pretrained(place, **options)
+        clean_padding(config, f"llm {name}")
+        if (path := base_file(place, "generation_config.json")) is not None:
+            options["generation_config"] = clean_generation_config(read_json(Path(path)), f"llm {name}")
+        llm, report = AutoModelForCausalLM.from_pretrained(
+            place, config=config, dtype=dtype, output_loading_info=True, **options
+        )
+    except BROKEN as error:
         raise _unavailable("llm", name, error) from error
+    _require_all_weights("llm", name, report)
+    if "generation_config" not in options:  # what config.json says of generation
+        llm.generation_config = clean_generation_config(llm.generation_config.to_diff_dict(), f"llm {name}")
+    return cast(PreTrainedModel, llm)
+
+
+def _require_all_weights(what: str, name: str, report: dict[str, Any]) -> None:
+    """Raise `DataError` for a base with weights missing, which transformers would fill with random numbers."""
+    if missing := sorted(report["missing_keys"]):
+        names = ", ".join(missing[:3])
+        raise DataError(f"{what} {name!r}: {len(missing)} weights missing ({names}): use a complete folder")
 
 
 def _fit_vocabulary(language_model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> None:
-    """Give added tokens rows of their own; a vocabulary padded beyond the tokenizer stays as it is."""
+    """Give added tokens rows of their own; a vocabulary padded beyond the tokenizer stays as it is.
+
+    A new row is the mean of all others: the same in every process, and never the likeliest next token.
+    """
     rows = language_model.get_input_embeddings().weight.shape[0]
-    if len(tokenizer) > rows:
-        language_model.resize_token_embeddings(len(tokenizer))
+    if len(tokenizer) <= rows:
+        return
+    language_model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    for layer in (language_model.get_input_embeddings(), language_model.get_output_embeddings()):
+        for parameter in layer.parameters():  # a head may have a bias
+            parameter.data[rows:] = parameter.data[:rows].mean(0, dtype=torch.float32).to(parameter.dtype)
 
 
 def _unavailable(what: str, name: str, error: Exception) -> DataError:
-    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    if isinstance(error, DataError):
+        return error
+    reason = load_fault(error)
     return DataError(f"{what} {name!r} cannot be loaded: {reason}; give a hub id, a local folder or an embedded: name")

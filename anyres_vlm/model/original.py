@@ -17,7 +17,6 @@ from torch import Tensor
 from transformers import (
     CONFIG_MAPPING,
     AutoModelForCausalLM,
-    GenerationConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
 )
@@ -26,6 +25,7 @@ from transformers.initialization import no_init_weights
 from anyres_vlm.config import EncoderConfig, ModelConfig, TemplateName
 from anyres_vlm.errors import DataError, UsageError
 from anyres_vlm.model.files import checkpoint_folder, parsing, read_json, read_tensors
+from anyres_vlm.model.generation_config import clean_generation_config
 from anyres_vlm.model.hub import image_token_id, load_encoder, load_tokenizer
 from anyres_vlm.model.pretrained import require_weights
 from anyres_vlm.model.vlm import VisionLanguageModel
@@ -75,8 +75,8 @@ def load_original(
         model = VisionLanguageModel(config, vision_tower, build(), image_token_id(tokenizer))
     load_weights(model, _tensors(folder, rows, model, settings), folder, None)
     if (folder / "generation_config.json").exists():
-        with parsing(folder / "generation_config.json", "it"):
-            model.language_model.generation_config = GenerationConfig.from_pretrained(folder)
+        generation = read_json(folder / "generation_config.json")
+        model.language_model.generation_config = clean_generation_config(generation, str(folder))
     return model, tokenizer
 
 

@@ -17,10 +17,8 @@ from huggingface_hub import save_torch_state_dict
 from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
-    AutoTokenizer,
     CLIPVisionConfig,
     CLIPVisionModel,
-    GenerationConfig,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
@@ -32,7 +30,9 @@ from anyres_vlm.errors import DataError
 from anyres_vlm.model.description import EXTRAS_FILE, Description, describe
 from anyres_vlm.model.encoder import ClipEncoder, Encoder, TimmEncoder
 from anyres_vlm.model.files import checkpoint_folder, parsing, read_json, read_tensors, weight_bytes
+from anyres_vlm.model.generation_config import clean_generation_config
 from anyres_vlm.model.stock import pixel_statistics, stock_config, stock_obstacle, stock_processor
+from anyres_vlm.model.tokenizer import build_tokenizer
 from anyres_vlm.model.vlm import VisionLanguageModel
 from anyres_vlm.model.weights import HEAD, STOCK_NAMES, load_weights, renamed
 from anyres_vlm.schema import IMAGE_TOKEN
@@ -84,10 +84,10 @@ def load_pretrained(
         require_weights([described.text, *vision], lambda: empty_model(described), folder)
         model = empty_model(described)
     load_weights(model, _tensors(folder, described), folder, dtype)
-    generation = model.language_model.generation_config
+    settings = model.language_model.generation_config.to_diff_dict()
     if (folder / "generation_config.json").exists():
-        with parsing(folder / "generation_config.json", "it"):
-            generation = model.language_model.generation_config = GenerationConfig.from_pretrained(folder)
+        settings = read_json(folder / "generation_config.json")
+    generation = model.language_model.generation_config = clean_generation_config(settings, str(folder))
     if generation.eos_token_id is None:
         generation.eos_token_id = tokenizer.eos_token_id
     return model, tokenizer
@@ -124,14 +124,8 @@ def read_tokenizer(folder: Path, described: Description) -> PreTrainedTokenizerF
 
     Raises `DataError` if it does not go with the model, or has no chat template and none of ours was named.
     """
-    with parsing(folder, "its tokenizer"):
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    if not isinstance(tokenizer, PreTrainedTokenizerFast):
-        raise DataError(f"{folder}: exact labels need a fast tokenizer, got {type(tokenizer).__name__}")
-    vocabulary = tokenizer.get_vocab()
-    if tokenizer.unk_token is not None and tokenizer.unk_token not in vocabulary:  # transformers would look for ever
-        raise DataError(f"{folder}: the unk_token {tokenizer.unk_token!r} of its tokenizer is none of its tokens")
-    if (found := vocabulary.get(IMAGE_TOKEN)) != described.image_token_id:
+    tokenizer = build_tokenizer(folder, "")
+    if (found := tokenizer.get_vocab().get(IMAGE_TOKEN)) != described.image_token_id:
         raise DataError(
             f"{folder}: {IMAGE_TOKEN} is token {found} of its tokenizer, config.json says {described.image_token_id}"
         )

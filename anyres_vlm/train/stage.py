@@ -23,6 +23,7 @@ from anyres_vlm.data.samples import IndexedSamples
 from anyres_vlm.errors import DataError, Interrupted, UsageError
 from anyres_vlm.model.card import write_card
 from anyres_vlm.model.feature_cache import FeatureCache
+from anyres_vlm.model.generation_config import end_tokens
 from anyres_vlm.model.hub import build_model
 from anyres_vlm.model.lora import add_lora, merged_weights, save_adapter
 from anyres_vlm.model.pretrained import load_parts, save_pretrained
@@ -164,8 +165,9 @@ def build(
     model, tokenizer = build_model(config.model, config.seed, dtype)
     if name == "stage2" and needs_stage_1(config, options):
         load_parts(model, model_folder(options.output, "stage1"), ADAPTER_PARTS)
+    generation = model.language_model.generation_config
     stops = ConversationTokenizer(model.config.template, tokenizer).stop_ids
-    model.language_model.generation_config.eos_token_id = stops
+    generation.eos_token_id = sorted({*stops, *end_tokens(generation)})
     if settings.lora is not None:
         add_lora(model, settings.lora, config.seed)
     if settings.activation_checkpointing:
