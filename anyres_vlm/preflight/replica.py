@@ -22,8 +22,14 @@ from huggingface_hub import list_repo_files, save_torch_state_dict, snapshot_dow
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from numpy.typing import NDArray
 from torch import nn
-from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, CLIPVisionConfig, CLIPVisionModel
-from transformers import GenerationConfig, PreTrainedConfig
+from transformers import (
+    CONFIG_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    PreTrainedConfig,
+)
 
 from anyres_vlm.config import CheckpointConfig, EncoderConfig, ModelConfig
 from anyres_vlm.data.blobs import read_blob
@@ -260,7 +266,7 @@ def look(source: Source, settings: IndexSettings) -> pa.Table:
 def choose(table: pa.Table, tokens: int, seed: int) -> list[int]:
     """Rows of the source for a rehearsal: the extremes, each source, each kind of reject, and random ones.
 
-    Random ones are added up to about so many tokens in all. Malformed records, of which nothing can be copied, stay out.
+    Random ones are added up to about so many tokens in all. Malformed records, which cannot be copied, stay out.
     """
     row, length, status, origin, images = _columns(table)
     good = np.flatnonzero(status == OK)

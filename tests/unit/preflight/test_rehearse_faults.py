@@ -4,20 +4,17 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 from replicas import CLIP, MISTRAL, VICUNA_7B, build_replica
 
-from anyres_vlm.cli.main import main
 from anyres_vlm.config import RunConfig, load_config, shipped_config
 from anyres_vlm.doctor.finding import Finding
 from anyres_vlm.preflight.rehearse import Rehearsal
