@@ -6,6 +6,7 @@ import shutil
 import sys
 import tempfile
 import warnings
+from collections.abc import Iterator
 from contextlib import redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -37,17 +38,26 @@ def rehearse(
     """
     # Start-up time: torch and transformers take seconds to import.
     from anyres_vlm.config import load_config, shipped_config
-    from anyres_vlm.preflight.rehearse import Rehearsal, on_data
+    from anyres_vlm.doctor.finding import Finding
+    from anyres_vlm.preflight.rehearse import Rehearsal, Tried, on_data
 
     if images is not None and data is None:
         raise UsageError("--images is the image folder of --data: give both, or set the images of each stage's data")
     path = config or shipped_config("tiny")
-    run_config = on_data(load_config(path, settings), data, images)
     work = Path(tempfile.mkdtemp(prefix="anyres-rehearse-"))
     tried: list[Tried] = []
+
+    def everything() -> Iterator[Tried]:
+        try:
+            run_config = on_data(load_config(path, settings), data, images)
+        except UsageError as error:
+            yield Tried(Finding("config", "fail", str(error)), 0.0)
+        else:
+            yield from Rehearsal(run_config, output or Path("runs") / path.stem, work).run()
+
     with redirect_stdout(sys.stderr), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # libraries print and warn about themselves
-        for one in Rehearsal(run_config, output or Path("runs") / path.stem, work).run():
+        for one in everything():
             tried.append(one)
             print(f"{one.finding.level:<5} {one.finding.check} ({one.seconds:.1f} s)", file=sys.stderr, flush=True)
     _print(tried)
