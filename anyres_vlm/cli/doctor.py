@@ -55,9 +55,9 @@ def doctor(
             if not as_json:
                 remedy = f" -> {finding.remedy}" if finding.remedy else ""
                 print(f"{finding.level:<5} {finding.check:<14} {finding.found}{remedy}", file=terminal, flush=True)
-    if not as_json:
-        print(f"next:  anyres rehearse --config {path}: the whole run in minutes, on shrunk models")
-    else:
+    if as_json:
         print(json.dumps([asdict(finding) for finding in found], indent=2))
     if any(finding.level == "fail" for finding in found):
         raise typer.Exit(1)
+    if not as_json:
+        print(f"next:  anyres rehearse --config {path}: the whole run in minutes, on shrunk models")

@@ -1,4 +1,4 @@
-"""`anyres rehearse` is green on replicas of the bases that the shipped configs name, and red on what only a run shows."""
+"""`anyres rehearse` is green on replicas of the shipped configs' bases, and red on what only a run shows."""
 
 from __future__ import annotations
 
