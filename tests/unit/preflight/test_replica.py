@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import pyarrow as pa
 import pytest
 import timm
 import torch
+from huggingface_hub import snapshot_download
 from replicas import CLIP, FACTS, LLAMA_3, LLMS, NEXT_MISTRAL, VICUNA_7B, build_replica
 
 from anyres_vlm.config import CheckpointConfig, EncoderConfig, ModelConfig
@@ -19,7 +21,7 @@ from anyres_vlm.data.sources import open_source
 from anyres_vlm.errors import DataError
 from anyres_vlm.model.hub import build_model, encoder_geometry
 from anyres_vlm.model.pretrained import load_pretrained, save_pretrained
-from anyres_vlm.preflight.replica import CHOSEN, choose, replicate, shrink, write_records
+from anyres_vlm.preflight.replica import CHOSEN, choose, replicate, shrink, small_files, weight_files, write_records
 from anyres_vlm.synthetic.dataset import write_dataset
 
 
@@ -140,3 +142,18 @@ def test_vicuna_keeps_its_generation_settings(tmp_path: Path) -> None:
     replicate(config, tmp_path / "replica", 0)
     kept = (tmp_path / "replica" / "llm" / "generation_config.json").read_text()
     assert json.loads(kept)["temperature"] == 0.9
+
+
+def test_weights_of_a_cached_hub_id_are_found_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cached = tmp_path / "models--someone--model"
+    build_replica(VICUNA_7B, cached / "snapshots" / "1234")
+    (cached / "refs").mkdir()
+    (cached / "refs" / "main").write_text("1234")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(
+        "anyres_vlm.preflight.replica.snapshot_download", partial(snapshot_download, cache_dir=tmp_path)
+    )
+    assert len(weight_files("someone/model")) == 2
+    with pytest.raises(DataError, match="no such folder, and its files cannot be had"):
+        small_files("someone/other")
