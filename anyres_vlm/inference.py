@@ -71,14 +71,15 @@ class Assistant:
     def load(cls, folder: Path | str, template: TemplateName | None = None) -> Assistant:
         """From a checkpoint folder or hub id, on a GPU with bf16 weights; `template` replaces its own.
 
-        Raises `DataError` if it is none.
+        Raises `DataError` for a folder that is not a checkpoint, `UsageError` for a template that cannot be used.
         """
         model, tokenizer = load_pretrained(folder, template)
         if torch.cuda.is_available():
             halve(model)
         assistant = cls(model, tokenizer)
+        stops = assistant.conversation.stop_ids  # reads the template: a fault in it must not wait for a question
         if template is not None:
-            model.language_model.generation_config.eos_token_id = assistant.conversation.stop_ids
+            model.language_model.generation_config.eos_token_id = stops
         return assistant
 
     def with_grid(self, grid: Grid) -> Assistant:
@@ -101,7 +102,8 @@ class Assistant:
     ) -> Iterator[str]:
         """The text of `answer` piece by piece, as soon as it is certain."""
         prompt = self._prompt(Conversation(turns, images))
-        return text_pieces(self.tokenizer, (token for _, token in self._tokens([prompt], decoding, watch)))
+        tokens = (token for _, token in self._tokens([prompt], decoding, watch))
+        return text_pieces(self.tokenizer, tokens, self.conversation.lead.strip())
 
     def answer_many(
         self,
@@ -133,7 +135,7 @@ class Assistant:
                 tokens[place].append(token)
             answers: dict[int, Answer] = {}
             for prompt, new in zip(batch, tokens, strict=True):
-                text = _decode(self.tokenizer, new).strip()
+                text = _decode(self.tokenizer, new).strip().removeprefix(self.conversation.lead.strip()).strip()
                 image_tokens = sum(plan.total_tokens for plan in prompt.plans)
                 answers[prompt.number] = Answer(text, len(prompt.ids), image_tokens, len(new))
             yield answers
@@ -185,20 +187,24 @@ def halve(model: VisionLanguageModel) -> None:
         parameter.data = parameter.data.to(torch.bfloat16)
 
 
-def text_pieces(tokenizer: PreTrainedTokenizerFast, tokens: Iterable[int]) -> Iterator[str]:
-    """The text of tokens as they come, stripped; together the pieces are the text of all tokens.
+def text_pieces(tokenizer: PreTrainedTokenizerFast, tokens: Iterable[int], lead: str = "") -> Iterator[str]:
+    """The text of tokens as they come, stripped; together the pieces are the text of all tokens without `lead`.
 
-    Held back are the first bytes of a character, and white space until something follows it.
+    Held back are the first bytes of a character, white space until something follows it, and what may be `lead`, which
+    the chat template writes before every answer.
     """
     seen: list[int] = []
     shown = ""
     for token in tokens:
         seen.append(token)
         text = _decode(tokenizer, seen).rstrip(INCOMPLETE).strip()
+        if lead.startswith(text):
+            continue
+        text = text.removeprefix(lead).strip()
         if len(text) > len(shown) and text.startswith(shown):
             yield text[len(shown) :]
             shown = text
-    if rest := _decode(tokenizer, seen).strip()[len(shown) :]:
+    if rest := _decode(tokenizer, seen).strip().removeprefix(lead).strip()[len(shown) :]:
         yield rest
 
 

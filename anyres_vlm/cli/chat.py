@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import typer
 
+from anyres_vlm.cli.options import TEMPLATE
 from anyres_vlm.data.headers import read_size
 from anyres_vlm.errors import DataError, UsageError
 
@@ -26,7 +27,7 @@ def chat(
     temperature: float = typer.Option(0.0, min=0.0, help="0 takes the likeliest token."),
     top_p: float = typer.Option(1.0, "--top-p", min=0.0, max=1.0, help="Sample from this share of likeliest tokens."),
     seed: int = typer.Option(0, min=0, help="Another seed gives other samples."),
-    template: str | None = typer.Option(None, help="Chat template of a checkpoint that has none of its own."),
+    template: str | None = TEMPLATE,
     as_json: bool = typer.Option(False, "--json", help="Print one JSON object an answer, with token counts."),
 ) -> None:
     """Ask a checkpoint about images, in one question or a conversation; it works over a pipe, too.

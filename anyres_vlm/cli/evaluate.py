@@ -12,10 +12,12 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
+from anyres_vlm.cli.options import TEMPLATE
 from anyres_vlm.cli.score import JUDGE_HELP, JUDGE_PROMPT_HELP, JUDGE_URL_HELP, make_judge, print_scores
 from anyres_vlm.errors import UsageError
 
 if TYPE_CHECKING:
+    from anyres_vlm.config import TemplateName
     from anyres_vlm.data.index.build import Shard
 
 
@@ -41,6 +43,7 @@ def evaluate(
         "one of each name. heldout: LLaVA JSON, Parquet or tar with a `task` each; see anyres render.",
     ),
     images: Path | None = typer.Option(None, help="Image folder; without it, the usual names beside the data."),
+    template: str | None = TEMPLATE,
     limit: int | None = typer.Option(None, min=1, help="Questions at most; of POPE, of each split."),
     ocr_tokens: bool | None = typer.Option(
         None, "--ocr-tokens/--no-ocr-tokens", help="textvqa: with or without Rosetta's words in the prompt; required."
@@ -69,10 +72,13 @@ def evaluate(
 
     Example: anyres eval gqa pope --model runs/tiny/stage2/model --data playground/eval
     """
+    from anyres_vlm.config import template_name
+
+    named = template_name(template)
     if Name.HELDOUT in benchmarks:
         if len(benchmarks) > 1 or shard is not None:
             raise UsageError("heldout is scored alone, in one process: name it by itself")
-        _heldout(model, data, images, limit, swap_images, against, batch_tokens, out, as_json)
+        _heldout(model, named, data, images, limit, swap_images, against, batch_tokens, out, as_json)
         return
     if swap_images or against is not None:
         raise UsageError("--swap-images and --against are heldout's: name it, or leave them out")
@@ -87,14 +93,14 @@ def evaluate(
     from anyres_vlm.inference import BATCH_TOKENS, Assistant
     from anyres_vlm.serve.progress import RowProgress
 
-    load = cache(partial(Assistant.load, model))  # when the first benchmark has an open question
+    load = cache(partial(Assistant.load, model, named))  # when the first benchmark has an open question
     chosen = {str(name): make_benchmark(name, ocr_tokens, grader) for name in benchmarks}
     places = {name: data / name if (data / name).is_dir() else data for name in chosen}
     for name, benchmark in chosen.items():
         benchmark.questions(places[name], images, limit)  # what is wrong with the last shows before the first is asked
     results: dict[str, Any] = {}
     for name, benchmark in chosen.items():
-        run = Run(model, load, places[name], images, folder, limit, _shard(shard), batch_tokens or BATCH_TOKENS)
+        run = Run(model, load, places[name], images, folder, limit, _shard(shard), batch_tokens or BATCH_TOKENS, named)
         with RowProgress(name) as progress:
             results[name] = run_benchmark(run, benchmark, progress.update)
         if not as_json:
@@ -136,6 +142,7 @@ def _shard(text: str | None) -> Shard:
 
 def _heldout(
     model: str,
+    template: TemplateName | None,
     data: Path,
     images: Path | None,
     limit: int | None,
@@ -152,7 +159,7 @@ def _heldout(
     from anyres_vlm.evaluate import heldout
     from anyres_vlm.inference import BATCH_TOKENS, Assistant
 
-    assistant = Assistant.load(model)
+    assistant = Assistant.load(model, template)
     tiling = asdict(assistant.model.tiling)
     records = read_records(data, images, max_bad_fraction=0.0)[:limit]
     asked = heldout.swap_images(records) if swap_images else records

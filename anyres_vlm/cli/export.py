@@ -8,6 +8,7 @@ from typing import Literal
 
 import typer
 
+from anyres_vlm.cli.options import TEMPLATE
 from anyres_vlm.errors import UsageError
 
 logger = logging.getLogger(__name__)
@@ -19,7 +20,7 @@ def export(
     dtype: Literal["bf16", "fp16", "fp32"] | None = typer.Option(
         None, help="Cast the weights; else each keeps its own."
     ),
-    template: str | None = typer.Option(None, help="Chat template of a checkpoint that has none of its own."),
+    template: str | None = TEMPLATE,
 ) -> None:
     """Write a LlavaNextForConditionalGeneration folder, or say why stock transformers cannot express the model.
 

@@ -6,13 +6,14 @@ from pathlib import Path
 
 import typer
 
+from anyres_vlm.cli.options import TEMPLATE
 from anyres_vlm.errors import UsageError
 
 
 def import_checkpoint(
     source: str = typer.Argument(..., metavar="SRC", help="Folder or hub id in the original layout."),
     out: Path = typer.Argument(..., metavar="OUT", help="Folder to write; must not exist."),
-    template: str | None = typer.Option(None, help="Chat template it was trained with: vicuna_v1, mistral, ..."),
+    template: str | None = TEMPLATE,
     encoder: str | None = typer.Option(None, help="CLIP encoder by folder or hub id, instead of the one it names."),
 ) -> None:
     """Read a checkpoint as LLaVA-NeXT's authors publish it; its pinpoints keep their meaning (dialect llava).

@@ -10,6 +10,8 @@ from typing import Any
 
 import typer
 
+from anyres_vlm.cli.options import TEMPLATE
+
 
 class Probe(StrEnum):
     """A failure mode."""
@@ -24,6 +26,7 @@ def probe(
     probes: list[Probe] = typer.Argument(None, metavar="[PROBE]...", help="Those to run; all without any."),
     model: str = typer.Option(..., help="Checkpoint folder, ours or LlavaNext's, or a hub id."),
     count: int = typer.Option(20, min=1, help="Pictures for each value of what a probe varies."),
+    template: str | None = TEMPLATE,
     seed: int = typer.Option(0, help="Other pictures for another number."),
     batch_tokens: int | None = typer.Option(
         None, "--batch-tokens", min=1, help="Tokens answered at once; default 8192."
@@ -38,6 +41,7 @@ def probe(
     # Start-up time: torch and transformers take seconds to import.
     from dataclasses import asdict
 
+    from anyres_vlm.config import template_name
     from anyres_vlm.evaluate.probes.picture import draw_probes
     from anyres_vlm.evaluate.probes.run import PROBES, run_probes
     from anyres_vlm.inference import BATCH_TOKENS, Assistant
@@ -47,7 +51,8 @@ def probe(
             print(f"\r{name}: {answers} answers", end="", file=sys.stderr)
 
     names = [str(name) for name in dict.fromkeys(probes or PROBES)]
-    results = run_probes(Assistant.load(model), names, count, seed, batch_tokens or BATCH_TOKENS, progress)
+    assistant = Assistant.load(model, template_name(template))
+    results = run_probes(assistant, names, count, seed, batch_tokens or BATCH_TOKENS, progress)
     scores = {name: result.scores for name, result in results.items()}
     if sys.stderr.isatty():
         print(file=sys.stderr)

@@ -6,6 +6,7 @@ from importlib.util import find_spec
 
 import typer
 
+from anyres_vlm.cli.options import TEMPLATE
 from anyres_vlm.errors import UsageError
 
 
@@ -14,7 +15,7 @@ def web(
     host: str = typer.Option("127.0.0.1", help="Address to listen on; 0.0.0.0 lets other machines in, unasked."),
     port: int = typer.Option(7860, min=1, max=65535, help="Port to listen on."),
     max_upload_mb: int = typer.Option(20, "--max-upload-mb", min=1, help="Largest image file, in MB."),
-    template: str | None = typer.Option(None, help="Chat template of a checkpoint that has none of its own."),
+    template: str | None = TEMPLATE,
 ) -> None:
     """Show images' tiles, chat about them and compare grids in the browser; nothing leaves this machine.
 

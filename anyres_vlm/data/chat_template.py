@@ -1,48 +1,121 @@
 """The tokenizer's own chat template, read into the same pieces as the templates of this package.
 
-The Jinja source is not parsed: dialogues of marker words are rendered, the pieces around the markers are taken and must
-give the same text for dialogues of every length. What is not that regular is refused.
+The Jinja source is not parsed. Dialogues of marker words are rendered, the text around the markers becomes the pieces,
+and these must reproduce dialogues of every length. A template that is not that regular is refused. Rendering also tells
+whether the template expects text or a list of parts as the content of a message, as processors of released checkpoints
+do, and what it writes for an image.
 """
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Sequence
-from dataclasses import fields, replace
+from dataclasses import dataclass, fields, replace
+from functools import cache
 from threading import Thread
 from typing import Any, cast
 
+from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerFast
 
 from anyres_vlm.config import TemplateName
 from anyres_vlm.data.templates import BOS, EOS, TEMPLATES, Template
 from anyres_vlm.errors import DataError, UsageError
-from anyres_vlm.schema import Turn
+from anyres_vlm.schema import IMAGE_TOKEN, Role, Turn
+
+logger = logging.getLogger(__name__)
 
 OWN: TemplateName = "chat_template"  # the name that stands for the tokenizer's own
 
 PROBED_ROUNDS = 4  # dialogues of one to so many questions and answers must have the same pieces
 PATIENCE_S = 10.0  # a template is a program: one that does not end is given up after so long
-REMEDY = f"use another template: {', '.join(TEMPLATES)}"
+REMEDY = f"name another template (--template or model.template): {', '.join(TEMPLATES)}"
+LEADING_IMAGES = re.compile(f"(?:{IMAGE_TOKEN}\n?)*")
+CONTENTS: tuple[frozenset[Role], ...] = (frozenset(), frozenset({"user", "assistant"}), frozenset({"user"}))
+
+
+@dataclass(frozen=True)
+class MessageFormat:
+    """How turns become messages. Text by default; as `parts`, the content of these roles is a list of parts.
+
+    Images at the start of a question become parts of their own, which the template writes as `image`, followed by
+    `before_text`. An image further back stays where the text has it. An empty `image` keeps all of them in the text.
+    """
+
+    parts: frozenset[Role] = frozenset()
+    image: str = ""
+    before_text: str = ""
+
+    def message(self, turn: Turn) -> dict[str, Any]:
+        """The turn as a message for `apply_chat_template`."""
+        if turn.role not in self.parts:
+            return {"role": turn.role, "content": turn.text}
+        images, text = self._split(turn)
+        return {"role": turn.role, "content": [{"type": "image"}] * images + [{"type": "text", "text": text}]}
+
+    def written(self, turn: Turn) -> Turn:
+        """The turn with its content as the template writes it."""
+        if turn.role != "user" or turn.role not in self.parts:
+            return turn
+        images, text = self._split(turn)
+        return Turn(turn.role, self.image * images + self.before_text + text)
+
+    def _split(self, turn: Turn) -> tuple[int, str]:
+        """The number of leading images, and the text after them."""
+        if turn.role != "user" or not self.image:
+            return 0, turn.text
+        leading = cast(re.Match[str], LEADING_IMAGES.match(turn.text)).group()
+        rest = turn.text[len(leading) :].replace(IMAGE_TOKEN, self.image.strip())
+        return leading.count(IMAGE_TOKEN), rest
+
+
+@dataclass(frozen=True)
+class OwnTemplate:
+    """A chat template as read. `pieces` has an end token after each answer even where the template has none."""
+
+    format: MessageFormat
+    read: Template  # what the template writes
+    pieces: Template
+
+    def fault(self, tokenizer: PreTrainedTokenizerFast, turns: Sequence[Turn], prompt: bool) -> str | None:
+        """Why the template does not write these turns as its pieces do; None if it does."""
+        answers = sum(turn.role == "assistant" for turn in turns)
+        past = self.read.past
+        if not prompt and answers > 1 and past is not None and not past.startswith(self.read.asks):
+            return (
+                f"this llm's chat template ends its prompt with {self.read.asks!r}, but writes {past!r} before earlier "
+                "answers, so only records with one answer can have exact labels: use another template"
+            )
+        try:
+            text = apply_own(tokenizer, turns, prompt, self.format)
+        except DataError as error:
+            return str(error)
+        if text != self.read.render([self.format.written(turn) for turn in turns], prompt)[0]:
+            return "this llm's chat template changes the turns' text: use another template"
+        return None
 
 
 def chat_jinja(template: TemplateName, tokenizer: PreTrainedTokenizerFast) -> str:
     """The Jinja source that a checkpoint is saved with. Raises `UsageError` if the tokenizer should have one."""
     if template != OWN:
-        return TEMPLATES[template].jinja
+        return _with_begin(TEMPLATES[template], tokenizer).jinja
     if tokenizer.chat_template is None:
         raise UsageError(f"template {OWN}: this llm's tokenizer has no chat template: {REMEDY}")
-    return cast(str, tokenizer.get_chat_template())
+    try:
+        return cast(str, tokenizer.get_chat_template())
+    except ValueError:  # several templates, none of them the default
+        raise UsageError(
+            f"template {OWN}: this llm's tokenizer has several chat templates and no default: {REMEDY}"
+        ) from None
 
 
 def resolve_template(template: TemplateName, tokenizer: PreTrainedTokenizerFast) -> Template:
-    """The pieces with this tokenizer's own tokens in them.
+    """The pieces of a template of this package with this tokenizer's own tokens in them.
 
-    Raises `UsageError` for a token that the tokenizer lacks and for an own template that cannot be exact.
+    Raises `UsageError` for a token that the tokenizer lacks.
     """
-    if template == OWN:
-        return _read(tokenizer)
-    pieces = TEMPLATES[template]
+    pieces = _with_begin(TEMPLATES[template], tokenizer)
     changes: dict[str, Any] = {}
     for field in fields(pieces):
         text = getattr(pieces, field.name)
@@ -55,49 +128,106 @@ def resolve_template(template: TemplateName, tokenizer: PreTrainedTokenizerFast)
     return replace(pieces, **changes)
 
 
-def apply_own(tokenizer: PreTrainedTokenizerFast, turns: Sequence[Turn], prompt: bool = False) -> str:
+def _with_begin(pieces: Template, tokenizer: PreTrainedTokenizerFast) -> Template:
+    """The pieces with the begin token in front where the format has it and the tokenizer does not add its own."""
+    if not pieces.begins or tokenizer.bos_token is None:
+        return pieces
+    backend = tokenizer.backend_tokenizer
+    if backend.padding is not None:  # saved with the tokenizer; on the left, it would come first
+        backend.no_padding()
+    adds = backend.encode("x", add_special_tokens=True).ids[:1] == [tokenizer.bos_token_id]
+    return pieces if adds else replace(pieces, opening=BOS + pieces.opening)
+
+
+def apply_own(
+    tokenizer: PreTrainedTokenizerFast,
+    turns: Sequence[Turn],
+    prompt: bool = False,
+    format: MessageFormat = MessageFormat(),
+) -> str:
     """What the tokenizer's own template writes. Raises `DataError` with the template's words if it refuses."""
-    messages = [{"role": turn.role, "content": turn.text} for turn in turns]
+    messages = [format.message(turn) for turn in turns]
     try:
         text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt)
-    except Exception as error:  # a template is a program: it can raise what it likes
-        raise DataError(f"this llm's chat template cannot write it: {' '.join(str(error).split())}") from None
+    except Exception as error:  # a template is a program: it can raise anything
+        raise DataError(f"this llm's chat template cannot write it: {' '.join(str(error).split())}") from error
     return cast(str, text)
 
 
-def _read(tokenizer: PreTrainedTokenizerFast) -> Template:
+def read_own(tokenizer: PreTrainedTokenizerFast) -> OwnTemplate:
+    """The tokenizer's own chat template. Raises `UsageError` for one that cannot be exact, with the reason."""
     if "strftime_now" in chat_jinja(OWN, tokenizer):
         raise UsageError(f"template {OWN}: this llm's chat template writes today's date: {REMEDY}")
+    format = _message_format(tokenizer)
     marked = [
         turn for n in range(PROBED_ROUNDS) for turn in (Turn("user", f"qzx{n}xzq"), Turn("assistant", f"azx{n}xza"))
     ]
-    rendered = _render(tokenizer, [marked[:count] for count in range(1, len(marked) + 1)])
-    pieces = _pieces(rendered, marked, tokenizer)
+    rendered = _render(tokenizer, [marked[:count] for count in range(1, len(marked) + 1)], format)
+    if isinstance(rendered, DataError):
+        raise UsageError(f"template {OWN}: {rendered}: {REMEDY}")
+    read = _pieces(rendered, marked, tokenizer)
     for count, text in enumerate(rendered, start=1):
-        if pieces.render(marked[:count], count % 2 == 1)[0] != text:
+        if read.render(marked[:count], count % 2 == 1)[0] != text:
             raise UsageError(
                 f"template {OWN}: this llm's chat template writes a turn differently as the dialogue goes on: {REMEDY}"
             )
-    return pieces
+    if format.parts:
+        format, read = _with_images(tokenizer, format, read)
+    if read.end:
+        return OwnTemplate(format, read, read)
+    _warn_of_added_end(tokenizer.eos_token)
+    return OwnTemplate(format, read, replace(read, end=tokenizer.eos_token))
 
 
-def _render(tokenizer: PreTrainedTokenizerFast, dialogues: Sequence[Sequence[Turn]]) -> list[str]:
-    """Each dialogue as the template writes it, a prompt where a question is last. Its thread can be left behind."""
+@cache
+def _warn_of_added_end(end: str) -> None:
+    logger.warning(
+        "this llm's chat template ends answers with no token: the tokenizer's %r follows each answer, in training and "
+        "in prompts; stock transformers leaves it out of earlier answers",
+        end,
+    )
+
+
+def _message_format(tokenizer: PreTrainedTokenizerFast) -> MessageFormat:
+    """Text or parts, found by rendering a question and its answer either way. Raises `UsageError` if neither works."""
+    errors: list[DataError] = []
+    for roles in CONTENTS:
+        # A line end inside, for a list that a template prints as it is shows it as a backslash and an n.
+        words = ["qzx\nxzq", "azx\nxza"] if roles else ["qzxxzq", "azxxza"]
+        dialogue = [Turn("user", words[0]), Turn("assistant", words[1])]
+        found = _render(tokenizer, [dialogue], MessageFormat(roles))
+        if isinstance(found, DataError):
+            errors.append(found)
+        elif all(found[0].count(word) == 1 for word in words):
+            return MessageFormat(roles)
+    if len(errors) < len(CONTENTS):
+        raise UsageError(f"template {OWN}: this llm's chat template leaves out or repeats turns: {REMEDY}")
+    # What the template itself raises is the reason; anything else may come from the wrong kind of content.
+    said = [error for error in errors if type(error.__cause__) is TemplateError]
+    raise UsageError(f"template {OWN}: {(said or errors)[0]}: {REMEDY}")
+
+
+def _render(
+    tokenizer: PreTrainedTokenizerFast, dialogues: Sequence[Sequence[Turn]], format: MessageFormat
+) -> list[str] | DataError:
+    """Each dialogue as the template writes it, a prompt where a question is last, or why it cannot.
+
+    Raises `UsageError` for a template that does not end, whose thread is left running.
+    """
     outcome: list[list[str] | DataError] = []
 
     def render() -> None:
         try:
-            outcome.append([apply_own(tokenizer, turns, turns[-1].role == "user") for turns in dialogues])
+            outcome.append([apply_own(tokenizer, turns, turns[-1].role == "user", format) for turns in dialogues])
         except DataError as error:
             outcome.append(error)
 
     thread = Thread(target=render, daemon=True)
     thread.start()
     thread.join(PATIENCE_S)
-    found = outcome[0] if outcome else DataError(f"this llm's chat template is not done after {PATIENCE_S:g} s")
-    if isinstance(found, DataError):
-        raise UsageError(f"template {OWN}: {found}: {REMEDY}")
-    return found
+    if not outcome:
+        raise UsageError(f"template {OWN}: this llm's chat template is not done after {PATIENCE_S:g} s: {REMEDY}")
+    return outcome[0]
 
 
 def _pieces(rendered: Sequence[str], marked: Sequence[Turn], tokenizer: PreTrainedTokenizerFast) -> Template:
@@ -106,21 +236,50 @@ def _pieces(rendered: Sequence[str], marked: Sequence[Turn], tokenizer: PreTrain
     words = [turn.text for turn in marked[:4]]
     if any(dialogue.count(word) != 1 for word in words) or prompt.count(words[0]) != 1:
         raise UsageError(f"template {OWN}: this llm's chat template leaves out or repeats turns: {REMEDY}")
-    opening, question, follow, _, closing = re.split("|".join(words), dialogue)
+    opening, past, follow, question, closing = re.split("|".join(words), dialogue)
     suffix = prompt[len(opening) + len(words[0]) :]
     if not prompt.startswith(opening) or not question.startswith(suffix):
         raise UsageError(f"template {OWN}: this llm's generation prompt is not what its dialogues begin with: {REMEDY}")
-    added = [re.escape(token.content) for token in tokenizer.added_tokens_decoder.values()]
-    end = re.match(rf"\s*({'|'.join(sorted(added, key=len, reverse=True))})", closing)
-    if end is None or not added:
-        raise UsageError(f"template {OWN}: this llm's chat template writes no end token behind an answer: {REMEDY}")
     if not follow.startswith(closing):
         raise UsageError(f"template {OWN}: this llm's chat template ends the last answer in its own way: {REMEDY}")
+    added = [re.escape(token.content) for token in tokenizer.added_tokens_decoder.values()]
+    tokens = "|".join(sorted(added, key=len, reverse=True))
+    end = re.match(rf"\s*({tokens})", closing) if added else None
+    if end is None and (tokenizer.eos_token is None or (added and re.search(tokens, closing))):
+        raise UsageError(f"template {OWN}: this llm's chat template writes no end token behind an answer: {REMEDY}")
     return Template(
         opening=opening,
         again=follow.removeprefix(closing),
         user_suffix=suffix,
         lead=question.removeprefix(suffix),
-        end=end.group(),
-        between=closing[end.end() :],
+        end=end.group() if end else "",
+        between=closing[end.end() :] if end else closing,
+        past=None if past == question else past,
     )
+
+
+def _with_images(
+    tokenizer: PreTrainedTokenizerFast, format: MessageFormat, read: Template
+) -> tuple[MessageFormat, Template]:
+    """The format with what the template writes for an image part, if it writes one `<image>` before the text.
+
+    What it writes between an image and the text moves from the pieces into the format.
+    """
+    question = Turn("user", "qzx0xzq")
+    found = _render(tokenizer, [[Turn("user", f"{IMAGE_TOKEN}\n{question.text}")]], replace(format, image=IMAGE_TOKEN))
+    if isinstance(found, DataError) or found[0].count(IMAGE_TOKEN) != 1:
+        return format, read
+    before, _, after = found[0].partition(question.text)
+    kept = len(_common_start(before, read.opening))
+    before_text = read.opening[kept:]
+    image = before[kept : len(before) - len(before_text)]
+    if after != read.user_suffix or IMAGE_TOKEN not in image or not read.again.endswith(before_text):
+        return format, read
+    moved = replace(read, opening=read.opening[:kept], again=read.again.removesuffix(before_text))
+    return replace(format, image=image, before_text=before_text), moved
+
+
+def _common_start(one: str, other: str) -> str:
+    """The longest text with which both start."""
+    length = next((n for n, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
+    return one[:length]

@@ -27,7 +27,7 @@ from tokenizers import Encoding
 from transformers import PreTrainedTokenizerFast
 
 from anyres_vlm.config import TemplateName
-from anyres_vlm.data.chat_template import OWN, apply_own, resolve_template
+from anyres_vlm.data.chat_template import OWN, OwnTemplate, read_own, resolve_template
 from anyres_vlm.data.templates import Span, Template
 from anyres_vlm.errors import DataError, UsageError
 from anyres_vlm.schema import IGNORE_INDEX, IMAGE_TOKEN, Record, Role, Turn
@@ -49,6 +49,11 @@ class ConversationTokenizer:
     def end(self) -> str:
         """The text that ends an answer."""
         return self._pieces.end
+
+    @property
+    def lead(self) -> str:
+        """What the template writes before an answer, and a model trained on it generates first."""
+        return self._pieces.lead
 
     @cached_property
     def end_id(self) -> int:
@@ -73,6 +78,8 @@ class ConversationTokenizer:
 
     def render(self, turns: Sequence[Turn], prompt: bool = False) -> tuple[str, list[Span]]:
         """The conversation as text and the supervised spans; `prompt` opens the next answer."""
+        if self._own is not None:
+            turns = [self._own.format.written(turn) for turn in turns]
         return self._pieces.render(turns, prompt)
 
     def encode(self, records: Sequence[Record]) -> list[tuple[Ids, Ids] | DataError]:
@@ -103,7 +110,11 @@ class ConversationTokenizer:
 
     @cached_property
     def _pieces(self) -> Template:
-        return resolve_template(self.template, self.tokenizer)
+        return self._own.pieces if self._own is not None else resolve_template(self.template, self.tokenizer)
+
+    @cached_property
+    def _own(self) -> OwnTemplate | None:
+        return read_own(self.tokenizer) if self.template == OWN else None
 
     @cached_property
     def _end_token(self) -> str:
@@ -161,12 +172,8 @@ class ConversationTokenizer:
                 return DataError(f"{name}: {words}", kind="control_token")
         if not text.isascii() and (half := HALF_CHARACTER.search(text)):
             return DataError(f"{name}: the text contains half a character, {half.group()!a}: write it as UTF-8")
-        if self.template == OWN:
-            try:
-                if apply_own(self.tokenizer, turns, prompt) != text:
-                    return DataError(f"{name}: this llm's chat template changes the turns' text: use another template")
-            except DataError as error:
-                return DataError(f"{name}: {error}")
+        if self._own is not None and (reason := self._own.fault(self.tokenizer, turns, prompt)):
+            return DataError(f"{name}: {reason}")
         return None
 
     def _label(self, text: str, spans: Sequence[Span], encoding: Encoding) -> tuple[Ids, Ids]:

@@ -32,7 +32,9 @@ class Template:
     """The pieces around the turns, in the order in which they are written. Supervised is `lead`, the answer and `end`.
 
     `again` stands before every user turn but the first. `user_text=False` keeps only the user's images, as LLaVA's
-    stage 1 does.
+    stage 1 does. `begins` says that the published format starts with the begin token, whether or not the tokenizer adds
+    it. `past` replaces `user_suffix`, `assistant_prefix` and `lead` before every answer but the last, for chat
+    templates that write earlier answers without the thinking block of the last one.
     """
 
     opening: str = ""
@@ -44,17 +46,29 @@ class Template:
     end: str = EOS
     between: str = ""
     user_text: bool = True
+    begins: bool = False
+    past: str | None = None
+
+    @property
+    def asks(self) -> str:
+        """What a prompt writes after the question."""
+        return self.user_suffix + self.assistant_prefix
 
     def render(self, turns: Sequence[Turn], prompt: bool = False) -> tuple[str, list[Span]]:
         """The conversation as text and the supervised spans of its characters; `prompt` opens the next answer."""
         pieces, length, spans = [self.opening], len(self.opening), []
         for number, turn in enumerate(turns):
+            is_past = self.past is not None and number + 1 + (turn.role == "user") < len(turns)
             if turn.role == "user":
                 words = turn.text if self.user_text else IMAGE_TOKEN * turn.text.count(IMAGE_TOKEN)
-                piece = (self.again if number else "") + self.user_prefix + words + self.user_suffix
+                piece = (self.again if number else "") + self.user_prefix + words
+                piece += "" if is_past else self.user_suffix
             else:
-                piece = f"{self.assistant_prefix}{self.lead}{turn.text}{self.end}"
-                spans.append((length + len(self.assistant_prefix), length + len(piece)))
+                before, asked = self.assistant_prefix + self.lead, self.assistant_prefix
+                if is_past and self.past is not None:
+                    before, asked = self.past, self.asks if self.past.startswith(self.asks) else self.past
+                piece = f"{before}{turn.text}{self.end}"
+                spans.append((length + len(asked), length + len(piece)))
                 piece += self.between
             pieces.append(piece)
             length += len(piece)
@@ -102,14 +116,16 @@ TEMPLATES: dict[TemplateName, Template] = {
         lead=" ",
     ),
     "llama_2": Template(
+        begins=True,
         opening=f"[INST] <<SYS>>\n{LLAVA_SYSTEM}\n<</SYS>>\n\n",
         again=f"{BOS}[INST] ",
         user_suffix=" [/INST]",
         lead=" ",
         end=f" {EOS}",
     ),
-    "mistral": Template(user_prefix="[INST] ", user_suffix=" [/INST]", lead=" "),
+    "mistral": Template(begins=True, user_prefix="[INST] ", user_suffix=" [/INST]", lead=" "),
     "llama_3": Template(
+        begins=True,
         opening=f"<|start_header_id|>system<|end_header_id|>\n\n{LLAVA_SYSTEM}<|eot_id|>",
         user_prefix="<|start_header_id|>user<|end_header_id|>\n\n",
         user_suffix="<|eot_id|>",

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from anyres_vlm.config import TemplateName
 from anyres_vlm.data.checks import plan_image
 from anyres_vlm.data.images import open_image
 from anyres_vlm.data.index.build import Shard
@@ -48,6 +49,7 @@ class Run:
     limit: int | None
     shard: Shard
     batch_tokens: int
+    template: TemplateName | None = None
 
 
 def evaluate(run: Run, benchmark: Benchmark, progress: Progress = lambda done, total: None) -> dict[str, Any] | None:
@@ -63,8 +65,9 @@ def evaluate(run: Run, benchmark: Benchmark, progress: Progress = lambda done, t
     answers = log.read()
     start, stop = run.shard.span(len(questions))
     still_open = [place for place in range(start, stop) if place not in answers]
+    reason = "the warnings of the run that asked them say why"
     if still_open:
-        _answer(run, benchmark, questions, still_open, log, progress)
+        reason = _answer(run, benchmark, questions, still_open, log, progress) or reason
         answers = log.read()
     if len(answers) < len(questions):
         return None
@@ -73,7 +76,8 @@ def evaluate(run: Run, benchmark: Benchmark, progress: Progress = lambda done, t
         shown = ", ".join(str(name) for name in unasked[:SHOWN])
         raise DataError(
             f"{benchmark.name}: {len(unasked)} questions cannot be asked ({shown}; see the warnings), "
-            f"at most {MAX_UNASKED:.0%} may: lower the checkpoint's grid, or leave OCR tokens out"
+            f"at most {MAX_UNASKED:.0%} may: {reason}; where prompts are too long, lower the checkpoint's grid or "
+            "leave OCR tokens out"
         )
     return _finish(run, benchmark, questions, [answers[place] or "" for place in range(len(questions))], unasked)
 
@@ -85,8 +89,10 @@ def _answer(
     still_open: Sequence[int],
     log: AnswerLog,
     progress: Progress,
-) -> None:
+) -> str | None:
+    """Answer what is open. Returns why the first question that cannot be asked cannot."""
     assistant = run.assistant()
+    reason: str | None = None
     _check(benchmark, [questions[place] for place in still_open], lambda ref: plan_image(ref, assistant.model.tiling))
     shard = f"{run.shard.number}-of-{run.shard.count}"
     log.open(shard)
@@ -94,7 +100,8 @@ def _answer(
     done = stop - start - len(still_open)
     for first in range(start, stop, WINDOW):  # fixed, so that a run that goes on has the batches of one that was whole
         window = [place for place in still_open if first <= place < first + WINDOW]
-        asked = _conversations(assistant, questions, window)
+        asked, refusal = _conversations(assistant, questions, window)
+        reason = reason or refusal
         if unasked := {place: None for place in window if place not in asked}:
             log.append(shard, unasked)
         places = list(asked)
@@ -107,23 +114,28 @@ def _answer(
         except DataError:
             _check(benchmark, [questions[place] for place in window], open_image)
             raise
+    return reason
 
 
 def _conversations(
     assistant: Assistant, questions: Sequence[Question], window: Sequence[int]
-) -> dict[int, Conversation]:
-    """What is asked, by place; a question that the model cannot be asked is left out with a warning."""
-    asked = {}
+) -> tuple[dict[int, Conversation], str | None]:
+    """Conversations by place. A question that the model cannot be asked is left out with a warning.
+
+    The second value is the reason for the first one left out.
+    """
+    asked, reason = {}, None
     for place in window:
         question = questions[place]
         conversation = Conversation([Turn("user", f"{IMAGE_TOKEN}\n{question.prompt}")], [question.image])
         try:
             assistant.check(conversation)
         except (UsageError, DataError) as error:
+            reason = reason or str(error)
             logger.warning("question %s is answered with an empty text: %s", question.id, error)
         else:
             asked[place] = conversation
-    return asked
+    return asked, reason
 
 
 def _check(benchmark: Benchmark, questions: Sequence[Question], read: Callable[[ImageRef], object]) -> None:
@@ -183,11 +195,12 @@ def _write(path: Path, content: Any) -> None:
 
 
 def _key(run: Run, benchmark: Benchmark, questions: Sequence[Question]) -> str:
-    """Answers are kept for the same weights, prompts, images and length; weights by size and time of change."""
+    """Answers are kept for the same weights, template, prompts, images and length; weights by size and change time."""
     folder = checkpoint_folder(run.model)
     if not folder.is_dir():
         raise UsageError(f"{run.model}: no such folder; name a checkpoint folder or a hub id with --model")
     files = sorted(path for path in folder.iterdir() if path.suffix in MODEL_FILES)
     weights = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
     asked = [(question.id, question.image.name, question.prompt) for question in questions]
-    return hashlib.sha256(json.dumps([weights, benchmark.max_new_tokens, asked]).encode()).hexdigest()
+    template = [] if run.template is None else [run.template]
+    return hashlib.sha256(json.dumps([weights, benchmark.max_new_tokens, asked, *template]).encode()).hexdigest()

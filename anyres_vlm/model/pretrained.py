@@ -133,15 +133,33 @@ def read_tokenizer(folder: Path, described: Description) -> PreTrainedTokenizerF
         raise DataError(
             f"{folder}: its tokenizer has {len(tokenizer)} tokens, its language model {described.text.vocab_size}"
         )
-    if (folder / "chat_template.json").exists():  # where processors of older releases kept it
-        tokenizer.chat_template = read_json(folder / "chat_template.json").get("chat_template")
-    if tokenizer.chat_template is None and described.config.template == "chat_template":
+    if described.config.template != "chat_template":
+        return tokenizer
+    if (template := _processor_template(folder)) is not None:
+        tokenizer.chat_template = template
+    if tokenizer.chat_template is None:
         names = ", ".join(get_args(TemplateName))
         raise DataError(
             f"{folder}: it has no chat template: name the one it was trained with (--template or model.template), one "
             f"of {names}"
         )
     return tokenizer
+
+
+def _processor_template(folder: Path) -> str | None:
+    """The chat template of a folder's processor, in the order in which transformers' processors look for it.
+
+    None leaves the tokenizer's own, for which AutoTokenizer has read `chat_template.jinja`.
+    """
+    for path in (folder / "processor_config.json", folder / "chat_template.json"):  # of older releases
+        found = read_json(path).get("chat_template") if path.exists() else None
+        if isinstance(found, dict):
+            found = found.get("default")
+        if found is not None and not isinstance(found, str):
+            raise DataError(f"{path}: chat_template: expected the text of a Jinja template, got {type(found).__name__}")
+        if found is not None:
+            return found
+    return None
 
 
 def load_parts(model: VisionLanguageModel, folder: Path, parts: tuple[str, ...]) -> None:

@@ -139,8 +139,8 @@ def test_a_template_that_does_not_end_is_given_up(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(chat_template, "PATIENCE_S", 0.2)
     tokenizer = load_tokenizer("embedded:tiny-lm")
     tokenizer.chat_template = "{% for i in range(99999) %}{% for j in range(300) %}{% endfor %}{% endfor %}"
-    with pytest.raises(UsageError, match=r"not done after 0\.2 s: use another template"):
-        chat_template.resolve_template("chat_template", tokenizer)
+    with pytest.raises(UsageError, match=r"not done after 0\.2 s: name another template"):
+        chat_template.read_own(tokenizer)
 
 
 def test_an_unknown_token_that_is_unknown_itself_is_refused(tmp_path: Path) -> None:

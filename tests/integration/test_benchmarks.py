@@ -231,7 +231,8 @@ def test_questions_that_cannot_be_asked(checkpoint, tmp_path, capsys, caplog, mo
         "--json",
     ]
     assert main(arguments) == 1
-    assert "gqa: 1 questions cannot be asked (203; see the warnings), at most 1% may" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "gqa: 1 questions cannot be asked (203; see the warnings), at most 1% may: the prompt has" in said
     assert "question 203 is answered with an empty text: the prompt has" in caplog.text
     monkeypatch.setattr("anyres_vlm.evaluate.runner.MAX_UNASKED", 0.2)
     assert main(arguments) == 0

@@ -22,8 +22,10 @@ from anyres_vlm.data.tiling import cut_tiles
 from anyres_vlm.errors import DataError
 from anyres_vlm.geometry import Size, Tiling, count_tokens, plan_tiles
 from anyres_vlm.inference import Assistant
+from anyres_vlm.model.generation import Decoding
 from anyres_vlm.model.pretrained import load_pretrained
 from anyres_vlm.model.stock import count_changes
+from anyres_vlm.schema import Turn
 
 LOGITS_ATOL = 2e-5  # worst seen over these folders in fp32 on CPU: 1.1e-5
 BF16_RTOL = 0.05  # of the norm of all logits, in bf16; seen on one thread and on two: 0.011
@@ -203,6 +205,129 @@ def test_missing_files_are_named(folder, tiny_tokenizer, tmp_path) -> None:
     (tmp_path / "processor_config.json").unlink()
     with pytest.raises(DataError, match="pixel statistics are unknown"):
         load_pretrained(tmp_path)
+
+
+# As released folders have them: content as parts, images first, with and without an end token.
+PARTS = {
+    "vicuna": (
+        "{% for m in messages %}{% if m.role != 'system' %}{{ m.role.upper() + ': ' }}{% endif %}"
+        "{% for p in m.content | selectattr('type', 'equalto', 'image') %}{{ '<image>\n' }}{% endfor %}"
+        "{% for p in m.content | selectattr('type', 'equalto', 'text') %}{{ p['text'] + ' ' }}{% endfor %}{% endfor %}"
+        "{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
+    ),
+    "mistral": (
+        "{% for m in messages %}{% if m.role == 'user' %}{{ '[INST] ' }}"
+        "{% for p in m.content | selectattr('type', 'equalto', 'image') %}{{ '<image>\n' }}{% endfor %}"
+        "{% for p in m.content | selectattr('type', 'equalto', 'text') %}{{ p['text'] }}{% endfor %}{{ ' [/INST]' }}"
+        "{% else %}{{ ' ' + m.content[0].text + '</s> ' }}{% endif %}{% endfor %}"
+    ),
+}
+
+
+def with_template(folder: Path, target: Path, file: str, jinja: object) -> Path:
+    """The folder with a chat template in this file alone."""
+    shutil.copytree(folder, target)
+    (target / "chat_template.jinja").unlink()
+    if file.endswith(".jinja"):
+        (target / file).write_text(str(jinja))
+    else:
+        old = json.loads((target / file).read_text()) if (target / file).exists() else {}
+        (target / file).write_text(json.dumps(old | {"chat_template": jinja}))
+    return target
+
+
+@pytest.mark.parametrize("file", ["chat_template.json", "chat_template.jinja", "processor_config.json"])
+@pytest.mark.parametrize("style", PARTS)
+def test_a_template_of_parts_gives_stock_s_prompt_and_answer(folder, tmp_path, style, file) -> None:
+    made = with_template(folder, tmp_path / "made", file, PARTS[style])
+    assistant = Assistant.load(made)
+    stock = LlavaNextForConditionalGeneration.from_pretrained(made).eval()
+    processor = LlavaNextProcessor.from_pretrained(made)
+    pictures = [picture(61, 33), picture(30, 40)]
+    for count in (0, 1, 2):
+        content = [{"type": "image", "image": image} for image in pictures[:count]]
+        asked = [{"role": "user", "content": [*content, {"type": "text", "text": "is it a star?"}]}]
+        options = {"add_generation_prompt": True, "tokenize": True, "return_dict": True, "return_tensors": "pt"}
+        inputs = processor.apply_chat_template(asked, **options)
+        turn = Turn("user", "<image>\n" * count + "is it a star?")
+        answer = assistant.answer([turn], pictures[:count], Decoding(6))
+        assert answer.prompt_tokens == inputs["input_ids"].shape[1]
+        ids = stock.generate(**inputs, max_new_tokens=6, do_sample=False)[0, answer.prompt_tokens :]
+        assert answer.text == assistant.tokenizer.decode(ids, skip_special_tokens=True).strip()
+
+
+def test_the_processor_s_files_come_in_transformers_order(folder, tmp_path) -> None:
+    made = with_template(folder, tmp_path / "made", "chat_template.json", PARTS["vicuna"])
+    (made / "chat_template.jinja").write_text(JINJA)
+    found = load_pretrained(made)[1].chat_template
+    assert found == PARTS["vicuna"] == LlavaNextProcessor.from_pretrained(made).chat_template
+    edit(made, "processor_config.json", chat_template=PARTS["mistral"])
+    found = load_pretrained(made)[1].chat_template
+    assert found == PARTS["mistral"] == LlavaNextProcessor.from_pretrained(made).chat_template
+    edit(made, "processor_config.json", chat_template=3)
+    with pytest.raises(DataError, match=r"processor_config\.json: chat_template: expected the text .*, got int"):
+        load_pretrained(made)
+
+
+@pytest.mark.parametrize("style", PARTS)
+def test_every_command_takes_a_template_of_parts(folder, tmp_path, capsys, style) -> None:
+    AcceleratorState._reset_state(reset_partial_state=True)
+    made = with_template(folder, tmp_path / "made", "chat_template.json", PARTS[style])
+    assert main(["render", str(tmp_path / "heldout"), "--count", "22"]) == 0
+    data = capsys.readouterr().out.strip()
+    picture(61, 33).save(tmp_path / "p.png")
+    content = yaml.safe_load(shipped_config("tiny").read_text()) | {"model": {"checkpoint": str(made)}}
+    content["stage2"]["data"] = {"path": data}
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(content))
+    train = ["train", "--config", str(tmp_path / "c.yaml"), "--stage", "2", "--max-steps", "1"]
+    assert main([*train, "--output", str(tmp_path / "run")]) == 0
+    tuned = tmp_path / "run" / "stage2" / "model"
+    assert LlavaNextProcessor.from_pretrained(tuned).chat_template == PARTS[style]
+    for model in (made, tuned):
+        chat = ["chat", str(model), "--image", str(tmp_path / "p.png"), "--prompt", "what?", "--max-new-tokens", "2"]
+        assert main(chat) == 0
+    assert main(["eval", "heldout", "--model", str(tuned), "--data", data, "--limit", "2"]) == 0
+    assert main(["probe", "reading", "--model", str(tuned), "--count", "1"]) == 0
+    assert main(["export", str(tuned), str(tmp_path / "out")]) == 0
+    assert (tmp_path / "out" / "chat_template.jinja").read_text() == PARTS[style]
+    assert "grid" not in capsys.readouterr().err
+
+
+def test_a_template_can_be_named_where_the_folder_has_none(folder, tmp_path, capsys) -> None:
+    broken = "{% for m in messages %}{{ m.role }}{% endfor %}"
+    assert main(["render", str(tmp_path / "heldout"), "--count", "22"]) == 0
+    data = capsys.readouterr().out.strip()
+    gqa = tmp_path / "gqa"
+    gqa.mkdir()
+    picture(61, 33).save(gqa / "1.jpg")
+    question = {"imageId": "1", "question": "what?", "isBalanced": True, "answer": "star"}
+    question["types"] = {"structural": "query", "semantic": "obj"}
+    (gqa / "testdev_balanced_questions.json").write_text(json.dumps({"7": question}))
+    for name, jinja, words in (
+        ("none", None, "it has no chat template: name the one it was trained with (--template"),
+        ("broken", broken, "chat template leaves out or repeats turns: name another template (--template"),
+    ):
+        made = with_template(folder, tmp_path / name, "chat_template.json", jinja)
+        out = tmp_path / f"{name} out"
+        for command in (
+            ["chat", str(made), "--prompt", "what?", "--max-new-tokens", "2"],
+            ["eval", "heldout", "--model", str(made), "--data", data, "--limit", "2"],
+            ["eval", "gqa", "--model", str(made), "--data", str(gqa), "--images", str(gqa), "--out", str(out)],
+            ["probe", "reading", "--model", str(made), "--count", "1"],
+            ["export", str(made), str(tmp_path / f"{name} exported")],
+        ):
+            if name == "broken" and command[0] != "chat" and command[1] != "gqa":
+                continue
+            assert main(command) in (1, 2)
+            said = capsys.readouterr().err
+            assert words in said
+            assert "grid" not in said
+            assert main([*command, "--template", "tiny"]) == 0
+        logs = [path.read_bytes().split(b"\n")[0] for path in out.glob("gqa.log.*")]
+        command = ["eval", "gqa", "--model", str(made), "--data", str(gqa), "--images", str(gqa), "--out", str(out)]
+        assert main([*command, "--template", "vicuna_v1"]) == 0
+        assert [path.read_bytes().split(b"\n")[0] for path in out.glob("gqa.log.*")] != logs, "asked again"
+        capsys.readouterr()
 
 
 def test_a_hub_id_that_cannot_be_reached(monkeypatch) -> None:

@@ -60,6 +60,25 @@ def test_pieces_are_the_text_and_never_half_a_character(tiny_tokenizer: PreTrain
             assert not shown[-1].isspace()
 
 
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("<think>\n\n</think>\n\nthe star", "the star"),
+        ("the star", "the star"),
+        ("<think>\n\n</think>", ""),
+        ("<think>\nhm", "<think>\nhm"),
+        ("<think>", "<think>"),
+    ],
+)
+def test_what_the_template_writes_before_an_answer_is_left_out(
+    text: str, shown: str, tiny_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    tokens = tiny_tokenizer(text, add_special_tokens=False)["input_ids"]
+    pieces = list(text_pieces(tiny_tokenizer, tokens, "<think>\n\n</think>"))
+    assert "".join(pieces) == shown
+    assert len(pieces) > 2 or shown != "the star"
+
+
 def test_an_answer_may_end_inside_a_character(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
     tokens = tiny_tokenizer("a 漢", add_special_tokens=False)["input_ids"][:-1]
     assert "".join(text_pieces(tiny_tokenizer, tokens)) == tiny_tokenizer.decode(tokens) == "a \ufffd"
