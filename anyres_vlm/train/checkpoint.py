@@ -127,7 +127,8 @@ def read_state(folder: Path) -> TrainerState:
             data=_data_facts(content.get("data")),
             stage1_steps=content.get("stage1_steps"),
         )
-        if not (type(state.step) is type(state.updates) is int and type(state.settings) is dict):
+        counts = [state.step, state.updates, 0 if state.stage1_steps is None else state.stage1_steps]
+        if not (all(type(count) is int for count in counts) and type(state.settings) is dict):
             raise ValueError(f"{STATE_FILE} holds other types")
         for path in _tensor_files(folder):
             with safe_open(path, framework="pt"):  # reads the header, and checks the length of the file against it
@@ -267,8 +268,10 @@ def read_finished(folder: Path) -> Finished | None:
     """
     try:
         content = json.loads((folder / FINISHED_FILE).read_text(encoding="utf-8"))
-        content["data"] = _data_facts(content["data"])
-        return Finished(**content)
+        counts = {name: content[name] for name in ("steps", "available", "epochs", "stage1_steps")}
+        if not all(type(counts[name]) is int or (name == "stage1_steps" and counts[name] is None) for name in counts):
+            raise ValueError("expected whole numbers")
+        return Finished(**counts, data=_data_facts(content["data"]))
     except FileNotFoundError:
         return None
     except (KeyError, TypeError, ValueError) as error:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import time
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +29,37 @@ PEAKS = {
 }  # fmt: skip
 
 
-def step_numbers(result: StepResult, rate: float, *, wait_s: float, step_s: float) -> dict[str, float]:
+@dataclass
+class Clock:
+    """Measures each step of a loop: waiting for its data, then training."""
+
+    wait_s: float = 0.0
+    step_s: float = 0.0
+    _began_s: float = 0.0
+
+    def start(self) -> None:
+        """Start to wait for the data of a step."""
+        self._began_s = time.monotonic()
+
+    def fetched(self) -> None:
+        """Note that the data of the step is there."""
+        self.wait_s = self._lap()
+
+    def stepped(self) -> None:
+        """Note that the step is done."""
+        self.step_s = self._lap()
+
+    @property
+    def total_s(self) -> float:
+        """Seconds of the last step, wait included."""
+        return self.wait_s + self.step_s
+
+    def _lap(self) -> float:
+        began, self._began_s = self._began_s, time.monotonic()
+        return self._began_s - began
+
+
+def step_numbers(result: StepResult, rate: float, clock: Clock) -> dict[str, float]:
     """Return the numbers of one optimizer step; NaN and infinity, which JSON lacks, are left out."""
     numbers = {
         "train/loss": result.loss,
@@ -40,8 +71,8 @@ def step_numbers(result: StepResult, rate: float, *, wait_s: float, step_s: floa
         "data/tiles": result.tiles,
         "data/samples": result.samples,
         "data/rejects": result.rejects,
-        "time/wait_s": round(wait_s, 4),
-        "time/step_s": round(step_s, 4),
+        "time/wait_s": round(clock.wait_s, 4),
+        "time/step_s": round(clock.step_s, 4),
     }
     return {name: number for name, number in numbers.items() if math.isfinite(number)}
 

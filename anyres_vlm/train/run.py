@@ -71,7 +71,10 @@ def finished_stage(config: RunConfig, options: RunOptions, stage: StageName) -> 
         rows = read_metrics(metrics) if metrics.exists() else []
         epochs = before.stage(stage).epochs
         done = Finished(int(rows[-1]["step"]) if rows else 0, None, epochs, indexed_data(folder / INDEX_FILE))
-    checkpoint.require_same_data(folder, done.data, current_data(config, stage, options.output))
+    now = current_data(config, stage, options.output)
+    # Fingerprints of different versions may differ for equal data: without a record, only the count is compared.
+    if done.available is not None or (done.data and now and done.data["records"] != now["records"]):
+        checkpoint.require_same_data(folder, done.data, now)
     return done
 
 
@@ -99,9 +102,9 @@ def _warn_of_earlier_stage_1(options: RunOptions, before: Finished | None = None
     """Warn if stage 2 started from stage 1 as it was before it was trained further (from `before`, where known)."""
     folder = options.output / "stage2"
     first, second = checkpoint.read_finished(options.output / "stage1"), checkpoint.read_finished(folder)
-    state = checkpoint.latest(folder / "checkpoints")
+    state = checkpoint.latest(folder / "checkpoints") if second is None else None
     started_from = second.stage1_steps if second is not None else state[1].stage1_steps if state is not None else None
-    if started_from is None and before is not None and (state or model_folder(options.output, "stage2").is_dir()):
+    if started_from is None and before is not None and (folder / "checkpoints").is_dir():
         started_from = before.steps
     if first is not None and started_from is not None and started_from != first.steps:
         logger.warning(

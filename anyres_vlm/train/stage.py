@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
@@ -28,11 +28,12 @@ from anyres_vlm.model.hub import build_model
 from anyres_vlm.model.lora import add_lora, merged_weights, save_adapter
 from anyres_vlm.model.pretrained import load_parts, save_pretrained
 from anyres_vlm.model.vlm import VisionLanguageModel
+from anyres_vlm.schema import Batch
 from anyres_vlm.train import checkpoint
 from anyres_vlm.train.checkpoint import Finished, TrainerState
 from anyres_vlm.train.engine.deepspeed_settings import DeepSpeedSettings
 from anyres_vlm.train.engine.engine import Engine, start_trackers
-from anyres_vlm.train.metrics import METRICS_FILE, MetricsWriter, Throughput, device_peak, step_numbers
+from anyres_vlm.train.metrics import METRICS_FILE, Clock, MetricsWriter, Throughput, device_peak, step_numbers
 from anyres_vlm.train.options import (
     CONFIG_FILE,
     Progress,
@@ -104,8 +105,7 @@ def train_stage(
     settings, rates = config.stage(name), trained_rates(config, name)
     model, tokenizer = build(config, options, name, is_split=deepspeed is not None)
     cache = open_cache(config, model)
-    with engine.main_first():
-        samples = index_samples(config, name, options.output, model, tokenizer)
+    samples = index_samples(engine, config, name, options.output, model, tokenizer)
     flops = model_flops(model)
     steps = StageSteps.plan(samples.index, config, name, flops, options.max_steps)
     stage = Stage(engine, config, options, name, model, tokenizer, samples, steps)
@@ -115,43 +115,36 @@ def train_stage(
     optimizer = build_optimizer(model, rates, settings.weight_decay)
     size = measure_save(model)
     before = prepare(stage, optimizer, deepspeed, done)
-    finished = 0 if before is None else before.step
+    first = 0 if before is None else before.step
     stage1_steps = stage_1_steps(stage) if before is None else before.stage1_steps
-    schedule = build_schedule(optimizer, settings, len(steps), finished)
+    schedule = build_schedule(optimizer, settings, len(steps), first)
     announce(stage, before, cache)
     saver = Saver(stage.folder / "checkpoints", stage_writer(stage), config.keep_checkpoints, config.save_minutes)
     throughput = Throughput(flops, rates, device_peak(), engine.world_size)
     num_skipped = 0
-    with open_log(stage, finished) as log:
-        if engine.is_main:
-            try_to_finish(stage, size, finished)
-        shares = steps.shares(finished, engine.rank, engine.world_size)
-        batches = iter_steps(
-            samples, shares, settings.data, config.seed, workers=config.workers, pin_memory=engine.is_cuda
-        )
-        fetching = time.monotonic()
-        for step in range(finished + 1, len(steps) + 1):
+    with open_log(stage, first) as log:
+        try_to_finish(stage, size, first)
+        batches = fetch_steps(stage, first)
+        clock = Clock()
+        for step in range(first + 1, len(steps) + 1):
+            clock.start()
             packs = next(batches)
-            started = time.monotonic()
+            clock.fetched()
             rate = float(schedule.get_last_lr()[0])
             engine.seed(config.seed, step)
             result = engine.step(packs, stop=options.is_signalled(), save=engine.is_main and saver.is_due)
             schedule.step()
-            ended = time.monotonic()
-            numbers = step_numbers(result, rate, wait_s=started - fetching, step_s=ended - started)
-            numbers |= throughput.rates(result, ended - fetching) | cache_counts(engine, cache)
-            log.write(step, numbers)
+            clock.stepped()
+            numbers = step_numbers(result, rate, clock) | throughput.rates(result, clock.total_s)
+            log.write(step, numbers | cache_counts(engine, cache))
             if engine.is_main:
                 progress(name, step, len(steps), numbers)
             num_skipped += result.is_skipped
             cap_skipped(stage, step, num_skipped)
             if step == len(steps) or result.stop or result.save or step % config.save_every == 0:
-                snapshot = engine.snapshot()
-                if engine.is_main:
-                    saver.save(snapshot, stage.state(step, snapshot.updates, stage1_steps))
+                save(stage, saver, step, stage1_steps)
             if result.stop and step < len(steps):
                 leave(stage, saver, step)
-            fetching = time.monotonic()
     finish(stage, saver, stage1_steps)
 
 
@@ -296,12 +289,35 @@ def open_log(stage: Stage, finished: int) -> MetricsWriter:
 
 
 def try_to_finish(stage: Stage, size: SaveSize, finished: int) -> None:
-    """Try dry, before the first step, what `finish` will do. Raises `DataError` if it would fail."""
+    """Try dry on rank 0, before the first step, what `finish` will do. Raises `DataError` if it would fail."""
+    if not stage.engine.is_main:
+        return
     config, remaining = stage.config, len(stage.steps) - finished
     is_timed = config.save_minutes is not None
     num_saves = config.keep_checkpoints + 1 if is_timed else -(-remaining // config.save_every)
     require_disk(size, stage.folder, num_saves=num_saves, keep=config.keep_checkpoints)
     try_saves(size, stage.folder, finished_writer(stage), stage.state(finished, 0, None))
+
+
+def fetch_steps(stage: Stage, first: int) -> Iterator[list[Batch]]:
+    """Yield this rank's batches of each step after the first ones, loaded ahead of time."""
+    engine, config = stage.engine, stage.config
+    shares = stage.steps.shares(first, engine.rank, engine.world_size)
+    return iter_steps(
+        stage.samples,
+        shares,
+        stage.settings.data,
+        config.seed,
+        workers=config.workers,
+        pin_memory=engine.is_cuda,
+    )
+
+
+def save(stage: Stage, saver: Saver, step: int, stage1_steps: int | None) -> None:
+    """Start to write the checkpoint of a step on rank 0, from a copy that all ranks gather."""
+    snapshot = stage.engine.snapshot()
+    if stage.engine.is_main:
+        saver.save(snapshot, stage.state(step, snapshot.updates, stage1_steps))
 
 
 def cap_skipped(stage: Stage, step: int, num_skipped: int) -> None:

@@ -6,6 +6,7 @@ import logging
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,6 +32,9 @@ from anyres_vlm.model.vlm import VisionLanguageModel
 from anyres_vlm.synthetic.dataset import write_dataset
 from anyres_vlm.train.checkpoint import DataFacts
 
+if TYPE_CHECKING:  # start-up time: `anyres estimate` plans without an engine
+    from anyres_vlm.train.engine.engine import Engine
+
 logger = logging.getLogger(__name__)
 
 INDEX_FILE = "index.parquet"
@@ -42,12 +46,24 @@ def index_path(config: RunConfig, stage: StageName, output: Path) -> Path:
 
 
 def index_samples(
-    config: RunConfig, stage: StageName, output: Path, model: VisionLanguageModel, tokenizer: PreTrainedTokenizerFast
+    engine: Engine,
+    config: RunConfig,
+    stage: StageName,
+    output: Path,
+    model: VisionLanguageModel,
+    tokenizer: PreTrainedTokenizerFast,
 ) -> IndexedSamples:
-    """Index a stage's data; an index that is up to date is used as it is.
+    """Index a stage's data on rank 0, then read the index on the others; one that is up to date is used as it is.
 
     Raises `DataError` for data that cannot be read or has too many rejects.
     """
+    with engine.main_first():
+        return _index_samples(config, stage, output, model, tokenizer)
+
+
+def _index_samples(
+    config: RunConfig, stage: StageName, output: Path, model: VisionLanguageModel, tokenizer: PreTrainedTokenizerFast
+) -> IndexedSamples:
     settings = config.stage(stage)
     path, images = _locate(settings.data, output, config.seed)
     conversation = ConversationTokenizer(settings.template or model.config.template, tokenizer)

@@ -20,7 +20,7 @@ from anyres_vlm.train.metrics import read_metrics
 STEPS = 3
 SETTINGS = {
     "stage1.data.samples": "40",
-    "stage2.data.samples": "40",
+    "stage2.data.samples": "60",
     "stage1.max_length": "512",
     "stage1.capacity": "512",
     "stage2.capacity": "1024",
@@ -80,7 +80,7 @@ def test_zero_takes_the_steps_of_one_plain_process(plain: Path, tiny_bases, tmp_
 
 
 def test_a_plain_checkpoint_goes_on_under_zero_3(plain: Path, tiny_bases, tmp_path) -> None:
-    """Step 2 was saved by one plain process; two ranks of ZeRO-3 take the third step from it."""
+    """One plain process saved step 2 of 3; two ranks of ZeRO-3 take the third step from it."""
     shutil.copytree(plain, tmp_path / "run")
     shutil.rmtree(tmp_path / "run" / "stage2" / "model")
     shutil.rmtree(tmp_path / "run" / "stage2" / "checkpoints" / "step-0000003")

@@ -85,11 +85,11 @@ def test_a_broken_checkpoint_is_passed_over(tiny_bases, tmp_path, caplog: pytest
     expected = run(tiny_bases, tmp_path / "run", "keep_checkpoints=2")
     folder = tmp_path / "run" / "stage1"
     (folder / "model").rename(tmp_path / "elsewhere")
-    assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == ["step-0000004", "step-0000006"]
-    moments = folder / "checkpoints" / "step-0000006" / "trainer" / "moments.safetensors"
+    assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == ["step-0000004", "step-0000005"]
+    moments = folder / "checkpoints" / "step-0000005" / "trainer" / "moments.safetensors"
     moments.write_bytes(moments.read_bytes()[:-100])
     resumed = run(tiny_bases, tmp_path / "run", "keep_checkpoints=2")
-    assert "step-0000006: not a whole checkpoint" in caplog.text
+    assert "step-0000005: not a whole checkpoint" in caplog.text
     assert all(torch.equal(resumed[name], tensor) for name, tensor in expected.items())
 
 

@@ -13,7 +13,7 @@ from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
 from anyres_vlm.config import load_config, shipped_config
-from anyres_vlm.errors import UsageError
+from anyres_vlm.errors import DataError, UsageError
 from anyres_vlm.synthetic.dataset import write_dataset
 from anyres_vlm.train.checkpoint import checkpoint_path, latest, read_finished
 from anyres_vlm.train.metrics import read_metrics
@@ -133,7 +133,7 @@ def test_an_older_version_s_folder(tiny_bases, tmp_path, caplog) -> None:
     assert "stage1 is finished after 3 steps" in caplog.messages[-1]
     with pytest.raises(UsageError, match=r"finished after 3 steps, 5 are asked for, and its last checkpoint is not"):
         run(tiny_bases, tmp_path, steps=5)
-    run(tiny_bases, tmp_path, "stage1.epochs=1", steps=2)
+    assert (tmp_path / "stage1" / "model" / "config.json").exists()
 
 
 def test_an_older_version_s_checkpoint_resumes(tiny_bases, tmp_path) -> None:
@@ -204,6 +204,13 @@ def test_changed_data_is_refused_in_words(tiny_bases, tmp_path, data, kind: str,
     data.write_text(text)
     run(tiny_bases, tmp_path / "run", own(data), steps=3)
     assert len(rows(tmp_path / "run")) == 3
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"steps": "5"}', '{"steps": 1.5, "available": 3, "epochs": 1}'])
+def test_a_broken_record_is_named(tmp_path, content: str) -> None:
+    (tmp_path / "finished.json").write_text(content)
+    with pytest.raises(DataError, match=r"finished\.json: broken .*: delete it"):
+        read_finished(tmp_path)
 
 
 def test_a_finished_stage_without_its_data_stays_finished(tiny_bases, tmp_path, data, caplog) -> None:

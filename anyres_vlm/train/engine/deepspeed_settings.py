@@ -62,7 +62,9 @@ TREATMENTS: dict[str, Treatment] = {
     "pipeline": "refused",
     "progressive_layer_drop": "refused",
     "quantize_training": "refused",
+    "sequence_parallel_size": "refused",
     "sparse_attention": "refused",
+    "sparse_gradients": "refused",
     "tensor_parallel": "refused",
     "weight_quantization": "refused",
     "aio": "passed",
@@ -86,6 +88,12 @@ TREATMENTS: dict[str, Treatment] = {
     "timers": "passed",
     "wall_clock_breakdown": "passed",
     "wandb": "passed",
+}
+ENGINE_VALUES = {
+    "train_micro_batch_size_per_gpu": 1,
+    "gradient_accumulation_steps": 1,
+    "zero_allow_untested_optimizer": True,
+    "zero_force_ds_cpu_optimizer": False,
 }
 QUIET = 1_000_000_000  # steps between DeepSpeed's own log lines, where the file does not say
 # Bucket sizes that "auto" takes from the model's width, by the rule of transformers: elements as a function of it.
@@ -172,8 +180,8 @@ class _Resolver:
         self.warnings: list[str] = []
 
     def resolve(self, content: dict[str, Any]) -> dict[str, Any]:
-        settings: dict[str, Any] = {"steps_per_print": QUIET, **self.engine_values()}
-        settings |= {key: value for key, value in self.run_values().items() if key != "train_batch_size"}
+        settings: dict[str, Any] = {"steps_per_print": QUIET, **ENGINE_VALUES}
+        settings |= {key: value for key, (_, value) in self.run_values().items() if key != "train_batch_size"}
         blocks = {"bf16": AUTO, "zero_optimization": AUTO, **content}
         if "bfloat16" in blocks:
             blocks["bf16"] = blocks.pop("bfloat16") if blocks["bf16"] == AUTO else blocks["bf16"]
@@ -182,10 +190,10 @@ class _Resolver:
             if treatment == "block":
                 self.resolve_block(key, value, settings)
             elif treatment == "passed":
-                if (kept := _without_auto(value)) != AUTO:
+                if (kept := _without_auto(value)) not in (AUTO, None):
                     settings[key] = kept
             elif treatment == "run":
-                self.agree(key, value, self.run_values()[key], self.run_names()[key])
+                self.agree(key, value, *self.run_values()[key])
             elif treatment == "engine":
                 self.warn_replaced(key, value)
             elif treatment == "unused":
@@ -223,36 +231,21 @@ class _Resolver:
         assert self.stage is not None
         return self.run.stage(self.stage)
 
-    def run_values(self) -> dict[str, Any]:
-        stage = self.settings
+    def run_values(self) -> dict[str, tuple[str, Any]]:
+        """The run's name and value of each key that it decides."""
         return {
-            "train_batch_size": stage.batch_size,
-            "gradient_clipping": stage.max_grad_norm,
-            "gradient_allreduce_op": "mean",
+            "train_batch_size": (f"{self.stage}.batch_size", self.settings.batch_size),
+            "gradient_clipping": (f"{self.stage}.max_grad_norm", self.settings.max_grad_norm),
+            "gradient_allreduce_op": ("the exchange of gradients", "mean"),
         }
 
-    def run_names(self) -> dict[str, str]:
-        return {
-            "train_batch_size": f"{self.stage}.batch_size",
-            "gradient_clipping": f"{self.stage}.max_grad_norm",
-            "gradient_allreduce_op": "the exchange of gradients",
-        }
-
-    def engine_values(self) -> dict[str, Any]:
-        return {
-            "train_micro_batch_size_per_gpu": 1,
-            "gradient_accumulation_steps": 1,
-            "zero_allow_untested_optimizer": True,
-            "zero_force_ds_cpu_optimizer": False,
-        }
-
-    def agree(self, key: str, value: Any, ours: Any, name: str) -> None:
+    def agree(self, key: str, value: Any, name: str, ours: Any) -> None:
         """Raise `UsageError` unless the value is "auto" or the run's."""
         if value not in (AUTO, None) and not _equal(value, ours):
             raise self.contradiction(key, value, f"{name}={ours}", f'"auto", or change {name} of the run')
 
     def warn_replaced(self, key: str, value: Any) -> None:
-        ours = self.engine_values()[key]
+        ours = ENGINE_VALUES[key]
         if value in (AUTO, None, ours):
             return
         if key.startswith("zero_"):
@@ -276,7 +269,7 @@ class _Resolver:
         is_precision = key in ("fp16", "fp8", "amp", "torch_autocast")
         if is_precision and isinstance(value, dict):
             value = value.get("enabled", False)  # the others only tune it
-        if not _is_on(value):
+        if not _is_on(value) or (key == "sequence_parallel_size" and value == 1):
             return
         if is_precision:
             raise self.contradiction(
@@ -311,7 +304,7 @@ class _Resolver:
         names = {"lr": f"{self.stage}.learning_rate", "weight_decay": f"{self.stage}.weight_decay"}
         for key, value in params.items():
             if key in ours:
-                self.agree(f"optimizer.params.{key}", value, ours[key], names.get(key, key))
+                self.agree(f"optimizer.params.{key}", value, names.get(key, key), ours[key])
             elif key not in SPEED_ONLY and value not in (AUTO, None):
                 raise UsageError(
                     f"--deepspeed {self.path}: optimizer.params.{key}={shortened(value)} is not a setting of the run's "
