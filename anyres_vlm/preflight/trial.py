@@ -148,15 +148,15 @@ class Trial:
     def export(self) -> Iterator[Finding]:
         """Export the finished folder, which is refused where stock transformers cannot express the model."""
         folder, out = self._finished(), self.work / "export"
-        with self._log.open("ab") as log:
-            words = [sys.executable, "-m", "anyres_vlm", "export", str(folder), str(out)]
-            done = subprocess.run(words, env=self._environment(), stdout=log, stderr=subprocess.PIPE, text=True)
+        words = [sys.executable, "-m", "anyres_vlm", "export", str(folder), str(out)]
+        done = subprocess.run(words, env=self._environment(), capture_output=True, text=True)
         said = SAID.search(done.stderr)
         if done.returncode == 2 and said is not None and "cannot be exported" in said[1]:
             yield Finding("export", "ok", said[1].partition("cannot be exported: ")[2])
             return
-        remedy = self._log_hint()
-        yield judge("export", done.returncode == 0, said[1] if said else "a stock LlavaNext folder", remedy)
+        last = next(reversed(done.stderr.splitlines()), "ended without a message")
+        found = "a stock LlavaNext folder" if done.returncode == 0 else said[1] if said else last
+        yield judge("export", done.returncode == 0, found, f"try it: anyres export {folder} OUT")
 
     def read_card(self) -> Iterator[Finding]:
         """Look for the model card's head, which hubs read."""
