@@ -59,3 +59,5 @@ def doctor(
         print(json.dumps([asdict(finding) for finding in found], indent=2))
     if any(finding.level == "fail" for finding in found):
         raise typer.Exit(1)
+    if not as_json:
+        print(f"next:  anyres rehearse --config {path}: the whole run in minutes, on shrunk models")

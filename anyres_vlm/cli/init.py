@@ -70,7 +70,8 @@ def init(
     config = write_files(answers, sources, folder)
     print(f"wrote:  {config}, {config.with_name('mixture.yaml')}")
     print(f"check:  anyres doctor --config {config} --output {config.parent / 'run'}")
-    print(f"next:   {train_command(answers, config)}")
+    print(f"next:   anyres rehearse --config {config} --output {config.parent / 'run'}")
+    print(f"train:  {train_command(answers, config)}")
 
 
 def _prompt(option: str, question: str, default: Value | None) -> Value:

@@ -23,6 +23,7 @@ from anyres_vlm.cli.init import init
 from anyres_vlm.cli.instruct import instruct
 from anyres_vlm.cli.plan import plan
 from anyres_vlm.cli.probe import probe
+from anyres_vlm.cli.rehearse import rehearse
 from anyres_vlm.cli.render import render
 from anyres_vlm.cli.report import report
 from anyres_vlm.cli.score import score
@@ -45,6 +46,7 @@ app.command()(tokens)
 app.command()(index)
 app.command()(plan)
 app.command()(estimate)
+app.command()(rehearse)
 app.command()(render)
 app.command()(train)
 app.command("eval")(evaluate)

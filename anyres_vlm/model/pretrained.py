@@ -184,7 +184,8 @@ def _empty_encoder(described: Description) -> Encoder:
     layer, vision = described.config.encoder.layer, described.vision
     if isinstance(vision, CLIPVisionConfig):
         return ClipEncoder(CLIPVisionModel(vision), layer, described.mean, described.std)
-    network = timm.create_model(vision["architecture"], pretrained=False, num_classes=0, img_size=vision["image_size"])
+    options = {**vision.get("model_args", {}), "img_size": vision["image_size"]}
+    network = timm.create_model(vision["architecture"], pretrained=False, num_classes=0, **options)
     return TimmEncoder(network, layer, described.mean, described.std)
 
 

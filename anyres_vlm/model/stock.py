@@ -54,11 +54,14 @@ def stock_config(model: VisionLanguageModel, dtype: torch.dtype) -> dict[str, An
         settings |= {"model_type": OWN_MODEL_TYPE, "architectures": [type(model).__name__]}
     if isinstance(tower, TimmEncoder):
         architecture = tower.vision_model.pretrained_cfg["architecture"]
+        # What a folder's config.json or the caller changed of the architecture; not kept by releases before 1.0.23.
+        changes = getattr(tower.vision_model, "_model_args", {})
         settings["vision_config"] = {
             "model_type": "timm",
             "architecture": architecture,
             "image_size": tower.tile,
             "patch_size": tower.patch,
+            "model_args": {key: value for key, value in changes.items() if key not in ("img_size", "num_classes")},
         }
     return settings
 

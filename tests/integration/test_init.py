@@ -32,7 +32,7 @@ def test_defaults_are_written_and_trained(data: Path, tmp_path: Path, capsys: py
     assert "LLaVA JSON, 12 records; of 12 looked at 12 are good" in said
     assert len(open_source(folder / "mixture.yaml")) == 12
     assert (folder / "config.yaml").read_text().count("#") > 15, "it explains itself"
-    (command,) = [line.removeprefix("next:") for line in said.splitlines() if line.startswith("next:")]
+    (command,) = [line.removeprefix("train:") for line in said.splitlines() if line.startswith("train:")]
     assert main([*shlex.split(command)[1:], "--max-steps", "1", "--set", "workers=0"]) == 0
     trained = folder / "run" / "stage2" / "model"
     assert (trained / "model.safetensors").exists()

@@ -38,10 +38,11 @@ ALLOWED = {
     "instruct": FOUNDATION | {"data"},
     "starter": FOUNDATION | {"data", "model"},
     "doctor": FOUNDATION | {"data", "model", "train"},
+    "preflight": FOUNDATION | {"data", "model", "inference", "train", "doctor"},
     "ablate": FOUNDATION | {"synthetic", "train", "evaluate"},
     "cli": FOUNDATION
     | {"data", "model", "synthetic", "inference", "train", "evaluate", "serve", "instruct"}
-    | {"ablate", "doctor", "estimate", "starter"},
+    | {"ablate", "doctor", "estimate", "starter", "preflight"},
     "__main__": {"cli"},
 }
 ENGINE_LIBRARIES = {"accelerate", "deepspeed"}  # only train/engine/ knows them
