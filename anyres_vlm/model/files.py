@@ -1,4 +1,4 @@
-"""The files of a checkpoint folder: where the folder is, its JSON, and its tensors one by one. Pickle is never read."""
+"""Files of a checkpoint folder: locate the folder, read its JSON and its tensors one by one. Pickle is never read."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ INDEX_FILE = "model.safetensors.index.json"
 
 
 def checkpoint_folder(name: str | Path) -> Path:
-    """A local folder as it is; a hub id's snapshot, downloaded where it is not at hand. Raises `DataError`."""
+    """Return a local folder as given, or the snapshot of a hub id, downloaded if needed. Raises `DataError`."""
     folder = Path(name).expanduser()
     if folder.is_dir() or not HUB_ID.fullmatch(str(name)):
         return folder
@@ -32,16 +32,16 @@ def checkpoint_folder(name: str | Path) -> Path:
         return Path(snapshot_download(str(name), allow_patterns=HUB_FILES))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise DataError(f"checkpoint {name}: no such folder, and no download from the hub: {reason}") from None
+        raise DataError(f"checkpoint {name}: no such folder, and the download from the hub failed: {reason}") from None
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object. Raises `DataError` for anything else."""
+    """Read a JSON object. Raises `DataError` for anything else."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise DataError(f"{path}: no such file; expected a checkpoint folder") from None
-    except (OSError, ValueError, RecursionError) as error:  # brackets as deep, numbers as long as they like
+    except (OSError, ValueError, RecursionError) as error:  # also too deep nesting, too long numbers
         raise DataError(f"{path}: not readable JSON: {error}") from None
     if not isinstance(content, dict):
         raise DataError(f"{path}: expected a JSON object, got {type(content).__name__}")
@@ -50,7 +50,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 @contextmanager
 def parsing(where: Path, what: str) -> Iterator[None]:
-    """Makes a `DataError` of whatever a library raises over a file of someone else's: its kinds have no end."""
+    """Turn any exception that a library raises for an untrusted file into a `DataError`."""
     try:
         yield
     except (DataError, UsageError):
@@ -61,15 +61,15 @@ def parsing(where: Path, what: str) -> Iterator[None]:
 
 
 def weight_bytes(folder: Path) -> int:
-    """Size of its weights' files. Raises `DataError` for a shard that is missing."""
+    """Return the total size of the weight files. Raises `DataError` for a missing shard."""
     with parsing(folder, "its weights"):
         return sum(path.stat().st_size for path in _shards(folder))
 
 
 def read_tensors(folder: Path, names: Container[str] | None = None) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor of a folder, or those of some names, of the shards that its index names if it has one.
+    """Yield all tensors of a folder, or those with the given names, from the shards in its index if it has one.
 
-    Raises `DataError` for a shard that is missing or broken, and where there is pickle alone.
+    Raises `DataError` for a shard that is missing or broken, and if the folder has only pickle files.
     """
     for path in _shards(folder):
         try:
@@ -85,17 +85,17 @@ def _shards(folder: Path) -> list[Path]:
     if (folder / INDEX_FILE).exists():
         places = read_json(folder / INDEX_FILE).get("weight_map")
         if not isinstance(places, dict):
-            raise DataError(f"{folder / INDEX_FILE}: no weight_map in it; use a complete checkpoint folder")
-        if odd := [name for name in places.values() if not isinstance(name, str) or not SHARD.fullmatch(name)]:
-            raise DataError(f"{folder / INDEX_FILE}: {odd[0]!r}: expected a *.safetensors file of this folder")
+            raise DataError(f"{folder / INDEX_FILE}: it has no weight_map; use a complete checkpoint folder")
+        if invalid := [name for name in places.values() if not isinstance(name, str) or not SHARD.fullmatch(name)]:
+            raise DataError(f"{folder / INDEX_FILE}: {invalid[0]!r}: expected a *.safetensors file of this folder")
         return [folder / name for name in sorted(set(places.values()))]
-    if (folder / WHOLE_FILE).exists():  # an adapter may lie beside it
+    if (folder / WHOLE_FILE).exists():  # there may be an adapter, too
         return [folder / WHOLE_FILE]
     if shards := sorted(folder.glob("*.safetensors")):
         return shards
     if pickled := sorted([*folder.glob("*.bin"), *folder.glob("*.pt"), *folder.glob("*.pth")]):
         raise DataError(
-            f"{pickled[0]}: pickle can run any code, only safetensors are read: load it where you trust it and save it "
-            "with safetensors.torch.save_file"
+            f"{pickled[0]}: pickle can run any code, so only safetensors are read: if you trust the file, load it "
+            "and save it with safetensors.torch.save_file"
         )
-    raise DataError(f"{folder}: no *.safetensors in it; use a complete checkpoint folder")
+    raise DataError(f"{folder}: it has no *.safetensors file; use a complete checkpoint folder")

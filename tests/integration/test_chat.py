@@ -71,7 +71,7 @@ def test_mistakes_are_a_line_each_and_the_chat_goes_on(checkpoint, pictures, mon
         ("/save here.json", "nothing was said yet"),
         ("/save", "/save: expected /save FILE.json"),
         ("bad </s> token", "control token '</s>'"),
-        ("what? " * 2000, "the model reads 2,048 with the answer"),
+        ("what? " * 2000, "the context limit is 2,048 tokens, answer included"),
         ("<image>", "has 1 <image>, but 0 images are given"),
     ]
     assert chat(checkpoint, [line for line, _ in mistakes] + ["hello"], monkeypatch, "--json") == 1

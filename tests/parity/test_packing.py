@@ -231,7 +231,7 @@ def test_no_mask_of_the_whole_pack_is_ever_built(family: str) -> None:
         model(batch).backward()
     assert seen.elements < dense / 4
     model.language_model.set_attn_implementation("sdpa")  # what packs by positions alone: the measure would notice
-    with LargestTensor() as seen, torch.no_grad(), pytest.raises(UsageError, match="keeps documents apart in 0 of"):
+    with LargestTensor() as seen, torch.no_grad(), pytest.raises(UsageError, match="separates documents in 0 of"):
         model(batch)
     assert seen.elements >= dense
 
@@ -253,7 +253,7 @@ def test_what_attention_cannot_do_exactly_is_refused() -> None:
 def test_a_model_that_loses_the_documents_is_refused(family: str) -> None:
     """One does not pass the keyword on, one has no attention, one does not look its attention up."""
     model = make_model(language_config(family))
-    with pytest.raises(UsageError, match="keeps documents apart in 0 of its 2 layers"):
+    with pytest.raises(UsageError, match="separates documents in 0 of its 2 layers"):
         model(collate(documents(model, 3, 3), TILE, IMAGE))
 
 

@@ -154,7 +154,7 @@ def test_samples_are_the_seeds_alone(assistant: Assistant) -> None:
 def test_a_prompt_that_is_too_long_says_what_to_do(assistant: Assistant, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(assistant.model.language_model.config, "max_position_embeddings", 40)
     turns = [Turn("user", "what? " * 30)]
-    with pytest.raises(UsageError, match=r"prompt has \d+ tokens, the model reads 40 with the answer: ask with fewer"):
+    with pytest.raises(UsageError, match=r"prompt has \d+ tokens, the context limit is 40 tokens, answer included: use fewer"):
         assistant.answer(turns, [], Decoding(4))
     with pytest.raises(UsageError, match="the model reads 40"):
         assistant.stream(turns, [], Decoding(4))

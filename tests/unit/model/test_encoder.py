@@ -120,10 +120,10 @@ def test_layers_that_are_not_there(tiny_bases: Path, kind: str, layer: Any, mess
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"img_size": (32, 64)}, "images 32 high and 64 wide.*expected squares"),
-        ({"patch_size": (16, 8)}, "patches 16 high and 8 wide.*expected squares"),
-        ({"img_size": 8}, r"tile of 8 pixels is no multiple of its patches of 16: set encoder\.tile=16"),
-        ({"img_size": 40}, r"tile of 40 pixels is no multiple of its patches of 16: set encoder\.tile=32"),
+        ({"img_size": (32, 64)}, "images of 64x32 pixels.*expected squares"),
+        ({"patch_size": (16, 8)}, "patches of 8x16: expected squares"),
+        ({"img_size": 8}, r"tile of 8 pixels is not a multiple of the patch size of 16: set encoder\.tile=16"),
+        ({"img_size": 40}, r"tile of 40 pixels is not a multiple of the patch size of 16: set encoder\.tile=32"),
     ],
 )
 def test_odd_geometry_is_refused(options: dict[str, Any], message: str) -> None:
@@ -134,7 +134,7 @@ def test_odd_geometry_is_refused(options: dict[str, Any], message: str) -> None:
 def test_a_network_without_an_image_size_is_refused() -> None:
     vision = network("vit_tiny_patch16_224")
     vision.patch_embed.img_size = None
-    with pytest.raises(UsageError, match=r"no image size of its own: set encoder\.tile"):
+    with pytest.raises(UsageError, match=r"no default image size: set encoder\.tile"):
         TimmEncoder(vision, -2, MEAN, STD)
 
 

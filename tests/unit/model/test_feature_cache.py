@@ -130,7 +130,7 @@ def test_what_the_disk_refuses_is_no_error(tmp_path: Path, caplog: pytest.LogCap
     for _ in range(2):
         assert torch.equal(cache(tiles), expected)
     assert [record.levelno for record in caplog.records if record.levelno >= logging.WARNING] == [logging.WARNING]
-    assert "takes no more features" in caplog.text
+    assert "no more features are cached" in caplog.text
     with pytest.raises(UsageError, match=r"cache_features\.folder.*choose a folder"):
         FeatureCache(encoder, tmp_path / "bad" / cache.store.folder.name, GB)
 

@@ -79,7 +79,7 @@ def test_damage_is_noticed(tmp_path, caplog, suffix, damage, left, known) -> Non
     read_all(store, keys)
     assert len(caplog.records) <= 1
     if suffix == ".features":
-        assert "what it lacks is computed again" in caplog.text
+        assert "missing features are computed again" in caplog.text
     lost = [number for number in range(5) if number not in left]
     store.write([keys[number] for number in lost], features[lost])
     assert len(read_all(store, keys)) == 5

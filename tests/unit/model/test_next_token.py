@@ -62,7 +62,7 @@ def test_room_is_bounded_by_positions_and_window() -> None:
     assert room_for_answer(model(max_position_embeddings=100, sliding_window=None), 90, 50) == 10
     assert room_for_answer(model(max_position_embeddings=100, sliding_window=50), 45, 50) == 5
     assert room_for_answer(model(), 10**6, 50) == 50
-    with pytest.raises(UsageError, match=r"has 1,000 tokens, the model reads 1,000 with the answer"):
+    with pytest.raises(UsageError, match=r"has 1,000 tokens, the context limit is 1,000 tokens, answer included"):
         room_for_answer(model(max_position_embeddings=1000), 1000, 1)
     with pytest.raises(UsageError, match="no token"):
         room_for_answer(model(), 0, 1)
