@@ -155,5 +155,5 @@ def test_a_file_of_another_size_is_refused() -> None:
     plan = planned(smooth(2000, 1000), Tiling())
     for size in ((1000, 500), (1000, 2000), (1999, 1000)):
         for mode in ("fast", "exact"):
-            with pytest.raises(DataError, match=rf"^b\.jpg: its size is {size[0]}x{size[1]}, planned were 2000x1000"):
+            with pytest.raises(DataError, match=rf"^b\.jpg: its size is {size[0]}x{size[1]}, expected 2000x1000"):
                 tile_image(encoded(smooth(*size)), plan, "b.jpg", mode)

@@ -154,9 +154,9 @@ def test_samples_are_the_seeds_alone(assistant: Assistant) -> None:
 def test_a_prompt_that_is_too_long_says_what_to_do(assistant: Assistant, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(assistant.model.language_model.config, "max_position_embeddings", 40)
     turns = [Turn("user", "what? " * 30)]
-    with pytest.raises(UsageError, match=r"prompt has \d+ tokens, the context limit is 40 tokens, answer included: use fewer"):
+    with pytest.raises(UsageError, match=r"has \d+ tokens, the context limit is 40 tokens, answer included: use fewer"):
         assistant.answer(turns, [], Decoding(4))
-    with pytest.raises(UsageError, match="the model reads 40"):
+    with pytest.raises(UsageError, match="the context limit is 40 tokens"):
         assistant.stream(turns, [], Decoding(4))
     short = assistant.answer([Turn("user", "a")], [], Decoding(4000))
     assert short.prompt_tokens + short.new_tokens <= 40
