@@ -99,7 +99,7 @@ def _resize(pixels: Pixels, whole: Size, target: Size) -> Pixels:
     if Size(*pixels.shape[:2]) == whole:
         resized = interpolate(planes, (target.height, target.width), mode="bicubic", antialias=True)
     else:
-        # Half of an odd side is rounded up, so its last pixel covers only half. Torch rounds the target size down.
+        # Half of an odd side is rounded up, so its last pixel is half as wide. Torch rounds the target size down.
         factors = tuple(
             2 * new / old * (1 + 1e-9) for new, old in ((target.height, whole.height), (target.width, whole.width))
         )

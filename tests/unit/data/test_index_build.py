@@ -1,4 +1,4 @@
-"""Indexes: one row a record, made once, gone on with, merged from shards to the same bytes, with every reject told."""
+"""Indexes: one row per record, reused, resumed, merged from shards to the same bytes, with every reject listed."""
 
 from __future__ import annotations
 

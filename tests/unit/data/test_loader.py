@@ -31,7 +31,7 @@ STEPS = [[[0, 1], [2], []], [[4]], [[5, 6], [3]]]
 
 @pytest.fixture
 def samples(tmp_path: Path, tiny_tokenizer) -> IndexedSamples:
-    """Seven records; those whose number 3 divides have no image."""
+    """Seven records; those with a number divisible by 3 have no image."""
     records = []
     for number in range(7):
         images = []

@@ -1,4 +1,4 @@
-"""Costs derived from configurations that transformers writes: the figures of the literature's models."""
+"""Costs derived from transformers configurations, compared with figures of published models."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The planner: every sample once, never over the capacity, even costs, random steps, the same everywhere."""
+"""The planner: every sample once, within capacity, balanced costs, random steps, the same plan everywhere."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def make(tokens: object, tiles: object = None, **changes: object) -> Plan:
 
 
 def mixture(seed: int, samples: int, text: float = 0.1) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Another mix than the benchmark's: uniform texts, two clusters of images with a tail."""
+    """A mix unlike the benchmark's: uniform texts and two clusters of image lengths with a tail."""
     rng = np.random.default_rng(seed)
     is_text = rng.random(samples) < text
     image = np.where(rng.random(samples) < 0.5, rng.integers(2300, 2600, samples), rng.integers(1500, 3800, samples))
@@ -88,7 +88,7 @@ def exact_cost(plan: Plan, pack: NDArray[np.int32]) -> float:
 @pytest.mark.parametrize("cost", [CostModel(), SMALL_LLM])
 @pytest.mark.parametrize("ranks", [1, 3, 8, 64])
 def test_figures_are_those_of_the_shares(ranks: int, cost: CostModel) -> None:
-    """The straggler factor from the shares that the trainer gets, by the definition, against the report's."""
+    """Compute the straggler factor by its definition from the trainer's shares and compare it with the report."""
     tokens, tiles = mixture(0, 3000)
     plan = make(tokens, tiles, capacity=16_384, batch_size=200, cost=cost)
     slowest = mean = 0.0
@@ -104,7 +104,7 @@ def test_figures_are_those_of_the_shares(ranks: int, cost: CostModel) -> None:
 
 
 def captions(seed: int, samples: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """No short samples: images of a few sizes and a caption."""
+    """No short samples: images of a few sizes with a caption."""
     rng = np.random.default_rng(seed)
     return rng.choice([1272, 1800, 2340, 2928], samples) + rng.integers(8, 200, samples), np.full(samples, 5)
 
