@@ -1,4 +1,4 @@
-"""What is on the disk when a call returns: files that are whole or not there, and lines that stay."""
+"""Durable writes: files that are complete or absent, and appended lines that survive a crash."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import IO, Any
 
 @contextmanager
 def replacing(path: Path, mode: str = "w") -> Iterator[IO[Any]]:
-    """A file, UTF-8 text unless the mode is `wb`, that takes the place of the old one when the block ends well."""
+    """Open a temporary file, UTF-8 text unless mode is `wb`, that replaces `path` if the block succeeds."""
     unfinished = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         with unfinished.open(mode, encoding=None if "b" in mode else "utf-8") as file:
@@ -20,14 +20,14 @@ def replacing(path: Path, mode: str = "w") -> Iterator[IO[Any]]:
             file.flush()
             os.fsync(file.fileno())
         unfinished.replace(path)
-    except BaseException:  # a full disk above all: what was written so far would keep it full
+    except BaseException:  # above all on a full disk, which the unfinished file would keep full
         unfinished.unlink(missing_ok=True)
         raise
     sync(path.parent)
 
 
 def append(path: Path, line: bytes) -> None:
-    """Add a line to a file."""
+    """Append a line to a file and flush it to disk."""
     with path.open("ab") as file:
         file.write(line)
         file.flush()
@@ -35,7 +35,7 @@ def append(path: Path, line: bytes) -> None:
 
 
 def sync(path: Path) -> None:
-    """Bring a file to the disk, or a folder's list of names."""
+    """Flush a file, or the entries of a folder, to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -1,4 +1,4 @@
-"""What is wrong with a configuration, or with a word of a closed choice, in words."""
+"""Error messages for invalid configurations and unknown words."""
 
 from __future__ import annotations
 
@@ -10,26 +10,26 @@ from typing import Annotated, Any, Union, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 
-SHOWN = 200  # characters of a value in an error line
+SHOWN = 200  # characters of a value in an error message
 
 
 def did_you_mean(word: object, known: Sequence[str]) -> str:
-    """The end of an error line: the known word that is nearest, or nothing where none is near."""
+    """Return the end of an error message with the most similar known word, or an empty string."""
     near = difflib.get_close_matches(str(word), known, n=1)
     return f"; did you mean {near[0]}?" if near else ""
 
 
 def shortened(value: object) -> str:
-    """A value as an error line shows it."""
+    """Return the representation of a value, shortened for an error message."""
     try:
         text = repr(value)
-    except ValueError:  # Python writes no more than 4300 digits
-        return "a number of thousands of digits"
+    except ValueError:  # Python prints at most 4300 digits
+        return "a number with thousands of digits"
     return text if len(text) <= SHOWN else f"{text[:SHOWN]}..."
 
 
 def explain(error: ValidationError, model: type[BaseModel]) -> str:
-    """The first few faults on one line, an unknown key with the nearest known one; it may be why another is missing."""
+    """Describe the first few errors on one line, unknown keys first, as a typo may be why another key is missing."""
     faults = []
     told = [fault for fault in error.errors() if fault["type"] != "default_factory_not_called"]  # follows from another
     for fault in sorted(told, key=lambda fault: fault["type"] != "extra_forbidden")[:3]:
@@ -48,7 +48,7 @@ def explain(error: ValidationError, model: type[BaseModel]) -> str:
 
 
 def _fields(model: type[BaseModel], location: Sequence[int | str]) -> list[str]:
-    """The keys of the model that lies there, inside of models, mappings and tuples."""
+    """Return the keys of the model at this location, inside models, mappings and tuples."""
     kind: Any = model
     for part in location:
         kind = kind.model_fields[part].annotation if hasattr(kind, "model_fields") else _entry(kind)

@@ -1,4 +1,4 @@
-"""Floating-point operations of a LLaVA-like model, by unit of work, from transformers' configurations alone."""
+"""FLOPs of a LLaVA-like model per unit of work, computed from transformers configurations."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from anyres_vlm.errors import UsageError
 
 @dataclass(frozen=True)
 class Flops:
-    """FLOPs of a forward pass; a multiplication and its addition count two, what is not a matrix product none."""
+    """FLOPs of a forward pass. Only matrix products count, a multiplication with its addition as two."""
 
-    token: float  # a token through the language model's layers, attention apart
-    head: float  # a position whose logits are taken
-    pair: float  # a query and a key that it sees, over all layers
-    encoder: float  # a tile up to the deepest chosen layer
-    projector: float  # a tile's features
+    token: float  # per token, layers of the language model without attention products
+    head: float  # per position with logits
+    pair: float  # per pair of a query and a visible key, over all layers
+    encoder: float  # per tile, up to the deepest chosen layer
+    projector: float  # per tile
 
 
 def forward_flops(language: Any, vision: Any, layers: int | Sequence[int] = -2) -> Flops:
-    """Of a Llama-like language model and a CLIP vision encoder whose `layers` are projected.
+    """Count the FLOPs of a Llama-like language model and a CLIP vision encoder whose `layers` are projected.
 
-    Raises `UsageError` for other kinds.
+    Raises `UsageError` for other architectures.
     """
     features = (layers,) if isinstance(layers, int) else layers
     try:
@@ -43,11 +43,11 @@ def forward_flops(language: Any, vision: Any, layers: int | Sequence[int] = -2) 
 def training_flops(
     flops: Flops, trained: Collection[str], *, tokens: int, supervised_tokens: int, pairs: int, tiles: int
 ) -> float:
-    """Forward, and backward as far as gradients go; what checkpointing computes again is not counted.
+    """Count the FLOPs of a forward and backward pass, without recomputation by activation checkpointing.
 
-    A frozen matrix still passes gradients on, which is one product for each of its forward pass; a trained one takes
-    two. Both sides of attention's products get gradients. Logits are taken for supervised tokens alone. `trained` are
-    parts of the model.
+    Per matrix product of the forward pass, the backward pass has one for a frozen matrix, which still passes gradients
+    on, and two for a trained one. In attention products both operands need gradients. Logits are computed for
+    supervised tokens only. `trained` are the names of trained parts of the model.
     """
     language = 3 if "language_model" in trained else 2
     encoder = 3 if "vision_tower" in trained else 1

@@ -1,8 +1,8 @@
-"""AnyRes geometry: which tiles an image becomes and how many tokens they cost, in pure Python.
+"""AnyRes geometry: the tiles of an image and the number of their tokens, in pure Python.
 
-Counting, packing, tiling, merging and export all read the same `TilePlan`. Sizes are (height, width) in pixels.
-Sources: the any-resolution code of LLaVA-NeXT (`dialect="llava"`) and `LlavaNextProcessor` of transformers
-(`dialect="hf"`); where the two disagree, both answers are kept exactly.
+Counting, packing, tiling, merging and export all use the same `TilePlan`. Sizes are (height, width) in pixels. The
+references are the any-resolution code of LLaVA-NeXT (`dialect="llava"`) and `LlavaNextProcessor` of transformers
+(`dialect="hf"`); where they disagree, each dialect follows its reference exactly.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from anyres_vlm.errors import UsageError
 Layout = Literal["spatial_unpad", "flat"]
 Dialect = Literal["hf", "llava"]
 
-GRID_LIMIT = 12  # tiles a side: 12 x 12 tiles of 576 tokens are 83k tokens, beyond any model's context
+GRID_LIMIT = 12  # tiles per side; 12 x 12 tiles of 576 tokens are 83k tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,10 +61,10 @@ class Grid:
 
     @classmethod
     def parse(cls, text: str) -> Grid:
-        """Read `RxC`, rows first, as the command line and the configs write it."""
+        """Parse `RxC`, rows first, as written on the command line and in configs."""
         match = re.fullmatch(r"(\d+)x(\d+)", text.strip().lower())
         if match is None:
-            raise UsageError(f"grid {text!r}: expected ROWSxCOLUMNS such as 2x2, or 1x1 for the thumbnail alone")
+            raise UsageError(f"grid {text!r}: expected ROWSxCOLUMNS such as 2x2, or 1x1 for the thumbnail only")
         rows, cols = int(match[1]), int(match[2])
         if not (1 <= rows <= GRID_LIMIT and 1 <= cols <= GRID_LIMIT):
             raise UsageError(f"grid {text!r}: rows and columns must be from 1 to {GRID_LIMIT}")
@@ -76,11 +76,11 @@ class Grid:
 
 @dataclass(frozen=True)
 class Tiling:
-    """How images are cut: candidate canvases, tile and patch side in pixels, token layout and dialect.
+    """How images are tiled: candidate canvases, tile and patch side in pixels, token layout and dialect.
 
-    `pinpoints` are pairs of pixels in the order in which they are tried, as a checkpoint's `image_grid_pinpoints`
-    lists them. The dialect says what a pair means: (height, width) for `hf`, (width, height) for `llava`. An empty
-    list is the thumbnail alone.
+    `pinpoints` are pairs of pixels in the order in which they are tried, as in a checkpoint's `image_grid_pinpoints`.
+    A pair is (height, width) in dialect `hf` and (width, height) in `llava`. With an empty list, an image becomes its
+    thumbnail only.
     """
 
     pinpoints: tuple[tuple[int, int], ...] = ((336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008))
@@ -108,7 +108,7 @@ class Tiling:
         layout: Layout = "spatial_unpad",
         dialect: Dialect = "hf",
     ) -> Tiling:
-        """Every a x b tiles with 2 <= a*b <= R*C and max(a, b) <= max(R, C) + 1, small ones first; none for 1x1."""
+        """Use all a x b tiles with 2 <= a*b <= R*C and max(a, b) <= max(R, C) + 1, small first; none for 1x1."""
         longest = max(grid.rows, grid.cols) + 1
         most = grid.rows * grid.cols
         pairs = [(a, b) for a in range(1, longest + 1) for b in range(1, longest + 1) if 2 <= a * b <= most]
@@ -127,7 +127,7 @@ class Tiling:
 
     @cached_property
     def canvases(self) -> tuple[Size, ...]:
-        """The candidates in the order in which they are tried; the first of equals wins."""
+        """The candidate canvases in the order in which they are tried; the first of equals wins."""
         if self.dialect == "hf":
             return tuple(Size(height=a, width=b) for a, b in self.pinpoints)
         return tuple(Size(height=b, width=a) for a, b in self.pinpoints)
@@ -135,10 +135,10 @@ class Tiling:
 
 @dataclass(frozen=True, slots=True)
 class TilePlan:
-    """Everything that follows from one image's size.
+    """Everything that follows from the size of an image.
 
-    `grid` is 0x0 for the thumbnail alone. `resized` is the image's size on the canvas and `top`, `left` the padding
-    before it, in pixels. `kept_*` is the part of the grid's (rows * side, cols * side) tokens that goes to the model.
+    `grid` is 0x0 for the thumbnail only. `resized` is the image's size on the canvas; `top` and `left` are the padding
+    in pixels. `kept_*` is the part of the (rows * side, cols * side) grid of tokens that the model receives.
     """
 
     image: Size
@@ -156,52 +156,52 @@ class TilePlan:
 
     @property
     def canvas(self) -> Size:
-        """The canvas in pixels; one tile for the thumbnail alone."""
+        """The canvas in pixels; one tile for the thumbnail only."""
         return Size(height=max(self.grid.rows, 1) * self.tile, width=max(self.grid.cols, 1) * self.tile)
 
     @property
     def num_tiles(self) -> int:
-        """Tiles for the encoder, thumbnail included."""
+        """Number of tiles for the encoder, thumbnail included."""
         return 1 + self.grid.rows * self.grid.cols
 
     @property
     def visual_tokens(self) -> int:
-        """Tokens that carry image content: the thumbnail's and the kept part of the grid."""
+        """Number of tokens with image content: those of the thumbnail and the kept part of the grid."""
         return self.side**2 + self.kept_rows * self.kept_cols
 
     def tile_tokens(self, row: int, col: int) -> int:
-        """Tokens kept of one tile of the grid; over all of them `kept_rows * kept_cols`."""
+        """Return the kept tokens of one grid tile; they sum to `kept_rows * kept_cols`."""
         rows = min(row * self.side + self.side, self.kept_top + self.kept_rows) - max(row * self.side, self.kept_top)
         cols = min(col * self.side + self.side, self.kept_left + self.kept_cols) - max(col * self.side, self.kept_left)
         return max(rows, 0) * max(cols, 0)
 
     @property
     def newline_tokens(self) -> int:
-        """Learned `image_newline` tokens: one behind every kept row under `spatial_unpad`."""
+        """Number of learned `image_newline` tokens: one after every kept row in layout `spatial_unpad`."""
         return self.kept_rows if self.layout == "spatial_unpad" else 0
 
     @property
     def total_tokens(self) -> int:
-        """Positions that the image takes in the language model's sequence."""
+        """Number of positions of the image in the language model's sequence."""
         return self.visual_tokens + self.newline_tokens
 
 
 class CanvasAreas(NamedTuple):
-    """Pixels of a canvas: those that the image keeps of its own, and the rest, enlargement and padding."""
+    """Pixels of a canvas: those that carry original image pixels, and the rest (enlargement and padding)."""
 
     effective: int
     waste: int
 
 
 def canvas_areas(size: Size, canvas: Size) -> CanvasAreas:
-    """What an image of this size makes of a canvas."""
+    """Return the effective and the wasted area of an image of this size on a canvas."""
     scale = min(canvas.width / size.width, canvas.height / size.height)
     effective = min(int(size.width * scale) * int(size.height * scale), size.height * size.width)
     return CanvasAreas(effective, canvas.height * canvas.width - effective)
 
 
 def choose_canvas(size: Size, tiling: Tiling) -> Size | None:
-    """The canvas with the largest effective area, then the least waste, then the first; None without candidates."""
+    """Return the canvas with the largest effective area, then the least waste; None without candidates."""
 
     def merit(canvas: Size) -> tuple[int, int]:
         areas = canvas_areas(size, canvas)
@@ -211,7 +211,7 @@ def choose_canvas(size: Size, tiling: Tiling) -> Size | None:
 
 
 def plan_tiles(size: Size, tiling: Tiling) -> TilePlan:
-    """Plan one image: canvas, resize, padding and kept tokens. Pure arithmetic, a few microseconds."""
+    """Plan an image: canvas, resized size, padding and kept tokens. Takes a few microseconds."""
     canvas = choose_canvas(size, tiling)
     if canvas is None:
         thumbnail = Size(height=tiling.tile, width=tiling.tile)
@@ -239,12 +239,12 @@ def plan_tiles(size: Size, tiling: Tiling) -> TilePlan:
 
 
 def count_tokens(size: Size, tiling: Tiling) -> int:
-    """Positions that an image of this size takes in the language model's sequence, newlines included."""
+    """Return the number of positions of an image in the language model's sequence, newlines included."""
     return plan_tiles(size, tiling).total_tokens
 
 
 def _fit(size: Size, canvas: Size) -> Size:
-    """Scale the image into the canvas: one side is filled exactly, the other rounded up."""
+    """Scale a size into the canvas: one side fits exactly, the other is rounded up."""
     scale_height, scale_width = canvas.height / size.height, canvas.width / size.width
     if scale_width < scale_height:
         return Size(height=min(math.ceil(size.height * scale_width), canvas.height), width=canvas.width)
@@ -252,7 +252,7 @@ def _fit(size: Size, canvas: Size) -> Size:
 
 
 def _unpad(size: Size, rows: int, cols: int, dialect: Dialect) -> tuple[int, int]:
-    """Token rows cut at the top and as many at the bottom, and likewise columns; one of the two is 0."""
+    """Return token rows to cut at top and bottom each, and columns at left and right each; one of them is 0."""
     if size.width / size.height > cols / rows:
         height = size.height * (cols / size.width)
         return (rows - (int(round(height, 7)) if dialect == "hf" else int(height))) // 2, 0

@@ -1,4 +1,4 @@
-"""A loaded checkpoint that answers: the same template, plans and tiles as in training."""
+"""Answer questions with a loaded checkpoint, using the same template, tile plans and tiles as in training."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ from anyres_vlm.model.pretrained import load_pretrained
 from anyres_vlm.model.vlm import VisionLanguageModel
 from anyres_vlm.schema import IMAGE_TOKEN, ImageRef, Turn, token_repeats
 
-BATCH_TOKENS = 8192  # a 7B model of 32 heads keeps 4.3 GB of keys and values for them in bf16
-INCOMPLETE = "\ufffd"  # what a tokenizer writes for the bytes of a character that has not ended
+BATCH_TOKENS = 8192  # keys and values of a 7B model with 32 heads take 4.3 GB in bf16
+INCOMPLETE = "\ufffd"  # decoded from the bytes of an incomplete character
 
 
 @dataclass(frozen=True)
 class Conversation:
-    """Turns, the user's last, and the images that stand for their `<image>`, in order: RGB, or yet to be read."""
+    """Turns, the last by the user, and one image for each `<image>` in order: RGB, or a reference to read it from."""
 
     turns: Sequence[Turn]
     images: Sequence[Image.Image | ImageRef] = ()
@@ -40,7 +40,7 @@ class Conversation:
 
 @dataclass(frozen=True)
 class Answer:
-    """What was said, and what the prompt cost: positions in all, those of images, and generated tokens."""
+    """The text of an answer, and the number of prompt tokens, image tokens among them, and generated tokens."""
 
     text: str
     prompt_tokens: int
@@ -50,7 +50,7 @@ class Answer:
 
 @dataclass(frozen=True)
 class _Prompt:
-    """A conversation as the model reads it, an image as many tokens as its plan has."""
+    """A tokenised conversation, with as many tokens for an image as its plan has."""
 
     number: int
     ids: NDArray[np.int64]
@@ -70,7 +70,7 @@ class Assistant:
 
     @classmethod
     def load(cls, folder: Path | str, template: TemplateName | None = None) -> Assistant:
-        """From a checkpoint folder or hub id, on a GPU with bf16 weights; `template` replaces its own.
+        """Load a checkpoint folder or hub id, on a GPU with bf16 weights; `template` replaces the checkpoint's.
 
         Raises `DataError` for a folder that is not a checkpoint, `UsageError` for a template that cannot be used.
         """
@@ -78,19 +78,19 @@ class Assistant:
         if torch.cuda.is_available():
             halve(model)
         assistant = cls(model, tokenizer)
-        stops = assistant.conversation.stop_ids  # reads the template: a fault in it must not wait for a question
+        stops = assistant.conversation.stop_ids  # reads the template, so that an error in it is raised here
         if template is not None:
             model.language_model.generation_config.eos_token_id = stops
         return assistant
 
     def with_grid(self, grid: Grid) -> Assistant:
-        """The same model, shown images on other canvases: at most so many tiles, `1x1` for the thumbnail alone."""
+        """Return the same model with other canvases: up to rows * cols tiles, `1x1` for the thumbnail only."""
         other, own = copy(self), self.tiling
         other.tiling = Tiling.from_grid(grid, tile=own.tile, patch=own.patch, layout=own.layout, dialect=own.dialect)
         return other
 
     def answer(self, turns: Sequence[Turn], images: Sequence[Image.Image | ImageRef], decoding: Decoding) -> Answer:
-        """Answer the last turn, the user's. Raises `UsageError` for a prompt that is too long or misses an image."""
+        """Answer the last turn, by the user. Raises `UsageError` for a prompt that is too long or lacks an image."""
         (answer,) = self.answer_many([Conversation(turns, images)], decoding)
         return answer
 
@@ -101,7 +101,7 @@ class Assistant:
         decoding: Decoding,
         watch: Watch | None = None,
     ) -> Iterator[str]:
-        """The text of `answer` piece by piece, as soon as it is certain."""
+        """Yield the text of `answer` in pieces, as soon as they are final."""
         prompt = self._prompt(Conversation(turns, images))
         tokens = (token for _, token in self._tokens([prompt], decoding, watch))
         return text_pieces(self.tokenizer, tokens, self.conversation.lead.strip())
@@ -113,10 +113,10 @@ class Assistant:
         batch_tokens: int = BATCH_TOKENS,
         progress: Callable[[int], None] | None = None,
     ) -> list[Answer]:
-        """Answers in the order of the conversations, which are read in batches of similar length, longest first.
+        """Return answers in the order of the conversations, computed in batches of similar length, longest first.
 
-        A batch has at most `batch_tokens` positions, answers and padding included, or one conversation. Its images are
-        decoded when its turn comes; `progress` gets the number of answers so far.
+        A batch has at most `batch_tokens` positions, answers and padding included, or a single conversation. Images are
+        decoded batch by batch; `progress` is called with the number of answers so far.
         """
         answers: dict[int, Answer] = {}
         for batch in self.answer_batches(conversations, decoding, batch_tokens):
@@ -128,7 +128,7 @@ class Assistant:
     def answer_batches(
         self, conversations: Sequence[Conversation], decoding: Decoding, batch_tokens: int = BATCH_TOKENS
     ) -> Iterator[dict[int, Answer]]:
-        """The batches of `answer_many` as they are done, answers by the number of their conversation."""
+        """Yield the batches of `answer_many` as they finish, with answers by conversation number."""
         prompts = [self._prompt(conversation, number) for number, conversation in enumerate(conversations)]
         for batch in _batches(prompts, decoding.max_new_tokens, batch_tokens):
             tokens: list[list[int]] = [[] for _ in batch]
@@ -142,7 +142,7 @@ class Assistant:
             yield answers
 
     def check(self, conversation: Conversation) -> None:
-        """Raises what `answer_many` would before its first batch: an image or a word that does not fit, a length."""
+        """Raise what `answer_many` would raise before its first batch: for images, turns or a length it cannot use."""
         self._prompt(conversation)
 
     def _prompt(self, conversation: Conversation, number: int = 0) -> _Prompt:
@@ -154,11 +154,11 @@ class Assistant:
         plans = [self.plan(image) for image in conversation.images]
         prompt = self.conversation.prompt(conversation.turns, conversation.system)
         ids = np.repeat(prompt, token_repeats(prompt, plans, self.model.image_token_id)).astype(np.int64)
-        room_for_answer(self.model.language_model, len(ids), 1)  # before the first batch, not behind an hour of them
+        room_for_answer(self.model.language_model, len(ids), 1)  # checked before the first batch runs
         return _Prompt(number, ids, plans, conversation.images)
 
     def plan(self, image: Image.Image | ImageRef) -> TilePlan:
-        """What an image becomes. Raises `DataError` for one that is broken or has a size that no picture has."""
+        """Plan the tiles of an image. Raises `DataError` if it is broken or its size is out of range."""
         if isinstance(image, ImageRef):
             return plan_image(image, self.tiling)
         return plan_tiles(Size(height=image.height, width=image.width), self.tiling)
@@ -166,7 +166,7 @@ class Assistant:
     def _tokens(
         self, prompts: Sequence[_Prompt], decoding: Decoding, watch: Watch | None = None
     ) -> Iterator[tuple[int, int]]:
-        """New tokens with the place of their prompt."""
+        """Yield (prompt index, token) pairs."""
         side = self.tiling.tile
         plans = [plan for prompt in prompts for plan in prompt.plans]
         images = [open_image(i) if isinstance(i, ImageRef) else i for prompt in prompts for i in prompt.images]
@@ -183,16 +183,16 @@ class Assistant:
 
 
 def halve(model: VisionLanguageModel) -> None:
-    """Keep the weights in bf16. Buffers stay as they are: positions and pixel statistics need their digits."""
+    """Convert the weights to bf16. Buffers are unchanged: positions and pixel statistics stay in fp32."""
     for parameter in model.parameters():
         parameter.data = parameter.data.to(torch.bfloat16)
 
 
 def text_pieces(tokenizer: PreTrainedTokenizerFast, tokens: Iterable[int], lead: str = "") -> Iterator[str]:
-    """The text of tokens as they come, stripped; together the pieces are the text of all tokens without `lead`.
+    """Yield the text of tokens as they arrive; the pieces add up to the stripped text of all tokens without `lead`.
 
-    Held back are the first bytes of a character, white space until something follows it, and what may be `lead`, which
-    the chat template writes before every answer.
+    Withheld are incomplete characters, white space until text follows, and any beginning that may be part of `lead`,
+    the text that the chat template puts before every answer.
     """
     seen: list[int] = []
     shown = ""
@@ -210,7 +210,7 @@ def text_pieces(tokenizer: PreTrainedTokenizerFast, tokens: Iterable[int], lead:
 
 
 def _decode(tokenizer: PreTrainedTokenizerFast, tokens: Sequence[int]) -> str:
-    # Without the clean-up, which would change text that has been shown.
+    # Without clean-up, which could change text that has already been yielded.
     return str(tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
 

@@ -1,4 +1,4 @@
-"""`anyres plan`: how an index is packed into optimizer steps, and what that costs."""
+"""`anyres plan`: pack an index into optimizer steps and report the costs."""
 
 from __future__ import annotations
 
@@ -19,21 +19,22 @@ if TYPE_CHECKING:
 
 def plan(
     index: Path = typer.Argument(..., help="Parquet with integer columns `tokens` and `tiles`; see anyres index."),
-    capacity: int = typer.Option(16_384, min=1, help="Tokens a pack holds at most."),
+    capacity: int = typer.Option(16_384, min=1, help="Most tokens in a pack."),
     ranks: int = typer.Option(8, min=1, help="Ranks (GPUs) that share a step's packs."),
-    batch_size: int = typer.Option(128, min=1, help="Samples an optimizer step should have."),
-    packs_per_step: int | None = typer.Option(None, min=1, help="Packs an optimizer step; replaces --batch-size."),
+    batch_size: int = typer.Option(128, min=1, help="Samples per optimizer step, approximately."),
+    packs_per_step: int | None = typer.Option(None, min=1, help="Packs per optimizer step; replaces --batch-size."),
     seed: int = typer.Option(0, help="Seed of the shuffle."),
-    epoch: int = typer.Option(0, min=0, help="Epoch: each has its own order."),
-    cost_sq: float | None = typer.Option(None, help="Cost of a squared token of a sample, in tokens."),
-    cost_tile: float | None = typer.Option(None, help="Cost of an image tile, in tokens."),
+    epoch: int = typer.Option(0, min=0, help="Epoch; each has a different order."),
     model_config: Path | None = typer.Option(
-        None, "--model-config", "--config", help="Derive both costs: a run's YAML, or a folder with a config.json."
+        None,
+        "--model-config",
+        "--config",
+        help="Model to derive costs from: a run's YAML, or a folder with a config.json.",
     ),
     out: Path | None = typer.Option(None, help="Write Parquet: sample, pack, step, micro_step, rank."),
-    as_json: bool = typer.Option(False, "--json", help="Print the figures as JSON."),
+    as_json: bool = typer.Option(False, "--json", help="Print the report as JSON."),
 ) -> None:
-    """Pack a dataset into optimizer steps and report what that is worth.
+    """Pack a dataset into optimizer steps and report efficiency and balance.
 
     Example: anyres plan index.parquet --capacity 16384 --ranks 64 --batch-size 128
     """
@@ -45,13 +46,13 @@ def plan(
     from anyres_vlm.data.packing.plan import plan_epoch
     from anyres_vlm.data.packing.report import measure
 
-    cost, origin = _cost(cost_sq, cost_tile, model_config)
+    cost, origin = _cost(model_config)
     table = _read(index)
     ids = np.arange(table.num_rows)
     if "status" in table.column_names:
         ids = ids[table["status"].to_numpy() == "ok"]
     if len(ids) == 0:
-        raise DataError(f"{index}: no sample to plan; its {table.num_rows} rows are empty or have a status not ok")
+        raise DataError(f"{index}: no samples to plan: none of its {table.num_rows} rows has status ok")
     columns = {name: table[name].to_numpy().astype(np.int64)[ids] for name in ("tokens", "tiles")}
     _check(index, ids, columns, capacity)
     made = plan_epoch(
@@ -77,18 +78,13 @@ def plan(
     print(json.dumps(figures, indent=2) if as_json else _describe(figures))
 
 
-def _cost(square: float | None, tile: float | None, model: Path | None) -> tuple[CostModel, str]:
+def _cost(model: Path | None) -> tuple[CostModel, str]:
+    """Return the cost model and a note on its origin."""
     from anyres_vlm.data.packing.cost import CostModel, read_cost  # start-up time
 
-    if (square is None) != (tile is None):
-        raise UsageError("--cost-sq and --cost-tile go together: give both or neither")
-    if square is not None and tile is not None:
-        if model is not None:
-            raise UsageError("--model-config derives what --cost-sq and --cost-tile say: give one or the other")
-        return CostModel(square, tile), "as given"
     if model is not None:
         return read_cost(model), f"by FLOPs from {model}"
-    return CostModel(), "a 7B model with CLIP ViT-L/14-336; --model-config or --cost-sq and --cost-tile for another"
+    return CostModel(), "a 7B model with CLIP ViT-L/14-336; use --model-config for another"
 
 
 def _read(index: Path) -> pa.Table:
@@ -115,26 +111,26 @@ def _read(index: Path) -> pa.Table:
 
 
 def _check(index: Path, ids: Any, columns: dict[str, Any], capacity: int) -> None:
-    """Name the first bad sample by its row in the file."""
+    """Raise for the first bad sample, naming its row in the file."""
     for name, least in (("tokens", 1), ("tiles", 0)):
         bad = (columns[name] < least).nonzero()[0]
         if len(bad):
             raise DataError(
                 f"{index}: sample {ids[bad[0]]} has {columns[name][bad[0]]} {name}, expected at least {least}; "
-                f"{len(bad):,} such rows: make the index again without them"
+                f"{len(bad):,} such rows: rebuild the index without them"
             )
     longest = columns["tokens"].argmax()
     if columns["tokens"][longest] > capacity:
         size = columns["tokens"][longest]
         over = int((columns["tokens"] > capacity).sum())
         raise UsageError(
-            f"sample {ids[longest]} has {size:,} tokens, more than --capacity {capacity} ({over:,} samples are): raise "
-            f"it to {size} or more, or cut the samples when the index is made"
+            f"sample {ids[longest]} has {size:,} tokens, more than --capacity {capacity} ({over:,} such samples): "
+            f"raise it to {size} or more, or index with a smaller max_length"
         )
 
 
 def write_plan(made: Plan, ids: Any, ranks: int, out: Path) -> None:
-    """One row a sample in the order of the packs; the same bytes for the same arguments."""
+    """Write one row per sample in the order of the packs; the same arguments give the same bytes."""
     import numpy as np  # start-up time
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -160,12 +156,12 @@ def _describe(figures: dict[str, Any]) -> str:
         f"packs       {number['packs']} of {number['capacity']} tokens; "
         f"{number['steps']} steps of {number['packs_per_step']}",
         f"efficiency  {figures['efficiency']:.2%}; at most {figures['bound']:.2%} is possible with these lengths",
-        f"waste       {waste:.2%} of all positions: {least:.2%} unavoidable, {waste - least:.2%} the planner's",
+        f"waste       {waste:.2%} of all positions: {least:.2%} unavoidable, {waste - least:.2%} due to the planner",
         f"samples     {number['samples_per_step_min']} / {figures['samples_per_step_mean']:.1f} / "
-        f"{number['samples_per_step_max']} a step (least, mean, most) for a batch size of {number['batch_size']}",
+        f"{number['samples_per_step_max']} per step (min, mean, max) for a batch size of {number['batch_size']}",
         f"{number['ranks']} ranks".ljust(12)
         + f"straggler factor {figures['straggler']:.4f}, utilisation {figures['utilisation']:.2%}",
-        f"cost        {figures['cost_square']:.3g} a squared token, {figures['cost_tile']:.3g} a tile "
+        f"cost        {figures['cost_square']:.3g} per squared token, {figures['cost_tile']:.3g} per tile "
         f"({figures['cost_from']})",
         f"key         {figures['key']}",
     ]

@@ -1,4 +1,4 @@
-"""Seeded photometric augmentation: colours and JPEG compression, nothing that moves a pixel."""
+"""Seeded photometric augmentation: colours and JPEG compression, no geometric changes."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from anyres_vlm.config import AugmentConfig
 
 
 class Augmentation:
-    """Changes pictures by (run seed, epoch, sample) alone: the same key gives the same pixels in every process.
+    """Augments images depending on (run seed, epoch, sample) only: a key gives the same pixels in every process.
 
-    It gets the picture in the size in which the encoder will see it, so that a change is as strong for a scan of 9
-    megapixels as for a thumbnail, and as cheap.
+    It is applied after resizing to the size that the encoder sees, so strength and cost are the same for a scan of 9
+    megapixels as for a small image.
     """
 
     def __init__(self, config: AugmentConfig) -> None:
-        # Start-up time: a second, for nothing where nothing is augmented. The variable stops a look-up of new releases.
+        # Imported here to save a second without augmentation. The variable disables the online check for new releases.
         os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
         import albumentations
 
@@ -32,8 +32,8 @@ class Augmentation:
         )
 
     def __call__(self, pixels: NDArray[np.uint8], key: Sequence[int]) -> NDArray[np.uint8]:
-        """(H, W, 3) RGB -> the same shape. `key`: run seed, epoch, sample and, where it has several, the image."""
-        seed = np.random.SeedSequence([number % 2**64 for number in key]).generate_state(1)[0]  # none may be negative
+        """Augment an image. (H, W, 3) RGB -> the same shape. `key` is run seed, epoch, sample and image number."""
+        seed = np.random.SeedSequence([number % 2**64 for number in key]).generate_state(1)[0]  # must not be negative
         self._compose.set_random_seed(int(seed))
         changed: NDArray[np.uint8] = self._compose(image=pixels)["image"]
         return changed

@@ -1,4 +1,4 @@
-"""Packs to batches, ahead of the step that needs them."""
+"""Load packs as batches, ahead of the step that uses them."""
 
 from __future__ import annotations
 
@@ -31,16 +31,16 @@ Loaded = tuple[Sample, list[NDArray[np.uint8]]]
 
 
 class Pack(NamedTuple):
-    """Samples of one sequence: the epoch, which with a sample seeds its augmentation, and positions in the index."""
+    """Samples of one sequence: positions in the index, and the epoch, which seeds their augmentation."""
 
     epoch: int
     positions: NDArray[np.int64]
 
 
 def load(sample: Sample, mode: TilingMode, change: Callable[[int, Pixels], Pixels] | None = None) -> Loaded:
-    """Read and cut a sample's images; `change` gets each image's number and its pixels.
+    """Read a sample's images and cut them into tiles; `change` is called with image number and pixels.
 
-    Raises `DataError` if an image is broken or has changed since it was planned.
+    Raises `DataError` if an image is broken or has changed since it was indexed.
     """
     tiles = []
     for number, (image, plan) in enumerate(zip(sample.images, sample.plans, strict=True)):
@@ -50,7 +50,7 @@ def load(sample: Sample, mode: TilingMode, change: Callable[[int, Pixels], Pixel
 
 
 def collate(pack: Sequence[Loaded], tile: int, image_token_id: int, rejects: Sequence[str] = ()) -> Batch:
-    """Lay the samples of one pack behind one another; no sample is one unsupervised token."""
+    """Concatenate the samples of a pack; an empty pack becomes one unsupervised token."""
     ids: list[NDArray[Any]] = []
     labels: list[NDArray[Any]] = []
     positions: list[NDArray[Any]] = []
@@ -83,10 +83,10 @@ def iter_steps(
     workers: int,
     pin_memory: bool,
 ) -> Iterator[list[Batch]]:
-    """For each optimizer step, this rank's batches: one a pack of its share, in order. `seed` is of augmentation.
+    """Yield this rank's batches of each optimizer step, one per pack of its share. `seed` is for augmentation.
 
-    A sample that can no longer be read is left out of its pack and logged; nothing else changes. Raises `DataError`
-    when these are more than `data.max_bad_fraction` of this rank's samples.
+    A sample that can no longer be read is omitted from its pack and logged; nothing else changes. Raises `DataError`
+    if more than `data.max_bad_fraction` of this rank's samples are unreadable.
     """
     dataset = PackDataset(samples, [pack for share in shares for pack in share], data, seed)
     allowed = data.max_bad_fraction * sum(len(pack.positions) for pack in dataset.packs)
@@ -99,17 +99,17 @@ def iter_steps(
         step = [next(batches) for _ in share]
         for reject in (reject for batch in step for reject in batch.rejects):
             num_rejected += 1
-            logger.warning("left out: %s", reject)
+            logger.warning("sample omitted: %s", reject)
             if num_rejected > allowed:
                 raise DataError(
-                    f"{num_rejected} samples could not be read, the last one: {reject}: mend them or raise "
+                    f"{num_rejected} samples could not be read, the last one: {reject}; fix them or raise "
                     f"max_bad_fraction above {data.max_bad_fraction:g}"
                 )
         yield step
 
 
 class PackDataset(Dataset[Batch]):
-    """Batches by pack. What cannot be read comes back as a reason: an exception of a worker loses its type."""
+    """Batches by pack. Unreadable samples are returned as messages: exceptions of a worker lose their type."""
 
     def __init__(self, samples: IndexedSamples, packs: Sequence[Pack], data: DataConfig, seed: int) -> None:
         self.samples, self.packs, self.seed, self.mode = samples, packs, seed, data.tiling_mode
@@ -136,14 +136,14 @@ class PackDataset(Dataset[Batch]):
 
 
 def _start_worker(worker: int) -> None:
-    """The workers are the parallelism, so one thread each; torch sees to its own threads."""
+    """Limit OpenCV to one thread per worker (torch does so itself) and handle SIGTERM."""
     cv2.setNumThreads(1)
-    # Launchers send SIGTERM to all processes of a job: the trainer saves and leaves, and until then needs its workers.
+    # Launchers send SIGTERM to all processes of a job. The trainer then saves and exits; until then it needs workers.
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-    threading.Thread(target=_leave_with_the_trainer, daemon=True).start()
+    threading.Thread(target=_exit_on_sigterm_of_trainer, daemon=True).start()
 
 
-def _leave_with_the_trainer() -> None:
+def _exit_on_sigterm_of_trainer() -> None:
     while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
         pass
     os._exit(0)

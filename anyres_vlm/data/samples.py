@@ -1,4 +1,4 @@
-"""An index together with its source: samples by position, made when a pack needs them."""
+"""Read and tokenise samples by their position in an index."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from anyres_vlm.schema import Sample
 
 @dataclass(frozen=True)
 class IndexedSamples:
-    """Samples of an indexed source. Positions are those of the index, rejects among them."""
+    """Samples of an indexed source. Positions are rows of the index, rejects included."""
 
     source: Source
     index: Index
@@ -22,9 +22,9 @@ class IndexedSamples:
     tiling: Tiling
 
     def sample(self, position: int) -> Sample:
-        """Read and tokenise one record; its plans follow from the index' sizes.
+        """Read and tokenise one record; its tile plans follow from the sizes in the index.
 
-        Raises `DataError` if the record cannot be read or is no longer as long as it was when it was indexed.
+        Raises `DataError` if the record cannot be read or its length has changed since it was indexed.
         """
         record = self.source.record(int(self.index.row[position]))
         (encoded,) = self.conversation.encode([record])
@@ -34,7 +34,7 @@ class IndexedSamples:
         sample = Sample(record.id, *encoded, record.images, plans)
         if len(plans) != len(record.images) or sample.length != self.index.tokens[position]:
             raise DataError(
-                f"record {record.id}: {sample.length} tokens, indexed were {self.index.tokens[position]}: "
-                "the data changed since; index it again"
+                f"record {record.id}: {sample.length} tokens, expected {self.index.tokens[position]} as indexed: "
+                "the data has changed; index it again"
             )
         return sample

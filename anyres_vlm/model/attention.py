@@ -1,9 +1,9 @@
 """Document-exact attention over packed sequences, registered with transformers as `anyres`.
 
-Any causal language model of transformers that looks its attention up by name then attends only inside the documents of
-a pack; no (L, L) mask is ever built. Without `documents` it is plain causal attention over one unpadded sequence, or in
-generation that of one new token a conversation. Grouped queries need no repeated keys: torch's fused kernels, on the
-CPU too, take them.
+Any causal language model of transformers that looks up its attention function by name then attends only within the
+documents of a pack; no (L, L) mask is ever built. Without `documents`, this is plain causal attention over one unpadded
+sequence or, in generation, attention of one new token per conversation. Keys are not repeated for grouped queries:
+torch's fused kernels support them, on the CPU too.
 """
 
 from __future__ import annotations
@@ -25,28 +25,29 @@ UNSUPPORTED = {"softcap": "logit soft-capping", "s_aux": "sinks", "position_bias
 
 @dataclass
 class Documents:
-    """Where the documents of a pack lie, and how many attention layers were told.
+    """Boundaries of the documents in a pack, and the number of attention layers that have used them.
 
-    The lengths are read from the device once a pack, not in every layer. A model that loses the keyword on the way to
-    an attention, or mixes positions by other means, would let documents see each other without a word.
+    The lengths are copied from the device once per pack, not once per layer. The layers are counted because a model
+    that drops the keyword on the way to its attention, or mixes positions by other means, would silently let documents
+    attend to each other.
     """
 
     boundaries: Tensor  # (documents + 1,) int32, 0 and L included
     lengths: list[int]
-    layers_told: int = 0
+    layers_seen: int = 0
 
     @classmethod
     def between(cls, boundaries: Tensor) -> Documents:
-        """The documents between these boundaries."""
+        """Return the documents between these boundaries."""
         return cls(boundaries, boundaries.diff().tolist())
 
     def check(self, model: PreTrainedModel) -> None:
-        """Raise `UsageError` unless every layer of the model has kept to the documents."""
+        """Raise `UsageError` unless every layer of the model has used the document boundaries."""
         layers: int = model.config.num_hidden_layers
-        if self.layers_told < layers:
+        if self.layers_seen < layers:
             raise UsageError(
-                f"{type(model).__name__} keeps documents apart in {self.layers_told} of its {layers} layers, "
-                "so that packed samples would see each other: choose another language model"
+                f"{type(model).__name__} separates documents in {self.layers_seen} of its {layers} layers, "
+                "so packed samples would attend to each other: choose another language model"
             )
 
 
@@ -71,15 +72,16 @@ def packed_attention(
     documents: Documents | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Causal attention inside each document. (1, H, L, d) and keys/values (1, Hkv, L, d) -> (1, L, H, d).
+    """Compute causal attention within each document. (1, H, L, d) and keys/values (1, Hkv, L, d) -> (1, L, H, d).
 
-    Raises `UsageError` for what it cannot do exactly: soft-capping and the like, a sliding window below a document.
+    Raises `UsageError` for what it cannot compute exactly: soft-capping, sinks, position biases, or a sliding window
+    that is shorter than a document.
     """
     for name, kind in UNSUPPORTED.items():
         if kwargs.get(name) is not None:
             raise UsageError(f"attention with {kind} is not supported: choose another language model")
     one_token = documents is None and query.shape[2] == 1
-    assert attention_mask is None or one_token, "transformers builds no mask for an attention without mask function"
+    assert attention_mask is None or one_token, "transformers builds no mask, as none is registered"
     longest = key.shape[2] if documents is None else max(documents.lengths)
     window = kwargs.get("sliding_window")
     if window is not None and window < longest:
@@ -90,9 +92,9 @@ def packed_attention(
     if one_token:
         return attend_cached(query, key, value, attention_mask, scaling).transpose(1, 2).contiguous(), None
     if documents is None:
-        assert query.shape[2] == key.shape[2], "a prompt is fed at once, then token by token"
+        assert query.shape[2] == key.shape[2], "a prompt is processed at once, new tokens one by one"
         return _attend(query, key, value, scaling, dropout).contiguous(), None
-    documents.layers_told += 1
+    documents.layers_seen += 1
     if query.is_cuda and query.dtype in (torch.float16, torch.bfloat16) and dropout == 0.0:
         return _varlen(query, key, value, scaling, documents.boundaries, longest), None
     parts = zip(*(torch.split(x, documents.lengths, dim=2) for x in (query, key, value)), strict=True)
@@ -106,7 +108,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, scale: float | None, dropout: float
 
 
 def _varlen(q: Tensor, k: Tensor, v: Tensor, scale: float | None, cu_seqlens: Tensor, longest: int) -> Tensor:
-    """FlashAttention over all documents at once, through torch's own kernel."""
+    """Run torch's own FlashAttention kernel over all documents at once."""
     from torch.nn.attention.varlen import varlen_attn  # needs a CUDA build of torch >= 2.10
 
     flat_q, flat_k, flat_v = (x[0].transpose(0, 1) for x in (q, k, v))

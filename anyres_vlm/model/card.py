@@ -1,4 +1,4 @@
-"""The model card, `README.md` of a checkpoint folder: what the model is, where it is from and how to load it."""
+"""The model card, `README.md` of a checkpoint folder: what the model is, how it was made and how to load it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from anyres_vlm.model.vlm import VisionLanguageModel
 
 CARD_FILE = "README.md"
 EVALUATION = "## Evaluation"
-NOT_EVALUATED = "No result is recorded: `anyres eval`, then `anyres export`, which puts it here."
+NOT_EVALUATED = "No results are recorded. Run `anyres eval`, then `anyres export`, which writes them here."
 STOCK_USE = """With transformers:
 
 ```python
@@ -28,7 +28,7 @@ model = LlavaNextForConditionalGeneration.from_pretrained(FOLDER)
 
 
 def write_card(folder: Path, model: VisionLanguageModel, sections: Sequence[str]) -> None:
-    """Write the card into a folder that is being filled; `sections` of Markdown say how the model came about."""
+    """Write the card into a checkpoint folder; the Markdown `sections` describe how the model was trained."""
     config, tiling, obstacle = model.config, model.tiling, stock_obstacle(model)
     named = (config.llm, config.encoder.name)
     bases = [name for name in named if HUB_ID.fullmatch(name) and not Path(name).exists()]
@@ -41,7 +41,7 @@ def write_card(folder: Path, model: VisionLanguageModel, sections: Sequence[str]
         "projector": config.projector,
         "parameters": f"{sum(parameter.numel() for parameter in model.parameters()) / 1e6:,.1f} M",
         "tiles": f"{tiling.tile} pixels, {tiling.patches} tokens",
-        "grids": f"{grids} (rows x columns) beside the thumbnail" if grids else "none, the thumbnail alone",
+        "grids": f"{grids} (rows x columns) in addition to the thumbnail" if grids else "none, thumbnail only",
         "layout, dialect": f"{tiling.layout}, {tiling.dialect}",
         "chat template": config.template,
     }
@@ -53,18 +53,18 @@ def write_card(folder: Path, model: VisionLanguageModel, sections: Sequence[str]
         *(section.rstrip() + "\n" for section in sections),
         f"## How to load it\n\n{stock}\nIn the terminal: `anyres chat FOLDER --image IMAGE --prompt QUESTION`\n",
         f"## Limitations\n\n{_limitations(tiling)}",
-        f"## Licence\n\nThe weights derive from {' and '.join(named)} and from the data: what all of their licences "
-        "allow holds. The head of this file states none: put `license:` there before you publish.\n",
-        f"{EVALUATION}\n\n{NOT_EVALUATED}\n",  # the last: an export replaces it
+        f"## Licence\n\nThe weights derive from {' and '.join(named)} and from the data; all of their licences "
+        "apply. The header of this file states no licence: add `license:` before you publish.\n",
+        f"{EVALUATION}\n\n{NOT_EVALUATED}\n",  # last, because an export replaces it
     ]
     (folder / CARD_FILE).write_text("\n".join(text), encoding="utf-8")
 
 
 def carry_card(source: Path, target: Path, model: VisionLanguageModel) -> None:
-    """Give an exported folder its source's card, or a new one, with the results that were written beside the source.
+    """Write the source's card, or a new one, to an exported folder, with the results found next to the source.
 
-    `anyres eval` writes those of benchmarks into `eval` there; of held-out questions, any JSON file beside the model's
-    folder that has some is taken.
+    Benchmark results are read from the `eval` folder that `anyres eval` writes there; accuracies on held-out questions
+    from any JSON file next to the model's folder that has them.
     """
     if (source / CARD_FILE).exists():
         (target / CARD_FILE).write_bytes((source / CARD_FILE).read_bytes())
@@ -78,7 +78,7 @@ def carry_card(source: Path, target: Path, model: VisionLanguageModel) -> None:
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    """A Markdown table, with the line end behind it."""
+    """Return a Markdown table that ends with a newline."""
     lines = [head, ["---"] * len(head), *rows]
     return "".join(f"| {' | '.join(map(str, line))} |\n" for line in lines)
 
@@ -87,15 +87,15 @@ def _limitations(tiling: Tiling) -> str:
     largest = max(tiling.canvases, key=lambda canvas: canvas.height * canvas.width, default=None)
     side = f"{tiling.tile}x{tiling.tile}" if largest is None else f"{largest.width}x{largest.height}"
     return (
-        f"- Images are shrunk to what fits, at most {side} pixels: words of a few pixels there cannot be read.\n"
-        "- It may name what is not in the picture, miscount, mistake sides and misread, all in fluent words. "
-        "`anyres probe` measures how often.\n"
-        "- It carries the biases of its base models and of the data, in their languages alone.\n"
+        f"- Images are scaled down to at most {side} pixels: text that is a few pixels high after that is illegible.\n"
+        "- The model may name objects that are not in the image, miscount, confuse left and right or misread text, in "
+        "fluent language. `anyres probe` measures how often.\n"
+        "- It inherits the biases of its base models and training data, and knows only their languages.\n"
     )
 
 
 def _scores(folder: Path) -> str:
-    """The results of benchmarks as a table, or nothing."""
+    """Return the benchmark results as a table, or an empty string."""
     results = [read_json(path) for path in sorted(folder.glob("*.json")) if path.with_suffix(".answers.jsonl").exists()]
     rows = [
         (one["benchmark"], one["score"], f"{one['questions']:,}") for one in results if one.get("score") is not None
@@ -108,7 +108,7 @@ def _accuracies(folder: Path) -> str:
     for path in sorted(folder.glob("*.json")):
         try:
             content = read_json(path)
-        except DataError:  # any JSON may lie there
+        except DataError:  # other JSON files may be there
             continue
         accuracy = content.get("scores" if content.get("benchmark") == "heldout" else "accuracy")
         if isinstance(accuracy, dict):

@@ -1,12 +1,12 @@
-"""Vision encoders: uint8 tiles in, patch features out, nothing computed behind the deepest chosen layer.
+"""Vision encoders: from uint8 tiles to patch features, without computing layers after the deepest chosen one.
 
-A layer is named by its hidden state: `k` is what `k` blocks give and negative numbers count from the last block's, so
-that -2 is LLaVA's. Features are taken as they are, before the final norm: the convention of transformers'
-`hidden_states` for CLIP and of timm's `forward_intermediates` (`norm=False` is its default; DINOv2's own evaluation
-norms them). Several layers are concatenated along the width in the order given, as stock LlavaNext does.
+A layer is named by its hidden state: `k` is the state after `k` blocks, and negative numbers count back from the state
+after the last block, so -2 is the layer LLaVA uses. Features are taken before the final norm, as in
+transformers' `hidden_states` for CLIP and timm's `forward_intermediates` (`norm=False` is its default; DINOv2's own
+evaluation normalises them). Several layers are concatenated along the width in the given order, as in stock LlavaNext.
 
-Both encoders keep the wrapped network under `vision_model`, so that the parameters of a CLIP encoder carry the names
-they have in released LlavaNext checkpoints.
+Both encoders keep the wrapped network under `vision_model`, so the parameters of a CLIP encoder have the same names as
+in released LlavaNext checkpoints.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from anyres_vlm.errors import UsageError
 
 
 class Encoder(nn.Module):
-    """What the two encoders share: tile geometry, feature width Dv and normalisation on the device.
+    """Base of the two encoders: tile geometry, feature width Dv and normalisation on the device.
 
-    `layers` are the hidden states that the features come from, as numbers of blocks.
+    `layers` are the numbers of the hidden states that make up the features.
     """
 
     mean: Tensor
@@ -43,7 +43,7 @@ class Encoder(nn.Module):
         self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
 
     def normalise(self, tiles: Tensor) -> Tensor:
-        """Scale to [0, 1], subtract the mean, divide by the deviation. (T, 3, S, S) uint8 -> float."""
+        """Scale to [0, 1], subtract the mean, divide by the standard deviation. (T, 3, S, S) uint8 -> float."""
         dtype = next(self.parameters()).dtype
         return ((tiles.to(torch.float32) / 255 - self.mean) / self.std).to(dtype)
 
@@ -52,12 +52,12 @@ class Encoder(nn.Module):
         raise NotImplementedError
 
     def unused_parameters(self) -> Iterator[nn.Parameter]:
-        """What no feature depends on. Among the trained parameters, ranks would wait for gradients that never come."""
+        """Yield the parameters no feature depends on: if trained, ranks would wait for gradients that never arrive."""
         yield from ()
 
 
 class ClipEncoder(Encoder):
-    """A CLIP vision transformer of transformers. Layers behind the deepest chosen one stay, as stock expects them."""
+    """A CLIP vision transformer of transformers. Unused layers are kept, because stock LlavaNext expects them."""
 
     def __init__(
         self, vision_model: CLIPVisionModel, layer: int | Sequence[int], mean: Sequence[float], std: Sequence[float]
@@ -74,27 +74,29 @@ class ClipEncoder(Encoder):
         states = {0: hidden}
         for number, block in enumerate(vision.encoder.layers[: max(self.layers)], start=1):
             hidden = block(hidden, attention_mask=None)
-            if number in self.layers:  # the others are freed while the encoder is frozen
+            if number in self.layers:  # others are freed at once while the encoder is frozen
                 states[number] = hidden
         return torch.cat([states[layer][:, 1:] for layer in self.layers], dim=-1)
 
     def unused_parameters(self) -> Iterator[nn.Parameter]:
-        """The blocks behind the deepest chosen one and the norm behind the last."""
+        """Yield the parameters of the blocks after the deepest chosen one and of the final norm."""
         yield from self.vision_model.encoder.layers[max(self.layers) :].parameters()
         yield from self.vision_model.post_layernorm.parameters()
 
 
 class TimmEncoder(Encoder):
-    """Any plain vision transformer of timm (CLIP, SigLIP, DINOv2, EVA), by its intermediate features.
+    """Any plain vision transformer of timm (CLIP, SigLIP, DINOv2, EVA), read at intermediate layers.
 
-    What lies behind the deepest chosen layer is cut off by timm's own `prune_intermediate_layers`.
+    Layers after the deepest chosen one are removed by timm's `prune_intermediate_layers`.
     """
 
     def __init__(
         self, vision_model: Any, layer: int | Sequence[int], mean: Sequence[float], std: Sequence[float]
     ) -> None:
         tile, patch = plain_geometry(vision_model)
-        layers = _hidden_states(layer, len(vision_model.blocks), first=1)  # timm gives none before the first block
+        layers = _hidden_states(
+            layer, len(vision_model.blocks), first=1
+        )  # timm returns no state before the first block
         super().__init__(tile, patch, vision_model.embed_dim, layers, mean, std)
         vision_model.prune_intermediate_layers([max(layers) - 1], prune_norm=True, prune_head=True)
         self.vision_model = vision_model
@@ -114,10 +116,10 @@ class TimmEncoder(Encoder):
 
 
 def plain_geometry(network: Any) -> tuple[int, int]:
-    """Tile and patch side in pixels of a plain vision transformer of timm: one resolution, square tiles and patches.
+    """Return tile and patch side in pixels of a plain vision transformer of timm with square tiles and patches.
 
-    A network of dynamic image size counts as one of the size it was built for, which is that of every tile. Raises
-    `UsageError` for any other network.
+    For a network with dynamic image size, the tile is the size it was built for. Raises `UsageError` for any other
+    network.
     """
     kind, embed = type(network).__name__, getattr(network, "patch_embed", None)
     is_plain = all(hasattr(network, name) for name in ("blocks", "num_prefix_tokens", "prune_intermediate_layers"))
@@ -126,24 +128,24 @@ def plain_geometry(network: Any) -> tuple[int, int]:
             f"encoder {kind} is not a plain vision transformer of timm: choose a vit_*, deit3_* or eva02_*"
         )
     if embed.img_size is None:
-        raise UsageError(f"encoder {kind} is built for no image size of its own: set encoder.tile")
+        raise UsageError(f"encoder {kind} has no default image size: set encoder.tile")
     (height, width), (patch_height, patch_width) = embed.img_size, embed.patch_size
     if height != width or patch_height != patch_width:
         raise UsageError(
-            f"encoder {kind} takes images {height} high and {width} wide in patches {patch_height} high and "
-            f"{patch_width} wide: expected squares, set encoder.tile or choose another"
+            f"encoder {kind} takes images of {width}x{height} pixels in patches of {patch_width}x{patch_height}: "
+            "expected squares, set encoder.tile or choose another encoder"
         )
     if height % patch_height:
         nearest = max(height // patch_height, 1) * patch_height
         raise UsageError(
-            f"encoder tile of {height} pixels is no multiple of its patches of {patch_height}: "
+            f"encoder tile of {height} pixels is not a multiple of the patch size of {patch_height}: "
             f"set encoder.tile={nearest}"
         )
     return height, patch_height
 
 
 def _hidden_states(layer: int | Sequence[int], depth: int, first: int) -> tuple[int, ...]:
-    """The numbers of blocks behind which to read, of an encoder whose readable states are `first` to `depth`."""
+    """Resolve layer numbers to hidden states between `first` and `depth`. Raises `UsageError` for others."""
     named = (layer,) if isinstance(layer, int) else tuple(layer)
     states = tuple(number + depth + 1 if number < 0 else number for number in named)
     for number, state in zip(named, states, strict=True):

@@ -1,4 +1,4 @@
-"""A frozen encoder that computes each tile once: what it made before comes from disk."""
+"""A frozen encoder with a disk cache, so that each tile is encoded once."""
 
 from __future__ import annotations
 
@@ -18,20 +18,21 @@ logger = logging.getLogger(__name__)
 
 
 class FeatureCache:
-    """The encoder's features rounded to bf16, the same bits whether a tile was known or not.
+    """The encoder's features rounded to bf16, bit for bit the same whether a tile is cached or not.
 
-    For that, a tile is encoded alone: in a batch its last bits can depend on the number of tiles and its place among
-    them (fp32 on CPU, a small CLIP with quick_gelu: 12% of the numbers, and behind the rounding still 5 of 960 tiles).
-    On CPU a tile of CLIP ViT-L/14-336 costs the same alone, and one of the tiny default 1.5 times as much.
+    To that end tiles are encoded one by one: in a batch, the last bits can depend on the number of tiles and on the
+    tile's position (fp32 on CPU, a small CLIP with quick_gelu: 12% of the values, and 5 of 960 tiles even after
+    rounding). On CPU a single tile of CLIP ViT-L/14-336 costs the same as in a batch, one of the tiny default encoder
+    1.5 times as much.
     """
 
     def __init__(self, encoder: Encoder, root: Path, max_bytes: int) -> None:
-        """Raises `UsageError` where no folder `root` can be made."""
+        """Create the folder `root`. Raises `UsageError` if that fails."""
         try:
             root.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise UsageError(f"cache_features.folder: {error}; choose a folder that can be written") from None
-        assert not any(parameter.requires_grad for parameter in encoder.parameters()), "the configuration refuses this"
+            raise UsageError(f"cache_features.folder: {error}; choose a writable folder") from None
+        assert not any(parameter.requires_grad for parameter in encoder.parameters()), "only frozen encoders are cached"
         self.encoder, self.root, self.max_bytes = encoder, root, max_bytes
         self.shape = ((encoder.tile // encoder.patch) ** 2, encoder.width)
         self.tile_bytes = 2 * self.shape[0] * self.shape[1]
@@ -39,7 +40,7 @@ class FeatureCache:
 
     @torch.no_grad()
     def __call__(self, tiles: Tensor) -> Tensor:
-        """Patch features. (T, 3, S, S) uint8 -> (T, P, Dv). A tile that is there twice is encoded once."""
+        """Return patch features; equal tiles are encoded once. (T, 3, S, S) uint8 -> (T, P, Dv)."""
         features = torch.empty((len(tiles), *self.shape), dtype=torch.bfloat16)
         keys = [_digest(tile) for tile in tiles.cpu()]
         first = {key: place for place, key in reversed(list(enumerate(keys)))}
@@ -56,26 +57,26 @@ class FeatureCache:
                 features[place] = features[first[key]]
         self._misses += len(missing)
         self._hits += len(keys) - len(missing)
-        return features.to(tiles.device).to(next(self.encoder.parameters()).dtype)  # widened where it is wanted
+        return features.to(tiles.device).to(next(self.encoder.parameters()).dtype)
 
     def take_counts(self) -> tuple[int, int]:
-        """Tiles that were known and tiles that were encoded since the last call."""
+        """Return the numbers of cached and of encoded tiles since the last call, and reset them."""
         counts = self._hits, self._misses
         self._hits = self._misses = 0
         return counts
 
     @cached_property
     def store(self) -> FeatureStore:
-        """This encoder's store; opened with the first tile, when the encoder is on its device and in its precision."""
+        """The store of this encoder, opened at the first tile: device and precision are final by then."""
         name = self._fingerprint()
-        logger.info("encoder features are kept in %s", self.root / name)
+        logger.info("encoder features are cached in %s", self.root / name)
         return FeatureStore(self.root, name, self.shape, self.max_bytes)
 
     def _fingerprint(self) -> str:
-        """Hash of the weights and of the features of one noise tile.
+        """Hash the weights and the features of one noise tile.
 
-        Whatever else decides features shows in these: architecture, layers, normalisation, precision, and also the
-        device's and library's way to add, so that numbers of different machines are never mixed in one run.
+        The features reflect everything else they depend on: architecture, layers, normalisation, precision, and the
+        rounding of the device and library, so features of different machines are never mixed in one run.
         """
         side = self.encoder.tile
         noise = torch.randint(0, 256, (1, 3, side, side), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
@@ -87,5 +88,5 @@ class FeatureCache:
 
 
 def _digest(tensor: Tensor) -> bytes:
-    """SHA-256 cut to 16 bytes: 0.19 ms for a tile of 336 pixels, where BLAKE2b takes 0.35."""
+    """Return SHA-256 truncated to 16 bytes: 0.19 ms for a tile of 336 pixels, while BLAKE2b takes 0.35 ms."""
     return hashlib.sha256(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data).digest()[:KEY_BYTES]

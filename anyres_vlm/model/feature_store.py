@@ -1,9 +1,9 @@
-"""Tile features on disk: records of a fixed size in files that only grow, a pair of files a process.
+"""Tile features on disk: fixed-size records in append-only files, one pair of files per process.
 
-`NAME.features` has bf16 records one behind the other, `NAME.keys` the key and checksum of each, written after it. Every
-process appends to a pair of its own, so nothing is locked, renamed or cleaned up: what a kill cut short is a record
-without a key or a key without its end, and counts for nobody. Records are read, not mapped: the page cache serves them
-the same, and a file that was cut short gives a short read where a map would end the process with SIGBUS.
+`NAME.features` holds consecutive bf16 records, `NAME.keys` the key and checksum of each, written after the record. Each
+process appends to its own pair, so nothing is locked, renamed or cleaned up: a killed process leaves at most records
+without a key and a partial key, which are ignored. Records are read rather than memory-mapped: the page cache serves
+both, but for a truncated file a read returns fewer bytes, where a map would kill the process with SIGBUS.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ ENTRY = struct.Struct(f"<{KEY_BYTES}sI")  # key, checksum
 
 
 class Place(NamedTuple):
-    """Where a record lies, and its checksum."""
+    """Location of a record, and its checksum."""
 
     path: Path
     number: int
@@ -36,8 +36,9 @@ class Place(NamedTuple):
 class FeatureStore:
     """Features (P, Dv) by key in `root/name`; all stores under `root` together stay below `max_bytes`.
 
-    A full store keeps what it has: epochs come back to the tiles in a circle, where replacing the least recently used
-    would find nothing at all. Two processes that fill the last gap at once may pass the bound by what one call writes.
+    A full store keeps its records and takes no new ones: every epoch visits all tiles, so least-recently-used
+    replacement would never hit. Two processes that fill the store at the same time may exceed the limit by what one
+    call writes.
     """
 
     def __init__(self, root: Path, name: str, shape: tuple[int, int], max_bytes: int) -> None:
@@ -50,7 +51,7 @@ class FeatureStore:
         self._closed = False
 
     def refresh(self) -> None:
-        """Learn of the records that this process and others have written since the last time."""
+        """Read the keys that this and other processes have written since the last call."""
         for keys in self.folder.glob("*.keys"):
             path = keys.with_suffix(".features")
             try:
@@ -59,7 +60,7 @@ class FeatureStore:
                 self._warn(path, str(error))
 
     def read(self, key: bytes, out: Tensor) -> bool:
-        """Fill `out` (P, Dv), contiguous bf16 on the CPU. False for a key that is not there or a damaged record."""
+        """Fill `out` (P, Dv), contiguous bf16 on the CPU. Returns False for a missing key or a damaged record."""
         place = self._places.get(key)
         if place is None:
             return False
@@ -78,7 +79,7 @@ class FeatureStore:
         return False
 
     def write(self, keys: Sequence[bytes], features: Tensor) -> None:
-        """Add records (N, P, Dv), bf16 on the CPU, as far as there is room; what the disk refuses is not added."""
+        """Add records (N, P, Dv), bf16 on the CPU, while there is space; stop for good after a write error."""
         if self._closed:
             return
         try:
@@ -88,13 +89,13 @@ class FeatureStore:
             self._append(keys[:room], features[:room])
         except OSError as error:
             self._closed = True
-            logger.warning("%s takes no more features: %s", self.folder, error)
+            logger.warning("%s: no more features are cached: %s", self.folder, error)
             return
         if room < len(keys):
             self._closed = True
             logger.warning(
-                "%s is full at max_gb=%g: other tiles are encoded as before; raise it, or delete the sub-folders of "
-                "encoders that you no longer use",
+                "%s is full at max_gb=%g: other tiles are encoded every time; raise max_gb, or delete the subfolders "
+                "of encoders that you no longer use",
                 self.root,
                 self.max_bytes / 1e9,
             )
@@ -106,7 +107,7 @@ class FeatureStore:
         if not keys:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
-        if self._own in self._warned:  # removed or cut short meanwhile: keys would no longer number its records
+        if self._own in self._warned:  # removed or truncated in between: keys would no longer match its records
             self._own = self._new_path()
         records = [_bytes_of(record) for record in features]
         entries = [ENTRY.pack(key, _checksum(key, record)) for key, record in zip(keys, records, strict=True)]
@@ -126,7 +127,7 @@ class FeatureStore:
             return
         whole = path.stat().st_size // self.record_bytes - known
         if whole < len(entries):
-            self._warn(path, f"it is cut short by {len(entries) - max(whole, 0)} records")
+            self._warn(path, f"{len(entries) - max(whole, 0)} records are missing at its end")
         for number, (key, checksum) in enumerate(entries[: max(whole, 0)], start=known):
             self._places[key] = Place(path, number, checksum)
         self._entries_read[keys] = known + len(entries)
@@ -134,7 +135,7 @@ class FeatureStore:
     def _warn(self, path: Path, reason: str) -> None:
         if path not in self._warned:
             self._warned.add(path)
-            logger.warning("%s: %s; what it lacks is computed again", path, reason)
+            logger.warning("%s: %s; missing features are computed again", path, reason)
 
 
 def _bytes_of(record: Tensor) -> memoryview:

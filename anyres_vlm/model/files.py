@@ -1,7 +1,7 @@
-"""The files of a checkpoint folder: where the folder is, its JSON, and its tensors one by one.
+"""Files of a checkpoint folder: locate the folder, read its JSON, and its tensors one by one.
 
-Tensors are read from safetensors. A folder that has none may hold torch's own files, `pytorch_model*.bin`: they are
-pickle, and are read by torch's weights-only loader, which makes tensors and refuses any other object.
+Tensors are read from safetensors. If there are none, torch's own files, `pytorch_model*.bin`, are read: these are pickle,
+and torch's weights-only loader makes tensors of them and refuses any other object.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ BROKEN = (OSError, ValueError, RuntimeError, EOFError, SafetensorError, pickle.U
 
 
 def checkpoint_folder(name: str | Path) -> Path:
-    """A local folder as it is; a hub id's snapshot, downloaded where it is not at hand. Raises `DataError`."""
+    """Return a local folder as given, or the snapshot of a hub id, downloaded if needed. Raises `DataError`."""
     folder = Path(name).expanduser()
     if folder.is_dir() or not HUB_ID.fullmatch(str(name)):
         return folder
@@ -45,16 +45,16 @@ def checkpoint_folder(name: str | Path) -> Path:
         return folder
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise DataError(f"checkpoint {name}: no such folder, and no download from the hub: {reason}") from None
+        raise DataError(f"checkpoint {name}: no such folder, and the download from the hub failed: {reason}") from None
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object. Raises `DataError` for anything else."""
+    """Read a JSON object. Raises `DataError` for anything else."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise DataError(f"{path}: no such file; expected a checkpoint folder") from None
-    except (OSError, ValueError, RecursionError) as error:  # brackets as deep, numbers as long as they like
+    except (OSError, ValueError, RecursionError) as error:  # also too deep nesting, too long numbers
         raise DataError(f"{path}: not readable JSON: {error}") from None
     if not isinstance(content, dict):
         raise DataError(f"{path}: expected a JSON object, got {type(content).__name__}")
@@ -63,7 +63,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 @contextmanager
 def parsing(where: Path, what: str) -> Iterator[None]:
-    """Makes a `DataError` of whatever a library raises over a file of someone else's: its kinds have no end."""
+    """Turn any exception that a library raises for an untrusted file into a `DataError`."""
     try:
         yield
     except (DataError, UsageError):
@@ -96,13 +96,13 @@ def base_file(name: Path | str, file: str) -> str | None:
 
 
 def weight_bytes(folder: Path) -> int:
-    """Size of its weights' files. Raises `DataError` for a shard that is missing."""
+    """Return the total size of the weight files. Raises `DataError` for a missing shard."""
     with parsing(folder, "its weights"):
         return sum(path.stat().st_size for path in weight_files(folder))
 
 
 def read_tensors(folder: Path, names: Container[str] | None = None) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor of a folder, or those of some names, of the shards that its index names if it has one.
+    """Yield all tensors of a folder, or those with the given names, from the shards in its index if it has one.
 
     Raises `DataError` for a shard that is missing or broken, or holds anything but tensors.
     """

@@ -1,7 +1,7 @@
-"""From embedded prompts to new tokens: one packed pass over all prompts, then a token of each conversation at a time.
+"""Generate tokens from embedded prompts: one packed prefill pass, then one token per conversation and step.
 
-A loop of our own, for `generate` of transformers can neither read packed prompts nor let finished conversations go. Of
-the model's generation config it takes the end tokens; how a token is chosen is said by `Decoding` alone.
+`generate` of transformers can neither take packed prompts nor drop finished conversations, hence this loop. Only the
+end tokens come from the model's generation config; `Decoding` alone determines how tokens are chosen.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from anyres_vlm.model.generation_config import end_tokens
 from anyres_vlm.model.kv_cache import ConversationCache
 
 Watch = Callable[[Sequence[int], Tensor], None]
-"""Gets each step's tokens, end tokens too, and the logits that they were chosen of, (B, V)."""
+"""Called at each step with the chosen tokens, end tokens included, and their logits (B, V)."""
 
 
 @dataclass(frozen=True)
 class Decoding:
-    """How the next token is chosen: greedy at temperature 0, else sampled from the nucleus `top_p`.
+    """How the next token is chosen: greedily at temperature 0, otherwise by nucleus sampling with `top_p`.
 
-    A sample is decided by `seed` and the number of its conversation, whatever else is in the batch.
+    Samples depend on `seed` and the number of their conversation only, not on the rest of the batch.
     """
 
     max_new_tokens: int = 256
@@ -40,23 +40,23 @@ class Decoding:
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1 or not 0 <= self.temperature < float("inf") or not 0 <= self.top_p <= 1:
-            raise UsageError(f"{self}: expected max_new_tokens from 1, temperature from 0 and top_p between 0 and 1")
+            raise UsageError(f"{self}: expected max_new_tokens >= 1, a finite temperature >= 0 and top_p from 0 to 1")
         if self.seed < 0:
             raise UsageError(f"seed={self.seed}: expected 0 or more")
 
 
 def room_for_answer(language_model: PreTrainedModel, length: int, wanted: int) -> int:
-    """As many of the wanted new tokens as fit behind a prompt of this length. Raises `UsageError` where none does."""
+    """Return how many of the wanted new tokens fit after a prompt of this length. Raises `UsageError` if none do."""
     config: Any = language_model.config
     limits = [getattr(config, name, None) for name in ("max_position_embeddings", "sliding_window")]
     limit = min((limit for limit in limits if limit is not None), default=None)
     if limit is not None and length >= limit:
         raise UsageError(
-            f"the prompt has {length:,} tokens, the model reads {limit:,} with the answer: "
-            "ask with fewer images or words, or begin a new conversation"
+            f"the prompt has {length:,} tokens, the context limit is {limit:,} tokens, answer included: "
+            "use fewer images or words, or start a new conversation"
         )
     if length == 0:
-        raise UsageError("the prompt has no token: ask something")
+        raise UsageError("the prompt has no tokens: ask a question")
     return wanted if limit is None else min(wanted, limit - length)
 
 
@@ -68,9 +68,10 @@ def generate_tokens(
     numbers: Sequence[int] | None = None,
     watch: Watch | None = None,
 ) -> Iterator[tuple[int, int]]:
-    """New tokens of packed prompts, (1, L, D), as pairs of the conversation's place and the token, without end tokens.
+    """Yield (conversation, token) pairs for packed prompts (1, L, D), without end tokens.
 
-    `numbers` are what the seed is combined with, the places unless given. Raises `UsageError` for a prompt too long.
+    `numbers` are combined with the seed, one per conversation; by default they count from 0. Raises `UsageError` for a
+    prompt that is too long.
     """
     rooms = [room_for_answer(language_model, length, decoding.max_new_tokens) for length in lengths]
     choice = _Choice(decoding, range(len(lengths)) if numbers is None else numbers, embedded.device)
@@ -93,7 +94,7 @@ def generate_tokens(
             return
         places = [place for place, row in enumerate(rows) if row in unfinished]
         cache.skip_columns(places)
-        if 2 * len(places) <= len(rows):  # a copy of the cache, so not for each one that ends
+        if 2 * len(places) <= len(rows):  # copies the cache, so not each time one ends
             cache.keep(places)
             rows, tokens = [rows[place] for place in places], [tokens[place] for place in places]
         positions = [lengths[row] + step if row in unfinished else 0 for row in rows]
@@ -101,7 +102,7 @@ def generate_tokens(
 
 
 class _Choice:
-    """The next token of each conversation, whose random numbers are its own."""
+    """Chooses the next token of each conversation, with a random generator per conversation."""
 
     def __init__(self, decoding: Decoding, numbers: Sequence[int], device: torch.device) -> None:
         self.warpers: Any = None
@@ -113,11 +114,11 @@ class _Choice:
             self.generators = [torch.Generator(device).manual_seed(int(seed)) for seed in seeds]
 
     def __call__(self, logits: Tensor, rows: Sequence[int]) -> list[int]:
-        """(B, V) -> B tokens."""
+        """Choose tokens. (B, V) -> B tokens."""
         if self.warpers is None:
             greedy: list[int] = logits.argmax(-1).tolist()
             return greedy
-        # In double and from 0 down, or a temperature near 0 would divide to infinity.
+        # In double precision and with a maximum of 0: otherwise a temperature near 0 would give infinity.
         logits = logits.double()
         shares = self.warpers(None, logits - logits.amax(-1, keepdim=True)).softmax(-1)
         return [
@@ -129,7 +130,7 @@ class _Choice:
 def _read_prompts(
     language_model: PreTrainedModel, embedded: Tensor, lengths: Sequence[int], cache: ConversationCache
 ) -> Tensor:
-    """The last hidden state of each prompt, (1, L, D) -> (B, D)."""
+    """Run the packed prompts and return the last hidden state of each. (1, L, D) -> (B, D)."""
     device = embedded.device
     ends = torch.tensor(np.cumsum(lengths), device=device)
     documents = Documents(torch.nn.functional.pad(ends, (1, 0)).to(torch.int32), list(lengths))
@@ -151,7 +152,7 @@ def _read_tokens(
     cache: ConversationCache,
     device: torch.device,
 ) -> Tensor:
-    """The hidden state behind one new token of each conversation, (B, D)."""
+    """Run one new token per conversation and return its hidden state, (B, D)."""
     hidden = _forward(
         language_model,
         cache,

@@ -1,7 +1,7 @@
-"""Keys and values of several conversations at once, with room to grow, and one new token's attention to them.
+"""A preallocated key-value cache for several conversations, and the attention of new tokens over it.
 
-Transformers' own cache concatenates all keys and values of every layer at each token: behind the prompt of a 2x2 image
-that moves more bytes than the token needs otherwise.
+The cache of transformers concatenates all keys and values of every layer at each new token: after the prompt of a 2x2
+image, that moves more bytes than the rest of the step.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from einops import rearrange
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-ROOM = 256  # columns that are added at a time at most, each time at the price of a copy
+ROOM = 256  # most columns added at a time; each addition copies the cache
 
 
 class ConversationLayer(CacheLayerMixin):  # type: ignore[misc]
-    """One layer, (B, Hkv, columns, d). All conversations end in the same column, so shorter ones begin in a later one.
+    """One layer, (B, Hkv, columns, d), padded on the left: all conversations end in the same column.
 
-    The first update takes the packed prompts, (1, Hkv, L, d); later ones a token of each conversation, (B, Hkv, 1, d).
+    The first update takes the packed prompts, (1, Hkv, L, d); later ones take a token per conversation, (B, Hkv, 1, d).
     """
 
     is_sliding = False
@@ -30,18 +30,18 @@ class ConversationLayer(CacheLayerMixin):  # type: ignore[misc]
     def __init__(self, lengths: Sequence[int], room: int) -> None:
         super().__init__()
         self.lengths, self.room = lengths, room
-        self.begin = 0  # the columns before it belong to finished conversations alone
+        self.begin = 0  # columns before it are used by finished conversations only
         self.end = max(lengths)
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Lay the packed prompts out in rows; what stands before a shorter one is masked, but must be finite."""
+        """Lay out the packed prompts in rows; the left padding is masked, but must be finite."""
         self.keys, self.values = (self._rows(packed) for packed in (key_states, value_states))
         self.is_initialized = True
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *arguments: Any, **options: Any
     ) -> tuple[Tensor, Tensor]:
-        """The prompts' keys and values as they came, or those of all columns with the new token's."""
+        """Return the prompts' keys and values as given, or those of all columns with the new tokens added."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
             return key_states, value_states
@@ -54,20 +54,20 @@ class ConversationLayer(CacheLayerMixin):  # type: ignore[misc]
         return self.keys[:, :, columns], self.values[:, :, columns]
 
     def keep(self, rows: Sequence[int]) -> None:
-        """Only these conversations go on."""
+        """Keep only these conversations."""
         self.keys, self.values = (kept[:, :, self.begin :][list(rows)] for kept in (self.keys, self.values))
         self.begin, self.end = 0, self.end - self.begin
 
     def get_seq_length(self) -> int:
-        """Columns in use."""
+        """Return the number of columns in use."""
         return self.end - self.begin if self.is_initialized else 0
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Columns behind the next update, and the first one."""
+        """Return the number of columns after the next update, and the first column."""
         return self.get_seq_length() + query_length, 0
 
     def get_max_length(self) -> int:
-        """None, which transformers writes as -1."""
+        """Return -1, by which transformers means no maximum."""
         return -1
 
     def _rows(self, packed: Tensor) -> Tensor:
@@ -81,7 +81,7 @@ class ConversationLayer(CacheLayerMixin):  # type: ignore[misc]
 
 
 class ConversationCache(Cache):  # type: ignore[misc]
-    """The cache of a batch of prompts of these lengths, for any model that attends by `attend_cached`."""
+    """The cache for a batch of prompts of these lengths, for any model that uses `attend_cached`."""
 
     layers: list[ConversationLayer]
 
@@ -90,20 +90,20 @@ class ConversationCache(Cache):  # type: ignore[misc]
         self.starts = [max(lengths) - length for length in lengths]
 
     def skip_columns(self, unfinished: Sequence[int]) -> None:
-        """Leave out the columns that no unfinished conversation has."""
+        """Skip the columns that no unfinished conversation uses."""
         first = min(self.starts[row] for row in unfinished)
         for layer in self.layers:
             layer.begin = first
 
     def keep(self, rows: Sequence[int]) -> None:
-        """Drop all other conversations and the columns that only they had."""
+        """Drop all other conversations and the columns that only they used."""
         begin = self.layers[0].begin
         self.starts = [max(self.starts[row] - begin, 0) for row in rows]
         for layer in self.layers:
             layer.keep(rows)
 
     def mask(self, device: torch.device) -> Tensor | None:
-        """Which columns each conversation has, the coming token's included: (B, 1, 1, columns), or None for all."""
+        """Return the columns of each conversation, next token included: (B, 1, 1, columns), or None if all are used."""
         begin, end = self.layers[0].begin, self.layers[0].end
         if max(self.starts) <= begin:
             return None
@@ -112,9 +112,9 @@ class ConversationCache(Cache):  # type: ignore[misc]
 
 
 def attend_cached(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float | None) -> Tensor:
-    """Attention of one new token a conversation. (B, H, 1, d) and keys/values (B, Hkv, L, d) -> (B, H, 1, d).
+    """Compute attention of one new token per conversation. (B, H, 1, d), keys/values (B, Hkv, L, d) -> (B, H, 1, d).
 
-    Heads that share keys become the queries of one product: torch's `enable_gqa` takes twice the time on a CPU.
+    Heads that share keys become queries of one product: torch's `enable_gqa` takes twice the time on a CPU.
     """
     grouped = rearrange(query, "b (k g) 1 d -> b k g d", k=key.shape[1])
     out = F.scaled_dot_product_attention(grouped, key, value, attn_mask=mask, scale=scaling)

@@ -1,11 +1,11 @@
-"""Low-rank adapters (LoRA) in the language model's linear layers, by peft and in place.
+"""Low-rank adapters (LoRA) in the language model's linear layers, injected in place by peft.
 
-peft's injection leaves the module tree as it is, without a wrapper around the model, so that attention, loss and
-generation go on unchanged; only an adapted layer's own weight moves to `base_layer` beside `lora_A` and `lora_B`.
+The injection adds no wrapper around the model, so attention, loss and generation work unchanged; only the weight of an
+adapted layer moves to `base_layer`, next to `lora_A` and `lora_B`.
 
-What is saved is merged, under the plain names: every folder is a whole checkpoint that needs no further step. The
-adapter lies beside it in peft's own format. Checkpoints of a run keep the adapter's tensors with the optimizer's, too:
-merging rounds, and a run resumed from rounded weights would be another run.
+Saved weights are merged, under their plain names: every folder is a complete checkpoint that needs no further step. The
+adapter is saved next to them in peft's own format. The checkpoints of a run also keep the adapter's tensors with the
+optimizer state: merging rounds, and a run resumed from rounded weights would not be the same run.
 """
 
 from __future__ import annotations
@@ -22,18 +22,19 @@ from anyres_vlm.errors import UsageError
 from anyres_vlm.model.vlm import VisionLanguageModel
 
 ADAPTER_FOLDER = "adapter"
-_NAME = "default"  # peft's, of a model's first adapter
+_NAME = "default"  # peft's name of a model's first adapter
 
 
 def is_adapter(name: str) -> bool:
-    """Whether a parameter of the model belongs to the adapter."""
+    """Return whether a parameter of the model belongs to the adapter."""
     return ".lora_" in name
 
 
 def add_lora(model: VisionLanguageModel, settings: LoraSettings, seed: int) -> None:
-    """Put adapters into the language model: A uniform as a fresh linear layer, from `seed`; B zero, so nothing changes.
+    """Add adapters to the language model: A is drawn from `seed` as for a new linear layer, B is 0.
 
-    Raises `UsageError` for `target_modules` that are no linear layers of the decoder.
+    The model's output does not change until B is trained. Raises `UsageError` for `target_modules` that are not linear
+    layers of the decoder.
     """
     head = model.language_model.get_output_embeddings()
     named = model.language_model.named_modules()
@@ -58,9 +59,9 @@ def add_lora(model: VisionLanguageModel, settings: LoraSettings, seed: int) -> N
 
 
 def merged_weights(weights: dict[str, Tensor], settings: LoraSettings) -> dict[str, Tensor]:
-    """The state of a model with adapters as that of one without: W + alpha / rank * B A under W's plain name.
+    """Return the state dict without adapters: W + alpha / rank * B A under the plain name of W.
 
-    Neither the model nor `weights` changes. Merged tensors are on the CPU, where a whole second copy has room.
+    Neither the model nor `weights` changes. Merged tensors are on the CPU, where a second copy of the model fits.
     """
     merged = {}
     for name, tensor in weights.items():

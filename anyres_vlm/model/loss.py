@@ -1,4 +1,4 @@
-"""Next-token cross-entropy, summed, with the language-model head run only where a label is."""
+"""Summed next-token cross-entropy; the language-model head runs only at supervised positions."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from torch.autograd.function import once_differentiable
 from anyres_vlm.errors import UsageError
 from anyres_vlm.schema import IGNORE_INDEX
 
-CHUNK = 512  # supervised positions whose logits live at once: 512 x 32064 in fp32 are 66 MB
+CHUNK = 512  # supervised positions whose logits are held at once: 512 x 32064 in fp32 take 66 MB
 
 
 def next_token_targets(labels: Tensor, cu_seqlens: Tensor) -> Tensor:
-    """The label that each position has to predict. (1, L) -> (L,); none across a document's end."""
+    """Return the label each position predicts, ignored at the end of each document. (1, L) -> (L,)."""
     targets = torch.full_like(labels[0], IGNORE_INDEX)
     targets[:-1] = labels[0, 1:]
     targets[cu_seqlens[1:].long() - 1] = IGNORE_INDEX
@@ -24,11 +24,11 @@ def next_token_targets(labels: Tensor, cu_seqlens: Tensor) -> Tensor:
 
 
 def summed_loss(hidden: Tensor, labels: Tensor, cu_seqlens: Tensor, head: nn.Module) -> Tensor:
-    """Sum of the cross-entropy in nats over all supervised positions, in fp32. (1, L, D), (1, L) -> ().
+    """Sum the cross-entropy in nats over all supervised positions, in fp32. (1, L, D), (1, L) -> ().
 
-    The caller divides by the number of supervised tokens of the whole optimizer step. Logits are computed `CHUNK`
-    positions at a time, once, and their gradient with them, so memory grows neither with the sequence nor with the
-    labels. Raises `UsageError` for a head that is more than one linear map, whose weight alone would not do.
+    The caller divides by the number of supervised tokens of the whole optimizer step. Logits and their gradient are
+    computed together, once, for `CHUNK` positions at a time, so the memory for logits does not grow with the sequence
+    or the number of labels. Raises `UsageError` unless the head is a plain `nn.Linear`.
     """
     targets = next_token_targets(labels, cu_seqlens)
     positions = torch.nonzero(targets != IGNORE_INDEX).squeeze(1)
@@ -36,19 +36,22 @@ def summed_loss(hidden: Tensor, labels: Tensor, cu_seqlens: Tensor, head: nn.Mod
 
 
 def head_loss(states: Tensor, targets: Tensor, head: nn.Module) -> Tensor:
-    """The summed cross-entropy of the supervised positions' states. (K, D), (K,) -> ()."""
+    """Sum the cross-entropy over the hidden states of supervised positions. (K, D), (K,) -> ()."""
     if type(head) is not nn.Linear:
-        raise UsageError(f"the loss needs a plain linear language-model head, got {type(head).__name__}: leave it bare")
-    # Weight and bias enter as arguments: their gradients reach them through autograd, once, where DDP's hooks wait.
+        raise UsageError(
+            f"the loss needs a plain linear language-model head, got {type(head).__name__}: leave it unwrapped"
+        )
+    # Weight and bias are arguments so that autograd delivers their gradients once and DDP's hooks fire.
     total: Tensor = _HeadLoss.apply(states, targets, head.weight, head.bias, torch.is_grad_enabled())
     return total
 
 
 class _HeadLoss(torch.autograd.Function):
-    """Linear head and cross-entropy in one: (K, D), (K,), (V, D), (V,) -> (). Differentiable once.
+    """Fused linear head and cross-entropy: (K, D), (K,), (V, D), (V,) -> (). Differentiable once.
 
-    The forward pass takes the gradients too, while it has the logits. Recomputing them instead would be a fourth matrix
-    product beside three. The idea is that of fused linear cross-entropy kernels (Liger, arXiv:2410.10989).
+    The forward pass also computes the gradients while it has the logits. Recomputing the logits in the backward pass
+    would add a fourth matrix product to three. The idea is that of fused linear cross-entropy kernels (Liger,
+    arXiv:2410.10989).
     """
 
     @staticmethod
@@ -57,7 +60,7 @@ class _HeadLoss(torch.autograd.Function):
     ) -> Tensor:
         device = states.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else states.dtype
-        of_states, of_weight, of_bias = (
+        grad_states, grad_weight, grad_bias = (
             torch.zeros_like(tensor, dtype=torch.float32) if with_gradients and needed and tensor is not None else None
             for tensor, needed in zip((states, weight, bias), (ctx.needs_input_grad[i] for i in (0, 2, 3)), strict=True)
         )
@@ -67,34 +70,36 @@ class _HeadLoss(torch.autograd.Function):
             for first in range(0, len(states), CHUNK):
                 chunk = states[first : first + CHUNK].to(dtype)
                 logits = F.linear(chunk, low_weight, low_bias).float()
-                total += _to_gradient(logits, targets[first : first + CHUNK, None])
-                if of_bias is not None:
-                    of_bias += logits.sum(0)
+                total += _loss_and_gradient(logits, targets[first : first + CHUNK, None])
+                if grad_bias is not None:
+                    grad_bias += logits.sum(0)
                 logits = logits.to(dtype)
-                if of_states is not None:
-                    of_states[first : first + CHUNK] = logits @ low_weight
-                if of_weight is not None and dtype == torch.float32:
-                    of_weight.addmm_(logits.T, chunk)
-                elif of_weight is not None:
-                    of_weight += logits.T @ chunk
+                if grad_states is not None:
+                    grad_states[first : first + CHUNK] = logits @ low_weight
+                if grad_weight is not None and dtype == torch.float32:
+                    grad_weight.addmm_(logits.T, chunk)
+                elif grad_weight is not None:
+                    grad_weight += logits.T @ chunk
         ctx.gradients = [
             None if gradient is None or tensor is None else gradient.to(tensor.dtype)
-            for gradient, tensor in zip((of_states, of_weight, of_bias), (states, weight, bias), strict=True)
+            for gradient, tensor in zip((grad_states, grad_weight, grad_bias), (states, weight, bias), strict=True)
         ]
         return total
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, scale: Tensor) -> tuple[Tensor | None, ...]:
-        # Handed over, not kept: the weight's gradient is scaled in place and becomes the parameter's without a copy.
+        # No reference is kept, so the weight's gradient is scaled in place and becomes the parameter's without a copy.
         gradients, ctx.gradients = ctx.gradients, None
-        assert gradients is not None, "the graph of the loss is walked once"
-        of_states, of_weight, of_bias = (None if gradient is None else gradient.mul_(scale) for gradient in gradients)
-        return of_states, None, of_weight, of_bias, None
+        assert gradients is not None, "backward of the loss runs once"
+        grad_states, grad_weight, grad_bias = (
+            None if gradient is None else gradient.mul_(scale) for gradient in gradients
+        )
+        return grad_states, None, grad_weight, grad_bias, None
 
 
-def _to_gradient(logits: Tensor, targets: Tensor) -> Tensor:
-    """The summed cross-entropy of fp32 logits (K, V), which become its gradient in place. Targets are (K, 1)."""
+def _loss_and_gradient(logits: Tensor, targets: Tensor) -> Tensor:
+    """Return the summed cross-entropy of fp32 logits (K, V) and replace them by its gradient. Targets are (K, 1)."""
     largest, wanted = logits.amax(1, keepdim=True), logits.gather(1, targets)
     total = logits.sub_(largest).exp_().sum(1, keepdim=True)
     logits.div_(total).scatter_add_(1, targets, -torch.ones_like(wanted))

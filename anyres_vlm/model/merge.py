@@ -1,4 +1,4 @@
-"""From projected tiles to the image's tokens, by the plan that counted them."""
+"""Merge projected tiles into image tokens, following the tile plan that counted them."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from anyres_vlm.geometry import TilePlan
 
 
 def merge_tiles(features: Tensor, plans: Sequence[TilePlan], newline: Tensor) -> Tensor:
-    """All images' tokens in order. (T, P, D), newline (D,) -> (N of all images, D).
+    """Return the tokens of all images in order. (T, P, D), newline (D,) -> (N of all images, D).
 
-    An image is its thumbnail, then its grid: `spatial_unpad` joins the tiles to one picture, cuts the padding and puts
-    the newline behind every row; `flat` keeps the tiles one after the other.
+    The tokens of an image are those of its thumbnail, then those of its grid: `spatial_unpad` joins the tiles into one
+    picture, removes the padding and appends the newline to every row; `flat` concatenates the tiles.
     """
     assert features.shape[0] == sum(plan.num_tiles for plan in plans), "tiles and plans come from the same images"
     tokens: list[Tensor] = []

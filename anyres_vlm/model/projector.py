@@ -1,4 +1,4 @@
-"""The projector between encoder and language model; parameters are named as LlavaNext names them."""
+"""The projector between encoder and language model; parameter names are those of LlavaNext."""
 
 from __future__ import annotations
 
@@ -38,9 +38,9 @@ class MlpProjector(nn.Module):
 
 
 def build_projector(kind: ProjectorKind, vision_width: int, text_width: int) -> nn.Module:
-    """A projector from width Dv, that of all chosen layers together, to D.
+    """Build a projector from width Dv, the total width of all chosen layers, to D.
 
-    Initialised as `nn.Linear` is, uniform within 1 / sqrt(inputs), as the original LLaVA begins; stock LlavaNext
-    draws from a normal distribution.
+    Initialised by the default of `nn.Linear`, uniform within 1 / sqrt(inputs), as in the original LLaVA; stock
+    LlavaNext draws from a normal distribution.
     """
     return (LinearProjector if kind == "linear" else MlpProjector)(vision_width, text_width)

@@ -1,4 +1,4 @@
-"""A model from configurations alone, without its weights: what it is made of, on any device."""
+"""Build a model from configurations only, without loading weights, on any device."""
 
 from __future__ import annotations
 
@@ -25,10 +25,11 @@ SIZES_FILE = "architectures.yaml"
 
 
 def skeleton(config: ModelConfig | CheckpointConfig, layers: int | None = None) -> VisionLanguageModel:
-    """The model on torch's current default device, its weights without meaning; of the language model's first layers.
+    """Return the model with uninitialised weights on torch's default device, with all or the first `layers` layers.
 
-    The vocabulary is the language model's own: what a tokenizer lacks of `<image>` is a row more. Raises `DataError`
-    for a model whose configuration is neither known nor at hand.
+    `layers` applies to the language model. The vocabulary is the language model's own, so there is no extra row for an
+    `<image>` token that the tokenizer lacks. Raises `DataError` for a model whose configuration is neither known nor
+    available.
     """
     described = describe_bases(config)
     if layers is not None:
@@ -37,7 +38,7 @@ def skeleton(config: ModelConfig | CheckpointConfig, layers: int | None = None) 
 
 
 def describe_bases(config: ModelConfig | CheckpointConfig) -> Description:
-    """A model's parts by their configurations."""
+    """Return the description of a model from the configurations of its parts."""
     if isinstance(config, CheckpointConfig):
         described = describe(checkpoint_folder(config.checkpoint), config.template)
         return replace(described, config=config.apply(described.config))
@@ -53,7 +54,7 @@ def describe_bases(config: ModelConfig | CheckpointConfig) -> Description:
 
 @cache
 def known_sizes() -> dict[str, dict[str, Any]]:
-    """The sizes of published base models by hub id; `parameters` are billions as published."""
+    """Return the sizes of published base models by hub id; `parameters` are in billions, as published."""
     text = (resources.files("anyres_vlm") / "assets" / SIZES_FILE).read_text(encoding="utf-8")
     entries: dict[str, dict[str, Any]] = yaml.safe_load(text)
     return {name: entries[entry.get("same_as", name)] for name, entry in entries.items()}
@@ -68,7 +69,7 @@ def _read(name: str) -> PreTrainedConfig:
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise DataError(
-            f"no configuration of {name!r} at hand ({reason}): give a folder with its config.json, or one of "
+            f"no configuration of {name!r} is available ({reason}): give a folder with its config.json, or one of "
             f"{', '.join(known_sizes())}"
         ) from None
 
@@ -81,7 +82,7 @@ def _timm_description(config: EncoderConfig) -> dict[str, Any]:
 
 
 def _shortened(text: Any, layers: int) -> Any:
-    """The configuration with so many layers; a list of their kinds is cut, too."""
+    """Return the configuration with this many layers, `layer_types` truncated accordingly."""
     settings = text.to_dict() | {"num_hidden_layers": layers}
     if settings.get("layer_types"):
         settings["layer_types"] = settings["layer_types"][:layers]

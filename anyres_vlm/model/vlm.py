@@ -1,4 +1,4 @@
-"""The vision-language model: named parts, one forward pass for training, one for generation."""
+"""The vision-language model: its parts, the forward pass for training and the one for generation."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from anyres_vlm.model.merge import merge_tiles
 from anyres_vlm.model.projector import build_projector
 from anyres_vlm.schema import Batch
 
-# What models of transformers do to the logits that their head gives, by the configuration's names.
+# Configuration keys of transformers models that modify the logits of the head.
 LOGIT_CHANGES = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier")
 
 
 class VisionLanguageModel(nn.Module):
-    """Encoder, projector, newline and causal language model. State-dict names are those of released LlavaNext files."""
+    """Encoder, projector, newline and causal language model. State-dict keys are those of released LlavaNext files."""
 
     def __init__(
         self, config: ModelConfig, vision_tower: Encoder, language_model: PreTrainedModel, image_token_id: int
@@ -33,28 +33,29 @@ class VisionLanguageModel(nn.Module):
         super().__init__()
         head_config: Any = language_model.config
         if any(getattr(head_config, name, None) not in (None, 1.0) for name in LOGIT_CHANGES):
-            raise UsageError(f"{config.llm} caps or scales its logits behind the head: choose another llm")
+            raise UsageError(f"{config.llm} caps or scales the logits of its head: choose another llm")
         width: int = head_config.hidden_size
         self.image_token_id = image_token_id
         self.vision_tower = vision_tower
         self.multi_modal_projector = build_projector(config.projector, vision_tower.width, width)
         self.language_model = language_model
         self.language_model.set_attn_implementation(attention.ATTENTION_NAME)
-        # the deviation of transformers' own LlavaNext
+        # standard deviation as in stock LlavaNext
         self.image_newline = nn.Parameter(torch.randn(width) / width**0.5)
-        self.cached_features: Callable[[Tensor], Tensor] | None = None  # what stands in for a frozen encoder
-        self.image_position: ImagePosition = "as_is"  # where images stood in the questions of its training
+        self.cached_features: Callable[[Tensor], Tensor] | None = None  # replaces a frozen encoder
+        self.image_position: ImagePosition = "as_is"  # where images stood in the questions of the training data
         self.configure(config)
 
     def configure(self, config: ModelConfig) -> None:
-        """Take over a configuration of the same parts; images are cut as it says."""
+        """Set a configuration with the same parts; it determines the tiling of images."""
         self.config = config
         self.tiling: Tiling = config.tiling(self.vision_tower.tile, self.vision_tower.patch)
 
     def embed(self, input_ids: Tensor, tiles: Tensor, plans: Sequence[TilePlan]) -> Tensor:
-        """Token embeddings with the images' tokens in place. (1, L), (T, 3, S, S) uint8 -> (1, L, D).
+        """Return token embeddings with image tokens filled in. (1, L), (T, 3, S, S) uint8 -> (1, L, D).
 
-        Without images a blank tile runs at weight zero, so that every rank's backward pass touches the same parameters.
+        Without images a blank tile is encoded with weight 0, so the backward pass of every rank uses the same
+        parameters.
         """
         if not plans:
             tiles = tiles.new_zeros((1, 3, self.vision_tower.tile, self.vision_tower.tile))
@@ -66,12 +67,12 @@ class VisionLanguageModel(nn.Module):
             return embedded
         visual = merge_tiles(projected, plans, self.image_newline) + 0.0 * self.image_newline.to(projected.dtype)
         places = input_ids == self.image_token_id
-        assert int(places.sum()) == visual.shape[0], "the tokenised sample and the model share the plans"
+        assert int(places.sum()) == visual.shape[0], "the sample was tokenised with these plans"
         merged: Tensor = embedded.masked_scatter(places[..., None], visual.to(embedded.dtype))
         return merged
 
     def forward(self, batch: Batch) -> Tensor:
-        """Summed loss of one pack in nats, fp32. The caller divides by the step's supervised tokens."""
+        """Return the summed loss of one pack in nats, fp32. The caller divides by the step's supervised tokens."""
         documents = attention.Documents.between(batch.cu_seqlens)
         hidden = self.language_model.base_model(
             inputs_embeds=self.embed(batch.input_ids, batch.tiles, batch.plans),
@@ -93,12 +94,12 @@ class VisionLanguageModel(nn.Module):
         numbers: Sequence[int] | None = None,
         watch: Watch | None = None,
     ) -> Iterator[tuple[int, int]]:
-        """New tokens of packed prompts (1, L) of these lengths with all their images, see `generate_tokens`."""
+        """Yield new tokens for packed prompts (1, L) of these lengths with all their images; see `generate_tokens`."""
         words = self.language_model.get_input_embeddings()
         embedded = self.embed(input_ids, tiles, plans) if plans else words(input_ids)
         yield from generate_tokens(self.language_model, embedded, lengths, decoding, numbers, watch)
 
     def generate(self, input_ids: Tensor, tiles: Tensor, plans: Sequence[TilePlan], decoding: Decoding) -> list[int]:
-        """New tokens for one prompt (1, L) with its images, the end token left out."""
+        """Return new tokens for one prompt (1, L) with its images, without the end token."""
         tokens = self.stream(input_ids, [input_ids.shape[1]], tiles, plans, decoding)
         return [token for _, token in tokens]

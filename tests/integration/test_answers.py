@@ -90,7 +90,7 @@ def test_an_answer_is_shown_as_it_is_said(checkpoint, picture, capsys, monkeypat
         (["--prompt", "hi </s>"], 1, "control token '</s>'"),
         (["--prompt", " "], 2, "the prompt is empty"),
         (["--prompt", "hi", "--image", "none.png"], 1, "none.png: no such file"),
-        (["--prompt", "what? " * 2000], 2, "the model reads 2,048 with the answer: ask with fewer"),
+        (["--prompt", "what? " * 2000], 2, "the context limit is 2,048 tokens, answer included: use fewer"),
         (["--prompt", "<image>"], 2, "has 1 <image>, but 0 images"),
     ],
 )

@@ -71,7 +71,7 @@ def test_mistakes_are_a_line_each_and_the_chat_goes_on(checkpoint, pictures, mon
         ("/save here.json", "nothing was said yet"),
         ("/save", "/save: expected /save FILE.json"),
         ("bad </s> token", "control token '</s>'"),
-        ("what? " * 2000, "the model reads 2,048 with the answer"),
+        ("what? " * 2000, "the context limit is 2,048 tokens, answer included"),
         ("<image>", "has 1 <image>, but 0 images are given"),
     ]
     assert chat(checkpoint, [line for line, _ in mistakes] + ["hello"], monkeypatch, "--json") == 1
@@ -90,7 +90,7 @@ def test_mistakes_are_a_line_each_and_the_chat_goes_on(checkpoint, pictures, mon
 def test_a_failed_question_leaves_its_image_for_the_next(assistant, pictures) -> None:
     session = ChatSession(assistant, Decoding(3))
     session.add_image(Path("wide.png"))
-    with pytest.raises(UsageError, match="the model reads"):
+    with pytest.raises(UsageError, match="the context limit is"):
         session.ask("what? " * 2000)
     assert session.turns == []
     assert session.ask("what?").image_tokens == count_tokens(Size(height=20, width=90), TILING)

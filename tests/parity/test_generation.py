@@ -1,4 +1,4 @@
-"""Greedy text of a batch is each conversation's alone, and stock `LlavaNextForConditionalGeneration.generate`'s."""
+"""Greedy text of a batch equals that of each conversation alone and that of stock LlavaNext's `generate`."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def saved(
 
 
 def stock_answers(folder: Path, assistant: Assistant, new_tokens: int) -> list[list[int]]:
-    """Of each conversation alone, the end token left out."""
+    """Generate for each conversation alone, without the end token."""
     stock = LlavaNextForConditionalGeneration.from_pretrained(folder).eval()
     processor = LlavaNextProcessor.from_pretrained(folder)
     answers = []
@@ -108,7 +108,7 @@ def batch_answers(assistant: Assistant, conversations: list[Conversation], decod
     return answers
 
 
-def test_batch_alone_and_stock_are_the_same(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_batch_alone_and_stock_agree(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kv_cache, "ROOM", 5)  # so that the cache grows several times
     assistant = Assistant(*load_pretrained(saved))
     decoding = Decoding(max_new_tokens=24)
@@ -119,8 +119,8 @@ def test_batch_alone_and_stock_are_the_same(saved: Path, monkeypatch: pytest.Mon
     assert len({tuple(tokens) for tokens in expected}) > 3, "the conversations tell apart"
 
 
-def test_those_that_end_early_do_not_disturb_the_others(saved: Path) -> None:
-    """Every token that some answer has at its third place ends answers, so that they end at different times."""
+def test_answers_that_end_early_do_not_change_the_others(saved: Path) -> None:
+    """One token of each long answer becomes an end token, so the answers end at different steps."""
     assistant = Assistant(*load_pretrained(saved))
     longest = batch_answers(assistant, CONVERSATIONS, Decoding(40))
     ends = {tokens[place] for tokens, place in zip(longest, (2, 30, 7, 11, 3, 0, 19), strict=True) if len(tokens) > 30}

@@ -1,4 +1,4 @@
-"""A pack is its documents run alone: logits, loss and gradients, for several families, with transformers as the oracle.
+"""A pack equals its documents run alone: logits, loss and gradients of several families, transformers as the oracle.
 
 Alone means one document a forward, by transformers' own eager attention and a dense loss over all its positions.
 """
@@ -76,7 +76,7 @@ def make_model(language: Any, layout: str = "spatial_unpad") -> VisionLanguageMo
 
 
 def documents(model: VisionLanguageModel, seed: int, count: int, with_images: bool = True) -> list[Loaded]:
-    """Random documents of 1 to 60 words with up to two images anywhere in them, a label on any word or on none."""
+    """Generate documents of 1 to 60 words with up to two images at random positions and labels on random words."""
     rng, pixels = random.Random(seed), np.random.default_rng(seed)
     made = []
     for number in range(count):
@@ -95,7 +95,7 @@ def documents(model: VisionLanguageModel, seed: int, count: int, with_images: bo
 
 
 def packed(model: VisionLanguageModel, pack: list[Loaded]) -> tuple[torch.Tensor, torch.Tensor, Runs]:
-    """Logits (L, V), loss and gradients of a pack, the logits from what the loss itself was given."""
+    """Return logits (L, V), loss and gradients of a pack, the logits from the input of the loss."""
     states = []
     hook = model.language_model.base_model.register_forward_hook(lambda *call: states.append(call[-1][0].detach()))
     model.zero_grad()
@@ -106,7 +106,7 @@ def packed(model: VisionLanguageModel, pack: list[Loaded]) -> tuple[torch.Tensor
 
 
 def alone(model: VisionLanguageModel, pack: list[Loaded]) -> tuple[torch.Tensor, torch.Tensor, Runs]:
-    """The same from one document a forward, without anything of ours behind the embeddings."""
+    """Return the same from one forward pass per document, with plain transformers after the embeddings."""
     model.zero_grad()
     model.language_model.set_attn_implementation("eager")
     logits, losses = [], []
@@ -125,7 +125,7 @@ def gradients(model: torch.nn.Module) -> Runs:
 
 
 def differences(mine: tuple[Any, ...], theirs: tuple[Any, ...]) -> dict[str, float]:
-    """Of logits, loss and gradients, relative to the largest entry; and the cosine of all gradients together."""
+    """Return differences of logits, loss and gradients relative to the largest entry, and the gradients' cosine."""
     assert mine[2].keys() == theirs[2].keys()
     largest = max(float(gradient.abs().max()) for gradient in theirs[2].values())
     worst = 0.0
@@ -165,7 +165,7 @@ def test_packed_text_equals_alone(family: str) -> None:
 
 
 def test_a_pack_is_stock_llava_next_document_by_document() -> None:
-    """The released model with the same weights, from its own tiles and labels to loss and gradients."""
+    """Run the released model with the same weights, from its own tiles and labels to loss and gradients."""
     language = language_config("llama")
     model = make_model(language)
     config = LlavaNextConfig(
@@ -210,7 +210,7 @@ def stock_images(row: Batch) -> dict[str, torch.Tensor]:
 
 
 class LargestTensor(TorchDispatchMode):
-    """Sees every tensor that an operation makes, in backward too, and keeps the most elements of one."""
+    """Records the largest number of elements of any tensor that an operation creates, backward included."""
 
     elements = 0
 
@@ -231,7 +231,7 @@ def test_no_mask_of_the_whole_pack_is_ever_built(family: str) -> None:
         model(batch).backward()
     assert seen.elements < dense / 4
     model.language_model.set_attn_implementation("sdpa")  # what packs by positions alone: the measure would notice
-    with LargestTensor() as seen, torch.no_grad(), pytest.raises(UsageError, match="keeps documents apart in 0 of"):
+    with LargestTensor() as seen, torch.no_grad(), pytest.raises(UsageError, match="separates documents in 0 of"):
         model(batch)
     assert seen.elements >= dense
 
@@ -251,9 +251,9 @@ def test_what_attention_cannot_do_exactly_is_refused() -> None:
 
 @pytest.mark.parametrize("family", ["nemotron", "mamba", "bloom"])
 def test_a_model_that_loses_the_documents_is_refused(family: str) -> None:
-    """One does not pass the keyword on, one has no attention, one does not look its attention up."""
+    """One model drops the keyword, one has no attention, one does not look up its attention function."""
     model = make_model(language_config(family))
-    with pytest.raises(UsageError, match="keeps documents apart in 0 of its 2 layers"):
+    with pytest.raises(UsageError, match="separates documents in 0 of its 2 layers"):
         model(collate(documents(model, 3, 3), TILE, IMAGE))
 
 
@@ -269,7 +269,7 @@ def test_checkpointing_changes_nothing_but_memory() -> None:
 
 
 def saved_bytes(run: Callable[[], Any]) -> tuple[int, Any]:
-    """Bytes that the forward pass keeps for the backward pass, each storage once."""
+    """Return the bytes that the forward pass saves for the backward pass, each storage once."""
     kept: dict[int, int] = {}
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:

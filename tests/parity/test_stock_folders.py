@@ -332,7 +332,7 @@ def test_a_template_can_be_named_where_the_folder_has_none(folder, tmp_path, cap
 
 def test_a_hub_id_that_cannot_be_reached(monkeypatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(DataError, match="nobody/nothing: no such folder, and no download from the hub"):
+    with pytest.raises(DataError, match="nobody/nothing: no such folder, and the download from the hub failed"):
         load_pretrained("nobody/nothing")
     with pytest.raises(DataError, match="no--body/nothing: no such folder"):
         load_pretrained("no--body/nothing")
@@ -366,7 +366,7 @@ def test_stage_2_trains_from_it_and_the_result_is_stock(folder, tmp_path, capsys
         "## Limitations",
         "at most 56x56 pixels",
         "## Licence",
-        "## Evaluation\n\nNo result is recorded",
+        "## Evaluation\n\nNo results are recorded",
     ):
         assert line in card
     (run / "stage2" / "eval").mkdir()
@@ -378,7 +378,7 @@ def test_stage_2_trains_from_it_and_the_result_is_stock(folder, tmp_path, capsys
     exported = (tmp_path / "out" / "README.md").read_text()
     assert "| sign | 25.0% |\n| all | 50.0% |" in exported
     assert "| pope | 85.5 | 9,000 |" in exported
-    assert "No result is recorded" not in exported
+    assert "No results are recorded" not in exported
     assert "## Licence" in exported
     capsys.readouterr()
     assert main(["chat", str(tuned), "--prompt", "what?", "--max-new-tokens", "2", "--json"]) == 0

@@ -1,4 +1,4 @@
-"""Tiles against transformers' own image processors, from the same bytes.
+"""Tiles compared with transformers' own image processors, from the same bytes.
 
 The torchvision-backed one is what `AutoProcessor` loads: `exact` has its pixels. The PIL-backed one rounds otherwise.
 """
@@ -65,7 +65,7 @@ def stock(data: bytes, tiling: Tiling, kind: type = LlavaNextImageProcessor) -> 
 
 
 def shown(tiles: np.ndarray, plan: TilePlan) -> np.ndarray:
-    """The tiles' pixels without the black padding, thumbnail first."""
+    """Return the pixels of the tiles without padding, thumbnail first."""
     rows, cols, side = plan.grid.rows, plan.grid.cols, plan.tile
     grid = tiles[1:].reshape(rows, cols, 3, side, side).transpose(2, 0, 3, 1, 4).reshape(3, rows * side, cols * side)
     inside = grid[:, plan.top : plan.top + plan.resized.height, plan.left : plan.left + plan.resized.width]
@@ -77,7 +77,7 @@ def planned(image: Image.Image, tiling: Tiling) -> TilePlan:
 
 
 def assert_close(data: bytes, plan: TilePlan, tiling: Tiling) -> bool:
-    """Both modes keep their limits; whether `fast` took a short cut."""
+    """Check that both modes keep their limits. Returns whether `fast` took a short cut."""
     expected = stock(data, tiling)
     tiles = {mode: tile_image(data, plan, "a picture", mode) for mode in ("exact", "fast")}
     for found in tiles.values():
@@ -124,7 +124,7 @@ def test_photographs(name: str) -> None:
     assert short_cuts >= 2, "fast does what exact does: the limits above were not tried"
 
 
-def test_the_last_half_pixel_of_an_odd_side_moves_nothing() -> None:
+def test_the_last_half_pixel_of_an_odd_side_shifts_nothing() -> None:
     """2 x 841 rows of stripes: taken for 2 x 842 of them, the lower ones would be half a pixel off."""
     rows = np.sin(np.arange(841)[:, None] * 2 * np.pi / 12) * 120 + 128
     image = Image.fromarray(np.broadcast_to(rows, (841, 1681)).astype(np.uint8)).convert("RGB")
@@ -155,5 +155,5 @@ def test_a_file_of_another_size_is_refused() -> None:
     plan = planned(smooth(2000, 1000), Tiling())
     for size in ((1000, 500), (1000, 2000), (1999, 1000)):
         for mode in ("fast", "exact"):
-            with pytest.raises(DataError, match=rf"^b\.jpg: its size is {size[0]}x{size[1]}, planned were 2000x1000"):
+            with pytest.raises(DataError, match=rf"^b\.jpg: its size is {size[0]}x{size[1]}, expected 2000x1000"):
                 tile_image(encoded(smooth(*size)), plan, "b.jpg", mode)

@@ -1,4 +1,4 @@
-"""Files that are whole or not there, under errors and kills."""
+"""Files are complete or absent after errors and kills."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from anyres_vlm.durable import append, cut_partial_line, replacing, whole_lines
 
 
 @pytest.mark.parametrize(("mode", "content"), [("w", "new ü"), ("wb", b"new \xff")])
-def test_the_new_file_comes_whole_when_the_block_ends(tmp_path: Path, mode: str, content: str | bytes) -> None:
+def test_the_new_file_appears_complete_when_the_block_ends(tmp_path: Path, mode: str, content: str | bytes) -> None:
     path = tmp_path / "file"
     path.write_text("old")
     with replacing(path, mode) as file:
@@ -39,7 +39,7 @@ def test_an_error_leaves_the_old_file_alone(tmp_path: Path) -> None:
     assert [found.read_text() for found in tmp_path.iterdir()] == ["old"]
 
 
-def test_lines_stay_and_files_are_whole_when_the_process_is_killed(tmp_path: Path) -> None:
+def test_lines_survive_and_files_are_complete_after_a_kill(tmp_path: Path) -> None:
     script = (
         "import sys; from pathlib import Path; from anyres_vlm.durable import append, replacing\n"
         "folder = Path(sys.argv[1])\n"
@@ -60,7 +60,7 @@ def test_lines_stay_and_files_are_whole_when_the_process_is_killed(tmp_path: Pat
     assert set(words) <= {str(numbers[-1]), str(numbers[-1] - 1)}
 
 
-def test_append_makes_the_file(tmp_path: Path) -> None:
+def test_append_creates_the_file(tmp_path: Path) -> None:
     append(tmp_path / "lines", b"a\n")
     append(tmp_path / "lines", b"b\n")
     assert (tmp_path / "lines").read_bytes() == b"a\nb\n"

@@ -1,4 +1,4 @@
-"""Token counts against the design's vectors, transformers, the reference's formulas and a brute force."""
+"""Token counts compared with fixed vectors, transformers, the reference formulas and brute force."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ encoders = st.tuples(st.integers(1, 32), st.integers(1, 30))  # patch side in pi
 
 
 def random_sizes(count: int, seed: int) -> list[Size]:
-    """Half of them log-uniform over everything that can be met, half around ordinary photographs."""
+    """Half of the sizes are log-uniform over the whole range, half are like ordinary photographs."""
     rng = random.Random(seed)
     wide = [Size(height=int(2 ** rng.uniform(0, 13)), width=int(2 ** rng.uniform(0, 13))) for _ in range(count // 2)]
     usual = [Size(height=rng.randint(100, 1500), width=rng.randint(100, 1500)) for _ in range(count - count // 2)]
@@ -77,7 +77,7 @@ def test_vectors_of_both_dialects(width: int, height: int, llava: int, hf: int) 
 
 
 def stock_counter(tiling: Tiling) -> LlavaNextProcessor:
-    """Transformers' processor reduced to what its count reads; the whole one needs a tokenizer."""
+    """The transformers processor reduced to the attributes its count uses; a full one needs a tokenizer."""
     processor = object.__new__(LlavaNextProcessor)
     processor.image_processor = SimpleNamespace(image_grid_pinpoints=[list(pair) for pair in tiling.pinpoints])
     processor.patch_size = tiling.patch
@@ -117,7 +117,7 @@ def test_resized_image_equals_transformers_and_is_centred() -> None:
 
 
 def brute_force_canvas(size: Size, candidates: list[tuple[int, int]]) -> tuple[int, int]:
-    """The design's rule in whole numbers: rank all (height, width) by used area, waste and place in the list."""
+    """The rule in integers: rank all (height, width) by effective area, waste and position in the list."""
     ranked = []
     for place, (canvas_height, canvas_width) in enumerate(candidates):
         scale = min(Fraction(canvas_width, size.width), Fraction(canvas_height, size.height))
@@ -149,14 +149,14 @@ def test_2x2_grid_plans_as_the_released_pinpoints(dialect: Dialect) -> None:
 
 
 def test_dialects_differ_for_small_images() -> None:
-    """The same list of pairs is read in two orders, so the first candidate is not the same canvas."""
+    """The dialects read the same pairs in a different order, so the first candidate differs."""
     size = Size(height=200, width=300)
     assert choose_canvas(size, released("llava")) == Size(height=672, width=336)
     assert choose_canvas(size, released("hf")) == Size(height=336, width=672)
 
 
 def reference_unpad(features: np.ndarray, size: Size) -> np.ndarray:
-    """The reference's unpadding of a map of features (rows, columns), from the design's formula."""
+    """Unpad a feature map (rows, columns) by the reference formula."""
     rows, cols = features.shape
     if size.width / size.height > cols / rows:
         factor = cols / size.width
@@ -168,7 +168,7 @@ def reference_unpad(features: np.ndarray, size: Size) -> np.ndarray:
 
 
 @pytest.mark.parametrize("grid", [Grid(2, 2), Grid(3, 3)], ids=str)
-def test_llava_dialect_keeps_what_the_reference_keeps(grid: Grid) -> None:
+def test_llava_dialect_keeps_the_same_tokens_as_the_reference(grid: Grid) -> None:
     tiling = Tiling.from_grid(grid, dialect="llava")
     for size in random_sizes(3000, seed=5) + [Size(height=height, width=width) for width, height in EXTREMES]:
         plan = plan_tiles(size, tiling)
@@ -252,7 +252,7 @@ def test_any_encoder_and_grid(
 
 @given(height=sides, width=sides, grid=grids)
 def test_transposed_image_and_list_give_a_transposed_plan(height: int, width: int, grid: Grid) -> None:
-    """The llava dialect is the hf dialect with every pair turned, so a turned image turns the whole plan."""
+    """The llava dialect is the hf dialect with transposed pairs, so transposing the image transposes the plan."""
     pinpoints = Tiling.from_grid(grid).pinpoints
     upright = choose_canvas(Size(height=height, width=width), Tiling(pinpoints, dialect="hf"))
     turned = choose_canvas(Size(height=width, width=height), Tiling(pinpoints, dialect="llava"))
@@ -270,46 +270,46 @@ def test_grid_is_read_rows_first(text: str, grid: Grid) -> None:
 
 
 @pytest.mark.parametrize("text", ["", "2", "2x", "x2", "2x2x2", "-1x2", "2*2", "2.0x2", "two"])
-def test_unreadable_grid_is_told_the_form(text: str) -> None:
+def test_unreadable_grid_error_names_the_form(text: str) -> None:
     with pytest.raises(UsageError, match="expected ROWSxCOLUMNS such as 2x2"):
         Grid.parse(text)
 
 
-def test_of_canvases_that_keep_the_same_the_smaller_wins_wherever_it_stands() -> None:
+def test_of_equally_effective_canvases_the_smaller_wins_in_any_order() -> None:
     tiling = Tiling(((672, 672), (336, 672)), 336, 14, "flat", "hf")
     assert choose_canvas(Size(height=100, width=100), tiling) == Size(height=336, width=672)
 
 
-def test_equal_plans_are_one_key() -> None:
+def test_equal_plans_hash_equally() -> None:
     size = Size(height=480, width=640)
     assert len({plan_tiles(size, Tiling.from_grid(Grid(2, 2))) for _ in range(2)}) == 1
 
 
 @pytest.mark.parametrize("text", ["0x2", "2x0", "13x1", "1x100"])
-def test_impossible_grid_is_told_the_limits(text: str) -> None:
+def test_impossible_grid_error_names_the_limits(text: str) -> None:
     with pytest.raises(UsageError, match=f"grid '{text}': rows and columns must be from 1 to 12"):
         Grid.parse(text)
 
 
 @pytest.mark.parametrize(("height", "width"), [(0, 5), (5, 0), (-1, -1)])
-def test_impossible_size_names_it(height: int, width: int) -> None:
+def test_impossible_size_error_names_the_size(height: int, width: int) -> None:
     with pytest.raises(UsageError, match=rf"image size {width}x{height} \(width x height\): both sides"):
         Size(height=height, width=width)
 
 
 @pytest.mark.parametrize(("tile", "patch"), [(336, 0), (335, 14), (0, 14), (7, 14), (336, -14)])
-def test_tile_that_patches_do_not_fill(tile: int, patch: int) -> None:
+def test_tile_that_is_not_a_multiple_of_the_patch(tile: int, patch: int) -> None:
     with pytest.raises(UsageError, match=f"tile side {tile} must be a positive multiple of the patch side {patch}"):
         Tiling.from_grid(Grid(2, 2), tile=tile, patch=patch)
 
 
 @pytest.mark.parametrize("pair", [(336, 500), (0, 336), (-336, 336), (168, 336), (336,), (336, 336, 336)])
-def test_pinpoint_that_tiles_do_not_fill(pair: tuple[int, ...]) -> None:
+def test_pinpoint_that_is_not_a_multiple_of_the_tile(pair: tuple[int, ...]) -> None:
     with pytest.raises(UsageError, match=rf"pinpoint \[{', '.join(map(str, pair))}\]: both sides must be positive"):
         Tiling(((336, 672), pair))
 
 
-def test_the_default_is_the_released_model() -> None:
+def test_the_default_is_that_of_the_released_model() -> None:
     assert Tiling().pinpoints == ((336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008))
     assert Tiling().patches == 576
 
@@ -323,12 +323,12 @@ def test_the_default_is_the_released_model() -> None:
     ],
 )
 def test_areas_of_a_canvas(size: Size, canvas: Size, effective: int, wasted: int) -> None:
-    """Pixels of the image that it can show, never more than there are, and the rest."""
+    """Effective pixels, at most those of the image, and the rest."""
     assert canvas_areas(size, canvas) == (effective, wasted)
 
 
 def test_a_plan_takes_microseconds() -> None:
-    """The budget is 20 us; measured 11 us. Many short batches, so that one of them meets no busy neighbour."""
+    """The budget is 20 us; measured 11 us. The best of many short batches, to be robust under load."""
     tiling, size, calls = Tiling.from_grid(Grid(2, 2)), Size(height=480, width=640), 50
     seconds = min(timeit.repeat(lambda: plan_tiles(size, tiling), number=calls, repeat=400)) / calls
     assert seconds < 20e-6, f"{seconds * 1e6:.1f} us a call"

@@ -1,4 +1,4 @@
-"""Batches, streamed text and refusals of the assistant."""
+"""Batches, streamed text and errors of the assistant."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def assistant(tiny_bases: Path) -> Assistant:
 
 
 def byte_fallback() -> PreTrainedTokenizerFast:
-    """As SentencePiece's with bytes for what it does not know: `▁` for spaces, the first of which a decoder drops."""
+    """A tokenizer like SentencePiece with byte fallback: `▁` for spaces, the first of which the decoder drops."""
     vocabulary = {name: number for number, name in enumerate(["<unk>", *(f"<0x{byte:02X}>" for byte in range(256))])}
     for piece in ("▁", "▁Ein", "▁Stern", "▁und", "E", "n", "d", "e"):
         vocabulary[piece] = len(vocabulary)
@@ -70,7 +70,7 @@ def test_pieces_are_the_text_and_never_half_a_character(tiny_tokenizer: PreTrain
         ("<think>", "<think>"),
     ],
 )
-def test_what_the_template_writes_before_an_answer_is_left_out(
+def test_text_of_the_template_before_an_answer_is_removed(
     text: str, shown: str, tiny_tokenizer: PreTrainedTokenizerFast
 ) -> None:
     tokens = tiny_tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -84,7 +84,7 @@ def test_an_answer_may_end_inside_a_character(tiny_tokenizer: PreTrainedTokenize
     assert "".join(text_pieces(tiny_tokenizer, tokens)) == tiny_tokenizer.decode(tokens) == "a \ufffd"
 
 
-def test_a_piece_comes_before_the_next_token_is_asked_for(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
+def test_pieces_are_yielded_before_the_next_token(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
     asked = 0
 
     def tokens():
@@ -109,7 +109,7 @@ def conversations(folder: Path) -> list[Conversation]:
 
 
 @pytest.mark.parametrize("decoding", [Decoding(9), Decoding(9, temperature=1.3, top_p=0.9, seed=3)])
-def test_batches_change_no_answer_and_no_order(assistant: Assistant, tmp_path: Path, decoding: Decoding) -> None:
+def test_batching_changes_no_answer_and_no_order(assistant: Assistant, tmp_path: Path, decoding: Decoding) -> None:
     asked = conversations(tmp_path)
     done: list[int] = []
     one_batch = assistant.answer_many(asked, decoding)
@@ -140,7 +140,7 @@ def test_a_batch_keeps_to_its_tokens(assistant: Assistant, tmp_path: Path, monke
     assert max(map(len, read)) > 1
 
 
-def test_samples_are_the_seeds_alone(assistant: Assistant) -> None:
+def test_samples_depend_on_the_seed_only(assistant: Assistant) -> None:
     asked = [Conversation([Turn("user", "what?")])] * 6
     sampled = Decoding(8, temperature=1.5)
     torch.manual_seed(1)
@@ -151,12 +151,12 @@ def test_samples_are_the_seeds_alone(assistant: Assistant) -> None:
     assert assistant.answer_many(asked, Decoding(8, temperature=1.5, seed=1)) != first
 
 
-def test_a_prompt_that_is_too_long_says_what_to_do(assistant: Assistant, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_errors_for_a_long_prompt_say_what_to_do(assistant: Assistant, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(assistant.model.language_model.config, "max_position_embeddings", 40)
     turns = [Turn("user", "what? " * 30)]
-    with pytest.raises(UsageError, match=r"prompt has \d+ tokens, the model reads 40 with the answer: ask with fewer"):
+    with pytest.raises(UsageError, match=r"has \d+ tokens, the context limit is 40 tokens, answer included: use fewer"):
         assistant.answer(turns, [], Decoding(4))
-    with pytest.raises(UsageError, match="the model reads 40"):
+    with pytest.raises(UsageError, match="the context limit is 40 tokens"):
         assistant.stream(turns, [], Decoding(4))
     short = assistant.answer([Turn("user", "a")], [], Decoding(4000))
     assert short.prompt_tokens + short.new_tokens <= 40
@@ -167,7 +167,7 @@ def test_images_and_places_must_match(assistant: Assistant) -> None:
         assistant.stream([Turn("user", "<image>")], [], Decoding(4))
 
 
-def test_half_the_weights_and_whole_buffers(tiny_bases: Path) -> None:
+def test_halve_converts_weights_and_keeps_buffers(tiny_bases: Path) -> None:
     bases = {"llm": str(tiny_bases / "llm"), "encoder": {"name": str(tiny_bases / "vit")}, "template": "tiny"}
     model, tokenizer = build_model(ModelConfig.model_validate(bases), seed=0)
     halve(model)

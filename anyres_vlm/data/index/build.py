@@ -1,4 +1,4 @@
-"""An index of a source: made once, gone on with after a kill, left alone while nothing changed, merged from shards."""
+"""Build the index of a source: resumable, reused while nothing changes, and mergeable from shards."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from anyres_vlm.data.index.parts import Parts, Progress
-from anyres_vlm.data.index.rejects import check_cap, mended, rejects_path, write_rejects
+from anyres_vlm.data.index.rejects import check_cap, has_repaired_rejects, rejects_path, write_rejects
 from anyres_vlm.data.index.rows import IndexSettings
 from anyres_vlm.data.index.stamp import Stamp
 from anyres_vlm.data.index.table import FORMAT, METADATA_KEY, SCHEMA, Index, read_index
@@ -27,7 +27,7 @@ ROW_GROUP = 65_536
 
 @dataclass(frozen=True, slots=True)
 class Shard:
-    """The `number`-th of `count` contiguous ranges of rows, from 1."""
+    """One of `count` contiguous ranges of rows; `number` counts from 1."""
 
     number: int
     count: int
@@ -41,19 +41,19 @@ class Shard:
         return cls(int(match[1]), int(match[2]))
 
     def span(self, rows: int) -> tuple[int, int]:
-        """First row and end."""
+        """Return the first row and the end."""
         return (self.number - 1) * rows // self.count, self.number * rows // self.count
 
     def path(self, out: Path) -> Path:
-        """Where this shard of an index goes."""
+        """Return the path of this shard of an index."""
         return out.with_name(f"{out.stem}.shard-{self.number}-of-{self.count}{out.suffix}")
 
 
 @dataclass(frozen=True, slots=True)
 class Built:
-    """What `build_index` made or found. `rows_read` is 0 where nothing had to be done.
+    """Result of `build_index`. `rows_read` is 0 if an existing index was reused.
 
-    `missing` are the shards that the whole index still waits for; `index` is this shard then.
+    `missing` are the shards that are not built yet; if there are any, `index` is this shard.
     """
 
     index: Index
@@ -73,21 +73,21 @@ def build_index(
     rebuild: bool = False,
     progress: Progress = lambda done, total: None,
 ) -> Built:
-    """The index of a source at `out`, its rejects beside it.
+    """Build the index of a source at `out`, with its list of rejects next to it.
 
-    Nothing is read when `out` is of the same content and settings. The shard that ends last merges all of them.
-    Raises `DataError` for a broken source, and for too many rejects: these are listed, and `out` is not written.
+    An existing index with the same content and settings is reused. The shard that finishes last merges all shards.
+    Raises `DataError` for a broken source and for too many rejects, which are listed although `out` is not written.
     """
     target = out if shard is None else shard.path(out)
     if target.is_dir():
         raise UsageError(f"{target}: a folder, expected the name of a Parquet file")
     target.parent.mkdir(parents=True, exist_ok=True)
-    made, rows_read = _make(data, images, settings, target, workers, shard, rebuild, progress)
+    made, rows_read = _build(data, images, settings, target, workers, shard, rebuild, progress)
     if shard is not None:
         made = _publish(made, target)
         write_rejects(made, rejects_path(target))
         shards = [Shard(number, shard.count) for number in range(1, shard.count + 1)]
-        missing = tuple(other for other in shards if _of_key(other.path(out), made.key) is None)
+        missing = tuple(other for other in shards if _with_key(other.path(out), made.key) is None)
         if missing:
             return Built(made, rows_read, missing)
         found = _current(out, made.key) if rows_read == 0 else None
@@ -96,7 +96,7 @@ def build_index(
     return Built(_publish(made, out), rows_read)
 
 
-def _make(
+def _build(
     data: Path,
     images: Path | None,
     settings: IndexSettings,
@@ -106,8 +106,8 @@ def _make(
     rebuild: bool,
     progress: Progress,
 ) -> tuple[Index, int]:
-    """The index of the source or of one shard, not yet in its place where it is new, and the rows read for it."""
-    stamp = Stamp.take(data, images)  # before the source is read: a change in between shows the next time
+    """Return the index of the source or shard and the number of rows read; a new index is not yet at `target`."""
+    stamp = Stamp.take(data, images)  # before reading, so that the next run notices a change in between
     known = None if rebuild else stamp.known_fingerprint(target)
     if known is not None and (found := _current(target, settings.key(known))):
         return found, 0
@@ -137,7 +137,7 @@ def _make(
 
 
 def _merge(shards: Sequence[Index], out: Path) -> Index:
-    """One index of all shards, byte for byte what one run over all rows makes; not yet in its place."""
+    """Merge all shards, with the same bytes as a single run over all rows; the index is not yet at `out`."""
     changes: Counter[str] = Counter()
     for shard in shards:
         changes.update(shard.changes)
@@ -148,7 +148,7 @@ def _merge(shards: Sequence[Index], out: Path) -> Index:
 
 
 def _write(tables: Iterable[pa.Table], target: Path, metadata: dict[str, Any]) -> Index:
-    """A whole, durable index beside its place."""
+    """Write a complete index durably to a temporary file next to `target`."""
     unfinished = target.with_name(f".{target.name}.unfinished")
     schema = SCHEMA.with_metadata({METADATA_KEY: json.dumps(metadata, sort_keys=True)})
     with unfinished.open("wb") as file:
@@ -161,7 +161,7 @@ def _write(tables: Iterable[pa.Table], target: Path, metadata: dict[str, Any]) -
 
 
 def _row_groups(tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
-    """The same rows in groups of one size, so that the bytes do not depend on how they were read."""
+    """Yield the rows in groups of a fixed size, so that the bytes do not depend on how they were read."""
     held: list[pa.Table] = []
     rows = 0
     for table in tables:
@@ -176,15 +176,15 @@ def _row_groups(tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
 
 
 def _publish(index: Index, target: Path) -> Index:
-    """Put a new index in its place; one that was found lies there already."""
+    """Move an index to its final path; a reused one is there already."""
     index.path.replace(target)
     return read_index(target)
 
 
 def _list_and_check(index: Index, out: Path, max_bad_fraction: float) -> None:
-    """List the rejects beside the index, then raise if there are too many, and leave no new index behind.
+    """Write the list of rejects, then raise if there are too many and delete a new index.
 
-    One that was found has its list, which is left alone: several ranks may find it at the same time.
+    The list of a reused index is not rewritten, because several ranks may reuse it at the same time.
     """
     listed = rejects_path(out)
     if index.path != out or not listed.exists():
@@ -198,17 +198,17 @@ def _list_and_check(index: Index, out: Path, max_bad_fraction: float) -> None:
 
 
 def _current(path: Path, key: str) -> Index | None:
-    """The index at a path if it is what would be made now."""
-    index = _of_key(path, key)
-    return None if index is None or mended(index) else index
+    """Return the index at a path if it is up to date."""
+    index = _with_key(path, key)
+    return None if index is None or has_repaired_rejects(index) else index
 
 
-def _of_key(path: Path, key: str) -> Index | None:
-    """The index at a path if there is one with this key."""
+def _with_key(path: Path, key: str) -> Index | None:
+    """Return the index at a path if there is one with this key."""
     if not path.exists():
         return None
     try:
         index = read_index(path)
-    except DataError:  # of another format, or no index: it is made again
+    except DataError:  # of another format, or not an index: it is rebuilt
         return None
     return index if index.key == key else None

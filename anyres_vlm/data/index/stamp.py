@@ -1,4 +1,4 @@
-"""Size and time of change of a source's files, so that an unchanged source is known without reading it."""
+"""Sizes and modification times of a source's files, to recognise an unchanged source without reading it."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from anyres_vlm.data.sources import source_files
 
 @dataclass(frozen=True, slots=True)
 class Stamp:
-    """What a source's files look like from outside: names, sizes in bytes, times of change in ns."""
+    """Names, sizes in bytes and modification times in ns of the files of a source."""
 
     look: dict[str, Any]
 
     @classmethod
     def take(cls, data: Path, images: Path | None) -> Stamp:
-        """Look at a source without opening it. Raises `DataError` if a file is missing."""
+        """Take the stamp of a source without opening its files. Raises `DataError` if a file is missing."""
         stats = {str(path.resolve()): path.stat() for path in source_files(data)}
         look = {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()}
         return cls({"images": None if images is None else str(images.resolve()), "files": look})
 
     def known_fingerprint(self, target: Path) -> str | None:
-        """The fingerprint that the source had when it looked the same, as the last run for this target noted."""
+        """Return the fingerprint that the last run saved for this target, if the stamp is unchanged."""
         try:
             noted = json.loads(_note(target).read_text(encoding="utf-8"))
         except (FileNotFoundError, json.JSONDecodeError):
@@ -32,7 +32,7 @@ class Stamp:
         return str(noted["fingerprint"]) if noted["look"] == self.look else None
 
     def save(self, target: Path, fingerprint: str) -> None:
-        """Note it for the next run."""
+        """Save stamp and fingerprint for the next run."""
         _note(target).write_text(json.dumps({"look": self.look, "fingerprint": fingerprint}), encoding="utf-8")
 
 

@@ -1,4 +1,4 @@
-"""What an index says as a whole, in numbers."""
+"""Totals of an index."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from anyres_vlm.data.index.table import Index
 
 
 def summarise(index: Index) -> dict[str, Any]:
-    """Sums over the good samples, and the rejects by kind. Ready for JSON."""
+    """Return totals over the good samples and the rejects by kind, as JSON values."""
     tokens = index.tokens[index.ok]
     spread = np.percentile(tokens, [50, 95]) if len(tokens) else np.zeros(2)
     return {
@@ -40,7 +40,7 @@ def summarise(index: Index) -> dict[str, Any]:
 
 
 def num_images(index: Index) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
-    """Images of each row, those whose header could be read."""
+    """Return the number of images with a readable header in each row."""
     counts: np.ndarray[tuple[int], np.dtype[np.int64]] = (
         pc.list_value_length(index.column("heights")).to_numpy().astype(np.int64)
     )

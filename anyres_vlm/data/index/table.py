@@ -1,4 +1,4 @@
-"""The index as a Parquet file: its columns, its metadata and the numpy view that the planner and the trainer read."""
+"""The index as a Parquet file: columns, metadata, and numpy arrays for planner and trainer."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from anyres_vlm.errors import DataError
 from anyres_vlm.geometry import Size
 
-FORMAT = 1  # of the file and of the counts in it; part of every key
+FORMAT = 1  # version of the file and of its counts; part of every key
 METADATA_KEY = b"anyres_index"
 OK = "ok"
 
@@ -27,19 +27,19 @@ SIDES = pa.list_(pa.int32())
 SCHEMA = pa.schema(
     [
         ("id", pa.string()),
-        ("row", pa.int64()),  # of the data, from 0
-        ("source", pa.string()),  # name of the source; in a mixture, of the one that the row is from
-        ("heights", SIDES),  # pixels as shown, one an image whose header could be read
+        ("row", pa.int64()),  # row of the data, from 0
+        ("source", pa.string()),  # name of the source; in a mixture, the one the row is from
+        ("heights", SIDES),  # pixels after EXIF rotation, per image with a readable header
         ("widths", SIDES),
         ("tiles", pa.int32()),
         ("visual_tokens", pa.int32()),  # newlines not included
         ("newline_tokens", pa.int32()),
         ("text_tokens", pa.int32()),
-        ("tokens", pa.int32()),  # positions of the model's sequence: the three above together
+        ("tokens", pa.int32()),  # positions in the model's sequence: the sum of the three above
         ("supervised", pa.int32()),
-        ("status", pa.string()),  # `ok` or the kind of the reject
-        ("reason", pa.string()),  # null where ok
-        ("image", pa.string()),  # the image file at fault, null where none is
+        ("status", pa.string()),  # `ok` or the kind of reject
+        ("reason", pa.string()),  # null if ok
+        ("image", pa.string()),  # the image file at fault, null if none
     ]
 )
 COUNTS = ("tiles", "visual_tokens", "newline_tokens", "text_tokens", "tokens", "supervised")
@@ -47,19 +47,19 @@ COUNTS = ("tiles", "visual_tokens", "newline_tokens", "text_tokens", "tokens", "
 
 @dataclass(frozen=True)
 class Index:
-    """An index file, read column by column as it is needed. Arrays have one entry a row of the source, in order."""
+    """An index file whose columns are read on demand. Arrays have one entry per row of the source, in order."""
 
     path: Path
     metadata: dict[str, Any]
 
     @property
     def key(self) -> str:
-        """Hash over source, tokenizer, template, tiling and longest sample: what the counts follow from."""
+        """Hash of everything the counts depend on: source, tokenizer, template, tiling and maximum length."""
         return str(self.metadata["key"])
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What the key was made of, in words."""
+        """The settings in the key, in readable form."""
         return dict(self.metadata["settings"])
 
     @property
@@ -68,20 +68,20 @@ class Index:
         return dict(self.metadata.get("changes", {}))
 
     def batches(self, columns: list[str]) -> Iterator[pa.RecordBatch]:
-        """Some columns, a few thousand rows at a time."""
+        """Yield some columns, a few thousand rows at a time."""
         with self._reading(), pq.ParquetFile(self.path) as file:
             yield from file.iter_batches(columns=columns)
 
     def column(self, name: str) -> pa.ChunkedArray:
-        """One column as Arrow has it."""
+        """Return one column as an Arrow array."""
         with self._reading():
             return pq.read_table(self.path, columns=[name]).column(0)
 
     def numbers(self, name: str) -> NDArray[np.int64]:
-        """One of the integer columns. Raises `DataError` where a number is missing or below 0."""
+        """Return an integer column. Raises `DataError` if a number is missing or negative."""
         values = self.column(name)
         if values.null_count or (len(values) and pc.min(values).as_py() < 0):
-            raise DataError(f"{self.path}: {name} lacks numbers or has some below 0: make it again with anyres index")
+            raise DataError(f"{self.path}: column {name} has missing or negative numbers: rebuild it with anyres index")
         whole: NDArray[np.int64] = values.to_numpy().astype(np.int64)
         return whole
 
@@ -91,35 +91,35 @@ class Index:
             yield
         except (OSError, pa.ArrowException) as error:
             reason = " ".join(str(error).split())
-            raise DataError(f"{self.path}: broken ({reason}): make it again with anyres index") from None
+            raise DataError(f"{self.path}: broken ({reason}): rebuild it with anyres index") from None
 
     @cached_property
     def row(self) -> NDArray[np.int64]:
-        """Rows of the source, for `Source.record`."""
+        """Row numbers in the source, for `Source.record`."""
         return self.numbers("row")
 
     @cached_property
     def tokens(self) -> NDArray[np.int64]:
-        """Positions that each sample takes in the model's sequence."""
+        """Positions of each sample in the model's sequence."""
         return self.numbers("tokens")
 
     @cached_property
     def tiles(self) -> NDArray[np.int64]:
-        """Tiles for the encoder."""
+        """Encoder tiles of each sample."""
         return self.numbers("tiles")
 
     @cached_property
     def supervised(self) -> NDArray[np.int64]:
-        """Positions that count in the loss."""
+        """Positions of each sample that count in the loss."""
         return self.numbers("supervised")
 
     @cached_property
     def ok(self) -> NDArray[np.bool_]:
-        """Which rows are samples; the others are rejects."""
+        """Mask of the rows that are samples; the others are rejects."""
         with self._reading():
             status = pq.read_table(self.path, columns=["status"], read_dictionary=["status"]).column(0)
         if status.null_count:
-            raise DataError(f"{self.path}: status lacks words: make it again with anyres index")
+            raise DataError(f"{self.path}: column status has missing values: rebuild it with anyres index")
         return np.concatenate([np.zeros(0, bool), *(_is_ok(chunk) for chunk in status.chunks)])
 
     @cached_property
@@ -127,7 +127,7 @@ class Index:
         return self.column("id")
 
     def id(self, index: int) -> str:
-        """The record's id at a position of the index."""
+        """Return the id of the record at a position of the index."""
         return str(self._names[index].as_py())
 
     @cached_property
@@ -136,13 +136,13 @@ class Index:
             return pq.read_table(self.path, columns=["heights", "widths"])
 
     def sizes(self, index: int) -> tuple[Size, ...]:
-        """The sizes of the images at a position of the index."""
+        """Return the sizes of the images at a position of the index."""
         heights, widths = (self._sides.column(name)[index].as_py() for name in ("heights", "widths"))
         try:
             return tuple(Size(height=height, width=width) for height, width in zip(heights, widths, strict=True))
         except (TypeError, ValueError):
             raise DataError(
-                f"{self.path}: row {index} has heights {heights!r}, widths {widths!r}: make it again with anyres index"
+                f"{self.path}: row {index} has heights {heights!r}, widths {widths!r}: rebuild it with anyres index"
             ) from None
 
     def __len__(self) -> int:
@@ -151,26 +151,30 @@ class Index:
 
 
 def read_index(path: Path) -> Index:
-    """Open an index. Raises `DataError` for a file that is missing or is none of this version."""
+    """Open an index. Raises `DataError` for a file that is missing or not an index of this format."""
     try:
         schema = pq.read_schema(path)
     except FileNotFoundError:
-        raise DataError(f"{path}: no such index; make it with anyres index") from None
-    except (OSError, ValueError, pa.ArrowException) as error:  # ValueError: names that are no UTF-8
+        raise DataError(f"{path}: no such index; build it with anyres index") from None
+    except (OSError, ValueError, pa.ArrowException) as error:  # ValueError: column names that are not UTF-8
         raise DataError(f"{path}: cannot be read as Parquet: {' '.join(str(error).split())}") from None
     if METADATA_KEY not in (schema.metadata or {}):
-        raise DataError(f"{path}: Parquet, but not made by anyres index")
+        raise DataError(f"{path}: a Parquet file, but not built by anyres index")
     try:
         content = json.loads(schema.metadata[METADATA_KEY])
     except (ValueError, RecursionError):
         content = None
     known = isinstance(content, dict) and {"format", "key"} <= content.keys()
     if not known or not isinstance(content.get("settings"), dict):
-        raise DataError(f"{path}: the note of anyres index in it is broken: make it again")
+        raise DataError(f"{path}: its metadata of anyres index is broken: rebuild it with anyres index")
     if content["format"] != FORMAT:
-        raise DataError(f"{path}: an index of format {content['format']}, expected {FORMAT}: make it again")
+        raise DataError(
+            f"{path}: an index of format {content['format']}, expected {FORMAT}: rebuild it with anyres index"
+        )
     if not schema.equals(SCHEMA):
-        raise DataError(f"{path}: its columns are not those of an index of format {FORMAT}: make it again")
+        raise DataError(
+            f"{path}: its columns are not those of an index of format {FORMAT}: rebuild it with anyres index"
+        )
     return Index(path, content)
 
 

@@ -1,1 +1,1 @@
-"""From lengths to packs and optimizer steps."""
+"""Pack samples by their lengths into optimizer steps."""

@@ -1,4 +1,4 @@
-"""What a pack costs the ranks that run it, in tokens: sum(length) + square * sum(length**2) + tile * tiles."""
+"""Compute cost of a pack, in tokens: sum(length) + square * sum(length**2) + tile * tiles."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from typing import Any
 from anyres_vlm.errors import UsageError
 from anyres_vlm.flops import Flops, forward_flops
 
-LARGEST_SQUARE, LARGEST_TILE = 1e-3, 1e6  # far beyond any model; keeps the fixed-point arithmetic within 64 bits
+LARGEST_SQUARE, LARGEST_TILE = 1e-3, 1e6  # far above any real model; keeps fixed-point arithmetic within 64 bits
 
 
 @dataclass(frozen=True)
 class CostModel:
     """Cost of a squared token (causal attention) and of a tile (vision encoder), in tokens of the language model.
 
-    The defaults are those of a 7B model with CLIP ViT-L/14-336. Raises `UsageError` outside 0 <= square <= 0.001,
+    The defaults are for a 7B model with CLIP ViT-L/14-336. Raises `UsageError` outside 0 <= square <= 0.001,
     0 <= tile <= 1,000,000.
     """
 
@@ -31,19 +31,19 @@ class CostModel:
 
     @property
     def fixed_square(self) -> int:
-        """In 2**-30 tokens."""
+        """Cost of a squared token in units of 2**-30 tokens."""
         return round(self.square * 2**30)
 
     @property
     def fixed_tile(self) -> int:
-        """In 1/1024 token."""
+        """Cost of a tile in units of 1/1024 token."""
         return round(self.tile * 1024)
 
 
 def derive_cost(flops: Flops) -> CostModel:
-    """By FLOPs, every position with its logits; in a causal layer half the pairs of a sequence are seen.
+    """Derive the costs from FLOPs, with logits at every position and half of all pairs in causal attention.
 
-    A toy model's go no further than the largest costs.
+    The costs of toy models are clipped to the largest allowed.
     """
     token = flops.token + flops.head
     square, tile = flops.pair / 2 / token, (flops.encoder + flops.projector) / token
@@ -51,9 +51,10 @@ def derive_cost(flops: Flops) -> CostModel:
 
 
 def read_cost(path: Path) -> CostModel:
-    """Derive the costs from a Hugging Face folder or `config.json` of a LLaVA-like model, or from a run's YAML.
+    """Derive the costs from a Hugging Face folder or `config.json` of a LLaVA-like model, or from a run's YAML file.
 
-    A YAML names its language model and its encoder as folders or hub ids; both must be at hand. Raises `UsageError`.
+    A YAML file names its language model and encoder as folders or hub ids; both must be available locally. Raises
+    `UsageError`.
     """
     from transformers import AutoConfig  # start-up time
 
@@ -65,8 +66,7 @@ def read_cost(path: Path) -> CostModel:
         except (OSError, ValueError) as error:
             reason = " ".join(str(error).split())[:200]
             raise UsageError(
-                f"{path}: no model configuration {name} at hand ({reason}); give a folder with a config.json, or "
-                "--cost-sq and --cost-tile"
+                f"{path}: no model configuration {name} is available ({reason}); give a folder with a config.json"
             ) from None
 
     if path.suffix in (".yaml", ".yml"):
@@ -80,6 +80,8 @@ def read_cost(path: Path) -> CostModel:
         raise UsageError(f"{path}: no such file; expected a folder with a config.json, or a YAML configuration")
     whole = read(path.parent if path.name == "config.json" else path)
     if not hasattr(whole, "text_config") or not hasattr(whole, "vision_config"):
-        raise UsageError(f"{path}: a {whole.model_type} has no text_config and vision_config: expected a LLaVA model")
+        raise UsageError(
+            f"{path}: a {whole.model_type} model without text_config and vision_config: expected a LLaVA model"
+        )
     layers = getattr(whole, "vision_feature_layer", -2)
     return derive_cost(forward_flops(whole.text_config, whole.vision_config, layers))

@@ -1,9 +1,9 @@
-"""Compiled kernels that even out the costs of a step's packs by exchanging samples between them.
+"""Compiled kernels that balance the costs of a step's packs by exchanging samples between them.
 
-Filling decides pack by pack; where tiles are dear, a few packs of a step end a tile or two above the others, and every
-micro-step waits for its costliest pack. Here the costliest pack exchanges one or two samples for up to two of a cheap
-one, as long as both stay within the capacity and the dearer of the two becomes cheaper. A step keeps its samples, so
-that neither efficiency nor randomness changes.
+Packs are filled one by one. If tiles are expensive, a few packs of a step end up a tile or two above the others, and
+every micro-step waits for its most expensive pack. Here the most expensive pack exchanges one or two samples for up to
+two of a cheap pack, as long as both stay within the capacity and the higher of the two costs falls. Each step keeps its
+samples, so neither efficiency nor randomness changes.
 """
 
 from __future__ import annotations
@@ -16,18 +16,18 @@ from numpy.typing import NDArray
 
 from anyres_vlm.data.packing.fill import UNIT
 
-Int = Any  # Python's or numpy's: compiled, there is no difference
+Int = Any  # of Python or numpy; compiled code makes no difference
 Ints = NDArray[np.int64]
 
-PARTNERS = 12  # cheapest packs with which an exchange is tried
-MEMBERS = 12  # samples of a pack that may be exchanged
+PARTNERS = 12  # number of cheapest packs to try an exchange with
+MEMBERS = 12  # number of samples of a pack that may be exchanged
 SUBSETS = 1 + MEMBERS * (MEMBERS + 1) // 2
-TOLERANCE = 250  # a pack is even enough at a 250th above the mean
+TOLERANCE = 250  # a step is balanced when its highest cost is within 1/250 of the mean
 
 
 @numba.njit(cache=True)  # type: ignore[untyped-decorator]
 def list_subsets(members: Ints, size: Ints, price: Ints, subsets: Ints) -> Int:
-    """Write (tokens, cost, first, second) of all subsets of up to two members, the empty one first; -1 is no member."""
+    """Write (tokens, cost, first, second) of all subsets of up to two members, first the empty one; -1: no member."""
     subsets[0] = np.array((0, 0, -1, -1))
     found = 1
     for one in range(min(len(members), MEMBERS)):
@@ -43,7 +43,7 @@ def list_subsets(members: Ints, size: Ints, price: Ints, subsets: Ints) -> Int:
 
 @numba.njit(cache=True)  # type: ignore[untyped-decorator]
 def improve(size: Ints, price: Ints, pack: Ints, load: Ints, cost: Ints, capacity: Int) -> bool:
-    """Make the best exchange of the costliest pack: `size`, `price`, `pack` of samples, `load`, `cost` of packs."""
+    """Make the best exchange for the most expensive pack. `size`, `price`, `pack` are per sample, the rest per pack."""
     worst = np.argmax(cost)
     mine, theirs = np.empty((SUBSETS, 4), np.int64), np.empty((SUBSETS, 4), np.int64)
     many = list_subsets(np.flatnonzero(pack == worst), size, price, mine)
@@ -59,9 +59,9 @@ def improve(size: Ints, price: Ints, pack: Ints, load: Ints, cost: Ints, capacit
                 if load[other] + more > capacity or load[worst] - more > capacity:
                     continue
                 shift = mine[one, 1] - theirs[two, 1]
-                dearer = max(cost[worst] - shift, cost[other] + shift)
-                if dearer < best:
-                    best, partner = dearer, other
+                higher = max(cost[worst] - shift, cost[other] + shift)
+                if higher < best:
+                    best, partner = higher, other
                     give[:], take[:] = mine[one], theirs[two]
     if partner < 0:
         return False
@@ -88,7 +88,7 @@ def even_out(
     capacity: Int,
     per_step: Int,
 ) -> None:
-    """Exchange samples within each step, in place, until its costliest pack is even enough or cannot be improved."""
+    """Exchange samples within each step, in place, until it is balanced or cannot be improved."""
     for first in range(0, len(costs), per_step):
         last = min(first + per_step, len(costs))
         cost = costs[first:last]

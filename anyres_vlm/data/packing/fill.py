@@ -1,10 +1,10 @@
-"""Compiled kernels that fill pack after pack from a small buffer over the shuffled samples.
+"""Compiled kernels that fill packs one by one from a small buffer over the shuffled samples.
 
-The buffer holds the next samples of the shuffled order, sorted by length. Each pack takes the oldest sample of the
-buffer first, so that none waits for more packs than the buffer has samples; then more of the oldest ones, chosen among
-a few for their cost; at the end the best combination of up to four that the buffer offers: up to two of the oldest ones
-and the best pair for what is left, found by two pointers; and once more while a short one still fits. Nothing is moved
-further than the buffer reaches, so that lengths stay as random as the shuffle made them.
+The buffer holds the next samples of the shuffled order, sorted by length. Each pack first takes the oldest sample of
+the buffer, so no sample waits for more packs than the buffer has samples; then more of the oldest ones, chosen among a
+few by their cost. It ends with the best combination of up to four samples: up to two of the oldest ones and the best
+pair for the remaining room, found with two pointers. This is repeated while a short sample still fits. No sample moves
+further than the buffer reaches, so the order of lengths stays as random as the shuffle.
 
 All arithmetic is on integers. Lengths and prices are in tokens; costs are in 1/1024 token (`UNIT`).
 """
@@ -17,34 +17,34 @@ import numba
 import numpy as np
 from numpy.typing import NDArray
 
-Int = Any  # Python's or numpy's: compiled, there is no difference
+Int = Any  # of Python or numpy; compiled code makes no difference
 Ints = NDArray[np.int64]
 
-UNIT = 1024  # cost units a token
-AGES = 8  # oldest samples among which the cost decides while a pack is far from full
-CANDIDATES = 6  # oldest samples that the search for the last ones tries
+UNIT = 1024  # cost units per token
+AGES = 8  # number of oldest samples to choose from by cost while a pack is far from full
+CANDIDATES = 6  # number of oldest samples that the search for the last ones tries
 LIMIT = np.int64(1) << 60
 SHIFT = 32  # a key of the buffer is length << 32 | position in the shuffled order
 MASK = (1 << SHIFT) - 1
 
 
-class Way(NamedTuple):
-    """How to fill. A score is in lost tokens times `weight`; see `best_pair`."""
+class Strategy(NamedTuple):
+    """Parameters of filling. A score is in lost tokens times `weight`; see `best_pair`."""
 
     width: int  # samples in the buffer
-    near: int  # tenths of a mean length: with less room than that the last samples of a pack are searched
-    pairs: int  # of the oldest samples, how many are also tried in twos
-    weight: int  # of a lost token
-    over: int  # scale of a cost above the goal
-    under: int  # scale of a cost below it
-    most: int  # that a cost off the goal adds to a score
-    accept: int  # score that ends a search
-    relax: int  # sixteenths of the running mean score that also end it
-    expected: int  # efficiency, in 1/1024
+    near: int  # tenths of a mean length; with less room than this, the last samples of a pack are searched
+    pairs: int  # number of oldest samples that are also tried in pairs
+    weight: int  # score of a lost token
+    over: int  # scale for a cost above the goal
+    under: int  # scale for a cost below the goal
+    most: int  # largest score for a cost that misses the goal
+    accept: int  # score at which a search ends
+    relax: int  # sixteenths of the running mean score at which it also ends
+    expected: int  # expected efficiency, in 1/1024
 
 
 class Samples(NamedTuple):
-    """In the shuffled order, (N,) each: tokens, cost beyond them, worth in tokens, and whether in a pack yet."""
+    """In shuffled order, (N,) each: tokens, cost beyond the tokens, worth in tokens, and whether already in a pack."""
 
     length: NDArray[np.int32]
     extra: Ints
@@ -52,14 +52,15 @@ class Samples(NamedTuple):
     used: NDArray[np.uint8]
 
 
-# The state of filling: keys in the buffer, next sample to take in, oldest one in it, next to look at for the due cost,
-# samples placed, running mean score; tokens taken in, looked at and placed, and the extra costs of the last two.
+# Indices of the state: keys in the buffer, next sample to load, oldest sample in the buffer, next sample to count for
+# the due cost, samples placed, running mean score, tokens loaded, tokens and extra cost counted, tokens and extra cost
+# placed.
 COUNT, HEAD, OLDEST, AHEAD, DONE, SCORE, FED, SEEN, SEEN_EXTRA, PLACED, PLACED_EXTRA = range(11)
 
 
 @numba.njit(cache=True)  # type: ignore[untyped-decorator]
 def locate(keys: Ints, count: Int, key: Int) -> Int:
-    """The first index whose key is not smaller."""
+    """Return the first index whose key is not smaller."""
     low, high = 0, count
     while low < high:
         middle = (low + high) >> 1
@@ -97,17 +98,17 @@ def best_pair(
     taken: tuple[Int, Int],
     best: Int,
     accept: Int,
-    way: Way,
+    strategy: Strategy,
     pair: Ints,
 ) -> tuple[Int, bool]:
-    """The pair within `room` of the lowest score, written to `pair` if below `best`. Index 0 stands for no sample.
+    """Find the pair within `room` with the lowest score and write it to `pair` if below `best`. Index 0 is no sample.
 
-    Returns the lowest score and whether it is good enough to end the search: at most `accept`, with next to no lost
+    Returns the lowest score and whether it is good enough to end the search: at most `accept`, with almost no lost
     tokens.
 
-    score = weight * (worth - values) + room left / 4 + (cost - goal)**2 / scale, with a smaller scale above the goal,
-    for the costliest pack of a micro-step is the one that the others wait for. Values do not fall with the length, so
-    for each first sample the longest second ones that fit are tried.
+    score = weight * (worth - values) + room left / 4 + (cost - goal)**2 / scale. The scale is smaller above the goal,
+    because the other ranks wait for the most expensive pack of a micro-step. Values never decrease with length, so for
+    each first sample only the longest second ones that fit are tried.
     """
     extra, value = samples.extra, samples.value
     low, high = 0, count - 1
@@ -126,13 +127,15 @@ def best_pair(
                 if other > 0:
                     sum_extra += extra[keys[other] & MASK]
                     score -= value[keys[other] & MASK]
-                score *= way.weight
+                score *= strategy.weight
                 if score >= best:
                     break
-                tight = score <= 2 * way.accept
+                tight = score <= 2 * strategy.accept
                 size = (keys[low] >> SHIFT) + (keys[other] >> SHIFT)
                 miss = (size * UNIT + sum_extra - goal) // UNIT
-                score += ((room - size) >> 2) + min(miss * miss // (way.over if miss > 0 else way.under), way.most)
+                score += ((room - size) >> 2) + min(
+                    miss * miss // (strategy.over if miss > 0 else strategy.under), strategy.most
+                )
                 if score < best:
                     best = score
                     pair[0], pair[1] = low, other
@@ -151,10 +154,10 @@ def best_end(
     worth: Int,
     goal: Int,
     accept: Int,
-    way: Way,
+    strategy: Strategy,
     chosen: Ints,
 ) -> Int:
-    """Choose up to four samples that end a pack; their indices in the buffer, 0 for none, go to `chosen`."""
+    """Write the buffer indices of up to four samples that end a pack to `chosen`, 0 for none. Returns the score."""
     place, where = np.empty(CANDIDATES, np.int64), np.empty(CANDIDATES, np.int64)
     length, extra, value, used = samples
     count, head = state[COUNT], state[HEAD]
@@ -168,7 +171,7 @@ def best_end(
     best = LIMIT
     chosen[:] = 0
     for one in range(-1, found):
-        for two in range(-1, max(one, 0) if one < way.pairs else 0):
+        for two in range(-1, max(one, 0) if one < strategy.pairs else 0):
             size: Int = np.int64(0)
             gain: Int = np.int64(0)
             cost: Int = np.int64(0)
@@ -188,7 +191,7 @@ def best_end(
                 continue
             score, good = best_pair(
                 keys, count, samples, room - size, worth - gain, goal - size * UNIT - cost,
-                (first, second), best, accept, way, pair,
+                (first, second), best, accept, strategy, pair,
             )  # fmt: skip
             if score < best:
                 best = score
@@ -200,7 +203,7 @@ def best_end(
 
 @numba.njit(cache=True)  # type: ignore[untyped-decorator]
 def best_next(state: Ints, samples: Samples, room: Int, goal: Int, full: Int, capacity: Int) -> Int:
-    """The one of the oldest samples that brings the pack's cost nearest to its due for its length; -1 if none fits."""
+    """Return the one of the oldest samples that best keeps cost in proportion to length; -1 if none fits."""
     due = goal - room * full // capacity
     best, choice, seen, at = LIMIT, -1, 0, state[OLDEST]
     while seen < AGES and at < state[HEAD]:
@@ -217,7 +220,7 @@ def best_next(state: Ints, samples: Samples, room: Int, goal: Int, full: Int, ca
 
 @numba.njit(cache=True)  # type: ignore[untyped-decorator]
 def refill(state: Ints, keys: Ints, samples: Samples, width: Int) -> None:
-    """Take the next samples into the buffer until it holds `width`."""
+    """Load the next samples until the buffer holds `width`."""
     length, extra = samples.length, samples.extra
     while state[COUNT] <= width and state[HEAD] < len(length):
         head = state[HEAD]
@@ -233,7 +236,7 @@ def refill(state: Ints, keys: Ints, samples: Samples, width: Int) -> None:
 
 @numba.njit(cache=True)  # type: ignore[untyped-decorator]
 def due_cost(state: Ints, samples: Samples, tokens: Int, expected: Int) -> Int:
-    """The cost due to a pack of `expected` tokens: as of the next samples, `tokens` in all."""
+    """Return the due cost of a pack of `expected` tokens, at the mean cost of the next samples, `tokens` in total."""
     length, extra = samples.length, samples.extra
     while state[AHEAD] < len(length) and state[SEEN] - state[PLACED] < tokens:
         state[SEEN] += length[state[AHEAD]]
@@ -244,7 +247,7 @@ def due_cost(state: Ints, samples: Samples, tokens: Int, expected: Int) -> Int:
 
 @numba.njit(cache=True)  # type: ignore[untyped-decorator]
 def place(state: Ints, keys: Ints, at: Int, samples: Samples) -> Int:
-    """Move a sample from the buffer into the pack; its position in the shuffled order."""
+    """Move a sample from the buffer to the pack. Returns its position in the shuffled order."""
     choice = keys[at] & MASK
     remove(keys, state[COUNT], at)
     samples.used[choice] = 1
@@ -257,9 +260,9 @@ def place(state: Ints, keys: Ints, at: Int, samples: Samples) -> Int:
 
 @numba.njit(cache=True)  # type: ignore[untyped-decorator]
 def fill_pack(
-    state: Ints, keys: Ints, samples: Samples, capacity: Int, due: Int, way: Way, positions: NDArray[np.int32]
+    state: Ints, keys: Ints, samples: Samples, capacity: Int, due: Int, strategy: Strategy, positions: NDArray[np.int32]
 ) -> None:
-    """Fill one pack; the positions of its samples in the shuffled order go to `positions` from `state[DONE]` on."""
+    """Fill one pack and write the shuffled positions of its samples to `positions` from `state[DONE]` on."""
     length, extra, value, used = samples
     room, worth, goal, first = np.int64(capacity), np.int64(capacity), due, True
     score: Int = np.int64(0)
@@ -268,7 +271,7 @@ def fill_pack(
             state[OLDEST] += 1
         choice = state[OLDEST]
         if not first:
-            if 10 * room * (state[COUNT] - 1) < way.near * (state[FED] - state[PLACED]):
+            if 10 * room * (state[COUNT] - 1) < strategy.near * (state[FED] - state[PLACED]):
                 break
             choice = best_next(state, samples, room, goal, due, capacity)
             if choice < 0:
@@ -279,13 +282,13 @@ def fill_pack(
         positions[state[DONE]] = choice
         place(state, keys, locate(keys, state[COUNT], (np.int64(length[choice]) << SHIFT) | choice), samples)
     chosen = np.zeros(4, np.int64)
-    while state[COUNT] > 1 and room >= keys[1] >> SHIFT:  # again where even four leave room for a short one
-        accept = max(way.accept, (state[SCORE] >> 10) * way.relax >> 4)
-        score = best_end(keys, state, samples, room, worth, goal, accept, way, chosen)
+    while state[COUNT] > 1 and room >= keys[1] >> SHIFT:  # again if there is room for a short sample
+        accept = max(strategy.accept, (state[SCORE] >> 10) * strategy.relax >> 4)
+        score = best_end(keys, state, samples, room, worth, goal, accept, strategy, chosen)
         chosen.sort()
         if chosen[3] == 0:
             break
-        for at in chosen[::-1]:  # from the end, so that the indices of the others stay
+        for at in chosen[::-1]:  # from the end, so that the other indices stay valid
             if at > 0:
                 choice = place(state, keys, at, samples)
                 positions[state[DONE] - 1] = choice
@@ -296,33 +299,33 @@ def fill_pack(
 
 @numba.njit(cache=True)  # type: ignore[untyped-decorator]
 def fill(
-    length: NDArray[np.int32], extra: Ints, value: NDArray[np.int32], capacity: Int, per_step: Int, way: Way
+    length: NDArray[np.int32], extra: Ints, value: NDArray[np.int32], capacity: Int, per_step: Int, strategy: Strategy
 ) -> tuple[NDArray[np.int32], Ints, Ints, Int, Int]:
     """Fill packs until no sample is left. `length`, `extra` and `value` (N,) are in the shuffled order.
 
-    Returns the positions of the samples in the order of their packs (N,), each pack's first index in it (packs + 1,),
-    each pack's cost in 1/1024 token (packs,), and how many packs, with how many tokens, there were when the last sample
-    came into the buffer.
+    Returns the positions of the samples in the order of their packs (N,), the start of each pack in them (packs + 1,),
+    the cost of each pack in 1/1024 token (packs,), and the numbers of packs and tokens placed when the last sample was
+    loaded into the buffer.
     """
     total = len(length)
-    # Of the last two only what is written takes up memory.
+    # Unwritten pages of the last two arrays take no memory.
     positions, starts, costs = np.empty(total, np.int32), np.empty(total + 1, np.int64), np.empty(total, np.int64)
     starts[0] = 0
     samples = Samples(length, extra, value, np.zeros(total, np.uint8))
-    keys, state = np.zeros(way.width + 2, np.int64), np.zeros(11, np.int64)
-    state[COUNT] = 1  # keys[0] is no sample
-    pack, due, dry_packs, dry_tokens = 0, np.int64(0), 0, np.int64(0)
+    keys, state = np.zeros(strategy.width + 2, np.int64), np.zeros(11, np.int64)
+    state[COUNT] = 1  # keys[0] stands for no sample
+    pack, due, steady_packs, steady_tokens = 0, np.int64(0), 0, np.int64(0)
     while state[DONE] < total:
         if state[HEAD] < total:
-            dry_packs, dry_tokens = pack, state[PLACED]
-        refill(state, keys, samples, way.width)
+            steady_packs, steady_tokens = pack, state[PLACED]
+        refill(state, keys, samples, strategy.width)
         if pack % per_step == 0:
-            due = due_cost(state, samples, per_step * capacity, capacity * way.expected // 1024)
+            due = due_cost(state, samples, per_step * capacity, capacity * strategy.expected // 1024)
         before = state[PLACED] * UNIT + state[PLACED_EXTRA]
-        fill_pack(state, keys, samples, capacity, due, way, positions)
+        fill_pack(state, keys, samples, capacity, due, strategy, positions)
         costs[pack] = state[PLACED] * UNIT + state[PLACED_EXTRA] - before
         pack += 1
         starts[pack] = state[DONE]
-    if dry_packs == 0:  # too few samples to tell the end apart
-        dry_packs, dry_tokens = pack, state[PLACED]
-    return positions, starts[: pack + 1], costs[:pack], dry_packs, dry_tokens
+    if steady_packs == 0:  # too few samples to exclude the end
+        steady_packs, steady_tokens = pack, state[PLACED]
+    return positions, starts[: pack + 1], costs[:pack], steady_packs, steady_tokens

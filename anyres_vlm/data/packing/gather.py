@@ -1,9 +1,9 @@
-"""Compiled kernels that gather the dearest packs of a few neighbouring steps in one of them.
+"""Compiled kernels that gather the most expensive packs of a few neighbouring steps into one step.
 
-Where tiles are dear, a few packs cost more than the others whatever is done, as those of one image more. A step with
-one of them waits as long as a step with twenty, so twenty of them are gathered in one step of a block, exchanged for
-others: those steps wait no more. They go where they disturb the randomness least, and only as many as leave the step's
-mean length and share of text what random order might give.
+If tiles are expensive, a few packs inevitably cost more than the others, such as those with one more image. A step with
+one of them waits as long as a step with twenty. So within a block of steps, these packs are exchanged for others such
+that one step holds them all and the other steps no longer wait. The step is chosen to disturb randomness least, and
+takes only as many as keep its mean length and share of text within what a random order may give.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ from numpy.typing import NDArray
 
 from anyres_vlm.data.packing.spread import Moments, count, miss, reorder
 
-Int = Any  # Python's or numpy's: compiled, there is no difference
+Int = Any  # of Python or numpy; compiled code makes no difference
 Ints = NDArray[np.int64]
 
-STEPS = 8  # of a block
-MOST_MISS = 4.0  # of a step that gathers, in variances of random order
-GAIN = 300  # gathering is worth it for a 300th of the cost
+STEPS = 8  # per block
+MOST_MISS = 4.0  # largest deviation of the gathering step, in variances of a random order
+GAIN = 300  # gather only if it saves at least 1/300 of the cost
 
 
 @numba.njit(cache=True)  # type: ignore[untyped-decorator]
-def choose_dear(counts: Ints, costs: Ints, per_step: Int, moments: Moments) -> tuple[Ints, Int]:
-    """The packs of a block that one step should hold, none if there is no gain, and that step."""
+def choose_expensive(counts: Ints, costs: Ints, per_step: Int, moments: Moments) -> tuple[Ints, Int]:
+    """Return the packs of a block that one step should hold, none if nothing is gained, and that step."""
     order = np.argsort(-costs, kind="mergesort")
     steps = len(costs) // per_step
     whole, inside, number = np.zeros((steps, 3)), np.zeros((steps, 3)), np.zeros(steps, np.int64)
@@ -54,13 +54,13 @@ def choose_dear(counts: Ints, costs: Ints, per_step: Int, moments: Moments) -> t
 
 
 @numba.njit(cache=True)  # type: ignore[untyped-decorator]
-def exchange(dear: Ints, home: Int, per_step: Int, packs: Int) -> Ints:
-    """The packs of a block in their new order: the dear ones elsewhere change places with others of the home step."""
-    source, is_dear = np.arange(packs), np.zeros(packs, np.bool_)
-    is_dear[dear] = True
+def exchange(expensive: Ints, home: Int, per_step: Int, packs: Int) -> Ints:
+    """Return the new order of a block: expensive packs elsewhere swap places with other packs of the home step."""
+    source, is_expensive = np.arange(packs), np.zeros(packs, np.bool_)
+    is_expensive[expensive] = True
     first = home * per_step
-    others = first + np.flatnonzero(~is_dear[first : first + per_step])
-    away = np.sort(dear[dear // per_step != home])
+    others = first + np.flatnonzero(~is_expensive[first : first + per_step])
+    away = np.sort(expensive[expensive // per_step != home])
     for index in range(len(away)):
         other = others[index * len(others) // len(away)]
         source[away[index]], source[other] = other, away[index]
@@ -71,11 +71,11 @@ def exchange(dear: Ints, home: Int, per_step: Int, packs: Int) -> Ints:
 def gather_dear(
     rows: NDArray[np.int32], starts: Ints, costs: Ints, tokens: Ints, tiles: Ints, per_step: Int, moments: Moments
 ) -> None:
-    """Gather dear packs within each block of full steps, in place."""
+    """Gather expensive packs within each block of full steps, in place."""
     full = len(costs) // per_step
     for step in range(0, full, STEPS):
         first, last = step * per_step, min(step + STEPS, full) * per_step
         counts = count(rows, starts, tokens, tiles, first, last)
-        dear, home = choose_dear(counts, costs[first:last], per_step, moments)
-        if len(dear):
-            reorder(rows, starts, costs, first, exchange(dear, home, per_step, last - first))
+        expensive, home = choose_expensive(counts, costs[first:last], per_step, moments)
+        if len(expensive):
+            reorder(rows, starts, costs, first, exchange(expensive, home, per_step, last - first))

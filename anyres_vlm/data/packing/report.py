@@ -1,4 +1,4 @@
-"""What a plan is worth: efficiency against its bound, stragglers at a number of ranks, samples a step, and advice."""
+"""Report on a plan: efficiency and its bound, stragglers at a number of ranks, samples per step, and advice."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ import numpy as np
 from anyres_vlm.data.packing.bound import bound_efficiency
 from anyres_vlm.data.packing.plan import Plan
 
-FAIR = 0.98  # bound below which another capacity is worth a look
-BUDGETS = (4096, 6144, 8192, 10_240, 12_288, 16_384, 20_480, 24_576, 32_768)
+FAIR = 0.98  # if the bound is lower, another capacity is suggested
+CAPACITIES = (4096, 6144, 8192, 10_240, 12_288, 16_384, 20_480, 24_576, 32_768)
 
 
 @dataclass(frozen=True)
 class PlanReport:
     """Figures of a plan at a number of ranks.
 
-    `straggler` is the sum over micro-steps of the costliest rank over the sum of the mean rank; `utilisation` its
-    inverse. `idle_places` are the (micro-step, rank) places of a full step that no pack fills. The samples a step are
-    those of full steps.
+    `straggler` is the cost of the slowest rank summed over micro-steps, divided by that of the mean rank; `utilisation`
+    is its inverse. `idle_places` is the number of (micro-step, rank) places of a full step without a pack. The samples
+    per step are those of full steps.
     """
 
     samples: int
@@ -49,7 +49,7 @@ def measure(plan: Plan, world_size: int) -> PlanReport:
     efficiency = tokens / (plan.num_packs * plan.capacity)
     bound = bound_efficiency(plan.tokens, plan.capacity).efficiency
     _, ranks = plan.assign(world_size)
-    slowest = plan.costs[ranks == 0].sum()  # of each micro-step: the costliest pack is dealt first
+    slowest = plan.costs[ranks == 0].sum()  # rank 0 has the most expensive pack of each micro-step
     utilisation = float(plan.costs.sum() / (world_size * slowest))
     ends = plan.starts[np.minimum(np.arange(plan.num_steps + 1) * plan.packs_per_step, plan.num_packs)]
     sizes = np.diff(ends)
@@ -78,7 +78,7 @@ def measure(plan: Plan, world_size: int) -> PlanReport:
 
 
 def _advise(plan: Plan, world_size: int, bound: float, samples_per_step: float) -> Iterator[str]:
-    """What to change, a sentence each."""
+    """Yield sentences on what to change."""
     packs = plan.packs_per_step
     if packs % world_size:
         around = [
@@ -89,13 +89,13 @@ def _advise(plan: Plan, world_size: int, bound: float, samples_per_step: float) 
         )
         places = around[-1]
         yield (
-            f"{packs} packs a step do not go round {world_size} ranks: {places - packs} of {places} places stay idle; "
-            f"try {choices}, or a number of ranks that divides {packs}"
+            f"{packs} packs per step do not divide evenly over {world_size} ranks: {places - packs} of {places} places "
+            f"stay idle; try {choices}, or a number of ranks that divides {packs}"
         )
     if abs(samples_per_step / plan.batch_size - 1) > 0.1 and plan.num_steps > 1:
         yield (
             f"a step has {samples_per_step:.0f} samples, {samples_per_step / plan.batch_size - 1:+.0%} from the batch "
-            f"size of {plan.batch_size}: a smaller capacity or another --packs-per-step comes nearer"
+            f"size of {plan.batch_size}: use a smaller capacity or another --packs-per-step to get closer"
         )
     if bound < FAIR:
         better = _better_capacity(plan, bound)
@@ -106,9 +106,9 @@ def _advise(plan: Plan, world_size: int, bound: float, samples_per_step: float) 
 
 
 def _better_capacity(plan: Plan, bound: float) -> tuple[int, float] | None:
-    """The smallest larger budget whose bound is fair, or else the best one if it gains a hundredth."""
+    """Return the smallest larger capacity with a fair bound, else the best one if it gains at least 0.01."""
     best = None
-    for capacity in BUDGETS:
+    for capacity in CAPACITIES:
         if capacity > plan.capacity:
             found = bound_efficiency(plan.tokens, capacity, classes=64).efficiency
             if found >= FAIR:

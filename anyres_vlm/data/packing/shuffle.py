@@ -1,4 +1,4 @@
-"""Compiled kernels that put the samples into the random order of an epoch."""
+"""Compiled kernels that shuffle the samples of an epoch."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ import numba
 import numpy as np
 from numpy.typing import NDArray
 
-Int = Any  # Python's or numpy's: compiled, there is no difference
+Int = Any  # of Python or numpy; compiled code makes no difference
 Ints = NDArray[np.int64]
 
 
 @numba.njit(cache=True)  # type: ignore[untyped-decorator]
 def shuffle(count: Int, seed: np.uint64) -> NDArray[np.int32]:
-    """Fisher-Yates by splitmix64: the same order on every machine and with every version of numpy."""
+    """Shuffle by Fisher-Yates with splitmix64: the same order on every machine and with every numpy version."""
     order = np.arange(count).astype(np.int32)
     state = seed
     for last in range(count - 1, 0, -1):
@@ -31,7 +31,7 @@ def shuffle(count: Int, seed: np.uint64) -> NDArray[np.int32]:
 def gather(
     order: NDArray[np.int32], tokens: Ints, tiles: Ints, square: Int, tile: Int
 ) -> tuple[NDArray[np.int32], Ints]:
-    """Lengths, and costs beyond the length in 1/1024 token, in the shuffled order.
+    """Return lengths, and costs beyond the length in 1/1024 token, in the shuffled order.
 
     `square` is the cost of a squared token in 2**-30 tokens, `tile` that of a tile in 1/1024 token.
     """

@@ -1,10 +1,10 @@
-"""Compiled kernels that spread the packs of a few neighbouring steps over them, kind by kind.
+"""Compiled kernels that distribute each kind of pack evenly over a few neighbouring steps.
 
-Packs come in kinds, such as two images, or one and a text; where few samples fit a pack, chance gives a step too many
-of a kind, and with it another mean length and share of text than its samples would have had in random order. So that
-each step gets its part, the packs of a block of steps are sorted by kind and cost, and of as many neighbours as there
-are steps each step gets one, in the order in which they were filled. No more than needed: what varies less than in
-random order from step to step makes the slow drifts of a random order stand out.
+A kind of pack is, for example, two images, or one image and a text. If few samples fit a pack, a step may by chance get
+too many packs of a kind, so its mean length and share of text deviate more than those of randomly drawn samples. To
+even this out, the packs of a block of n steps are sorted by kind and cost, and each run of n packs gives one pack to
+each step, in the order in which they were filled. Blocks are no longer than needed: if steps varied less than in random
+order, the slow drifts of a random order would stand out.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from numpy.typing import NDArray
 
 from anyres_vlm.data.packing.fill import UNIT
 
-Int = Any  # Python's or numpy's: compiled, there is no difference
+Int = Any  # of Python or numpy; compiled code makes no difference
 Ints = NDArray[np.int64]
 
-MOST_STEPS = 4  # of a block
-MOST_VARIANCE = 1.2  # of the means of steps, in units of that in random order
-BITS = 21  # of a number of samples or of a cost in tokens, within a key
+MOST_STEPS = 4  # per block
+MOST_VARIANCE = 1.2  # allowed variance of the means of steps, relative to random order
+BITS = 21  # in a sort key for a number of samples or a cost in tokens
 
 
 class Moments(NamedTuple):
@@ -35,7 +35,7 @@ class Moments(NamedTuple):
 
 @numba.njit(cache=True)  # type: ignore[untyped-decorator]
 def measure_moments(tokens: Ints, tiles: Ints) -> Moments:
-    """Of all samples."""
+    """Measure all samples."""
     total, squares, texts = 0.0, 0.0, 0
     for sample in range(len(tokens)):
         length = float(tokens[sample])
@@ -48,7 +48,7 @@ def measure_moments(tokens: Ints, tiles: Ints) -> Moments:
 
 @numba.njit(cache=True)  # type: ignore[untyped-decorator]
 def miss(length: Int, texts: Int, samples: Int, moments: Moments) -> float:
-    """Square of how far these samples' mean length or share of text is off, in units of its variance when random."""
+    """Return the squared deviation of mean length or share of text, the larger, relative to its random variance."""
     if samples == 0:
         return 0.0
     text_variance = moments.text * (1 - moments.text)
@@ -62,7 +62,7 @@ def miss(length: Int, texts: Int, samples: Int, moments: Moments) -> float:
 
 @numba.njit(cache=True)  # type: ignore[untyped-decorator]
 def count(rows: NDArray[np.int32], starts: Ints, tokens: Ints, tiles: Ints, first: Int, last: Int) -> Ints:
-    """Tokens, text-only samples and samples of the packs from `first` to `last`. (packs, 3)."""
+    """Count tokens, text-only samples and samples of packs `first` to `last` - 1. Returns (packs, 3)."""
     counts = np.zeros((last - first, 3), np.int64)
     for pack in range(first, last):
         for place in range(starts[pack], starts[pack + 1]):
@@ -76,7 +76,7 @@ def count(rows: NDArray[np.int32], starts: Ints, tokens: Ints, tiles: Ints, firs
 def vary(
     rows: NDArray[np.int32], starts: Ints, tokens: Ints, tiles: Ints, per_step: Int, moments: Moments
 ) -> tuple[float, float]:
-    """Variances of the full steps' mean lengths and shares of text, in units of those in random order."""
+    """Return the variances over full steps of mean length and share of text, relative to random order."""
     full = (len(starts) - 1) // per_step
     total = np.zeros(2)
     for step in range(full):
@@ -89,7 +89,7 @@ def vary(
 
 @numba.njit(cache=True)  # type: ignore[untyped-decorator]
 def reorder(rows: NDArray[np.int32], starts: Ints, costs: Ints, first: Int, source: Ints) -> None:
-    """Put the packs from `first` on in the order of `source`, in place."""
+    """Reorder the packs from `first` on to the order of `source`, in place."""
     old_starts, old_costs = starts[first : first + len(source) + 1].copy(), costs[first : first + len(source)].copy()
     old_rows = rows[old_starts[0] : old_starts[-1]].copy()
     done: Int = old_starts[0]
@@ -106,7 +106,7 @@ def reorder(rows: NDArray[np.int32], starts: Ints, costs: Ints, first: Int, sour
 def spread_blocks(
     rows: NDArray[np.int32], starts: Ints, costs: Ints, tokens: Ints, tiles: Ints, per_step: Int, most_steps: Int
 ) -> None:
-    """Reorder the packs within blocks of so many full steps, in place."""
+    """Reorder the packs within blocks of `most_steps` full steps, in place."""
     full = len(costs) // per_step
     for step in range(0, full, most_steps):
         steps = min(most_steps, full - step)
@@ -122,7 +122,7 @@ def spread_blocks(
 def spread(
     rows: NDArray[np.int32], starts: Ints, costs: Ints, tokens: Ints, tiles: Ints, per_step: int, moments: Moments
 ) -> None:
-    """Reorder packs in place until steps vary in mean length and share of text about as in random order."""
+    """Reorder packs in place until mean length and share of text vary over steps about as in random order."""
     for steps in range(2, MOST_STEPS + 1):
         if max(vary(rows, starts, tokens, tiles, per_step, moments)) <= MOST_VARIANCE:
             return

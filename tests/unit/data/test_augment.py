@@ -1,4 +1,4 @@
-"""Augmentation moves nothing and depends on its key alone, in every process."""
+"""Augmentation keeps geometry and depends on its key only, in every process."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def augmentation() -> Augmentation:
 
 
 def chart(height: int = 90, width: int = 120) -> np.ndarray:
-    """Black and white fields with a red one, so that a moved edge is seen whatever the colours become."""
+    """Black and white fields and a red one, so that a shifted edge shows whatever the colours become."""
     pixels = np.full((height, width, 3), 215, np.uint8)
     pixels[height // 3 : height // 2, width // 4 :] = 60
     pixels[: height // 4, : width // 5] = (200, 40, 40)
@@ -43,7 +43,7 @@ def test_the_key_alone_decides(augmentation: Augmentation) -> None:
     assert np.array_equal(again(chart(), keys[3]), pictures[3])
 
 
-def test_another_process_gives_the_same_pixels_and_asks_nobody(augmentation: Augmentation) -> None:
+def test_another_process_gives_the_same_pixels_without_network(augmentation: Augmentation) -> None:
     script = """
 import socket, sys
 def refuse(*arguments): raise AssertionError("a network look-up")

@@ -1,4 +1,4 @@
-"""Indexes: one row a record, made once, gone on with, merged from shards to the same bytes, with every reject told."""
+"""Indexes: one row per record, reused, resumed, merged from shards to the same bytes, with every reject listed."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ def test_columns_and_metadata(tmp_path: Path, settings: IndexSettings) -> None:
     assert totals["tokens"]["total"] == rows[0]["tokens"] + rows[1]["tokens"]
 
 
-def test_every_kind_of_reject_is_told(tmp_path: Path, settings: IndexSettings) -> None:
+def test_every_kind_of_reject_is_listed(tmp_path: Path, settings: IndexSettings) -> None:
     (tmp_path / "text.jpg").write_text("no image")
     (tmp_path / "empty.jpg").write_bytes(b"")
     Image.new("RGB", (1001, 1)).save(tmp_path / "strip.png")
@@ -152,7 +152,7 @@ def test_a_tokenizer_that_cannot_write_the_answer(tmp_path: Path, tiny_tokenizer
 
 
 @pytest.mark.parametrize("limit", [1, 7, 12, 40])
-def test_over_long_says_what_a_truncation_would_cut(limit: int) -> None:
+def test_over_long_names_what_truncation_would_cut(limit: int) -> None:
     plan = plan_tiles(Size(height=20, width=20), TILING)
     ids = np.array([1, 9, 5, 6, 9, 7, 8], np.int32)  # 9 is an image
     labels = np.where(np.isin(ids, [5, 7, 8]), ids, IGNORE_INDEX).astype(np.int32)
@@ -186,7 +186,9 @@ def test_too_many_rejects_end_the_run_but_are_listed(tmp_path: Path, settings: I
     assert build(data, settings, out, cap=0.75).rows_read == 4
     with pytest.raises(DataError, match="more than max_bad_fraction=0"):
         build(data, settings, out, cap=0.0)  # also one that is up to date
-    with pytest.raises(DataError, match=r"2 of 2 records are bad \(malformed_record 2\), none is left.*The first: "):
+    with pytest.raises(
+        DataError, match=r"2 of 2 records are bad \(malformed_record 2\), no samples remain.*The first: "
+    ):
         build(write(tmp_path / "all", [1, 2]), settings, tmp_path / "all.parquet", cap=1.0)
 
 
@@ -237,7 +239,7 @@ def test_other_settings_have_other_keys(tmp_path: Path, settings: IndexSettings,
     assert replace(settings).key("source") == settings.key("source")
 
 
-def test_images_that_are_mended_are_looked_at_again(tmp_path: Path, settings: IndexSettings) -> None:
+def test_repaired_images_are_indexed_again(tmp_path: Path, settings: IndexSettings) -> None:
     (tmp_path / "broken.png").write_bytes(b"broken")
     os.utime(tmp_path / "broken.png", ns=(1, 1))
     data = write(tmp_path, [entry("a", images=["broken.png"]), entry("b", images=["gone.png"]), entry("c")])
@@ -271,7 +273,7 @@ def test_shards_and_processes_make_the_same_bytes(
     assert pq.read_metadata(out).num_row_groups == 5
 
 
-def test_a_killed_run_goes_on_with_what_it_has(tmp_path: Path, settings: IndexSettings, tiny_bases: Path) -> None:
+def test_a_killed_run_resumes(tmp_path: Path, settings: IndexSettings, tiny_bases: Path) -> None:
     data, out = write(tmp_path, many(10_000)), tmp_path / "i.parquet"
     parts = tmp_path / ".i.parquet.parts"
     run = subprocess.Popen([sys.executable, "-c", KILLED, tiny_bases / "llm", data, out])
@@ -333,14 +335,14 @@ def test_shards_cover_every_row_once(rows: int) -> None:
     assert [row for span in spans for row in range(*span)] == list(range(rows))
 
 
-def test_files_that_are_no_index(tmp_path: Path, settings: IndexSettings) -> None:
+def test_files_that_are_not_an_index(tmp_path: Path, settings: IndexSettings) -> None:
     with pytest.raises(DataError, match="no such index"):
         read_index(tmp_path / "no.parquet")
     (tmp_path / "text.parquet").write_text("text")
     with pytest.raises(DataError, match="cannot be read as Parquet"):
         read_index(tmp_path / "text.parquet")
     pq.write_table(pa.table({"a": [1]}), tmp_path / "other.parquet")
-    with pytest.raises(DataError, match="not made by anyres index"):
+    with pytest.raises(DataError, match="not built by anyres index"):
         read_index(tmp_path / "other.parquet")
     with pytest.raises(UsageError, match="a folder"):
         build(write(tmp_path, many(1)), settings, tmp_path)

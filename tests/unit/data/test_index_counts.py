@@ -1,4 +1,4 @@
-"""What the index says a sample costs against what the model gets, and against transformers' own count."""
+"""Counts in the index compared with what the model receives and with transformers' own count."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ EDGES = [SQUARE, WIDE, TALL, (28, 28), (56, 28), (28, 56), (56, 56), (84, 28), (
 
 
 def shapes(rng: random.Random) -> list[tuple[int, int]]:
-    """Width and height of every image: edges of the tiles, long strips, and everything between."""
+    """Return image widths and heights: tile edges, long strips, and random sizes."""
     made = list(EDGES)
     while len(made) < IMAGES:
         ratio, side = rng.lognormvariate(0, 0.8), rng.choice((8, 30, 60, 120)) * rng.uniform(0.5, 1.5)
@@ -40,7 +40,7 @@ def shapes(rng: random.Random) -> list[tuple[int, int]]:
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, list[Size]]]:
-    """LLaVA JSON of records with none to three images, and the sizes that Pillow shows."""
+    """Write LLaVA JSON of records with 0 to 3 images. Returns it with the sizes as Pillow reads them."""
     folder = tmp_path_factory.mktemp("corpus")
     rng = random.Random(7)
     names, shown = [], {}
@@ -71,7 +71,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, li
 
 @pytest.mark.parametrize("layout", ["spatial_unpad", "flat"])
 @pytest.mark.parametrize("dialect", ["hf", "llava"])
-def test_counts_equal_what_the_model_gets(
+def test_counts_equal_the_input_of_the_model(
     corpus: tuple[Path, dict[str, list[Size]]],
     tmp_path: Path,
     tiny_tokenizer: PreTrainedTokenizerFast,

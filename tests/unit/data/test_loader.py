@@ -1,4 +1,4 @@
-"""Batches hold their packs' samples in order, with any number of workers; what went bad is left out and capped."""
+"""Batches hold their packs' samples in order, with any number of workers; unreadable samples are omitted and capped."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ STEPS = [[[0, 1], [2], []], [[4]], [[5, 6], [3]]]
 
 @pytest.fixture
 def samples(tmp_path: Path, tiny_tokenizer) -> IndexedSamples:
-    """Seven records; those whose number 3 divides have no image."""
+    """Seven records; those with a number divisible by 3 have no image."""
     records = []
     for number in range(7):
         images = []
@@ -55,7 +55,7 @@ def load_steps(samples: IndexedSamples, steps, workers=0, **settings) -> list[li
     return list(iter_steps(samples, shares, data, seed=0, workers=workers, pin_memory=False))
 
 
-def test_a_pack_is_its_samples_one_behind_another(samples: IndexedSamples) -> None:
+def test_a_pack_concatenates_its_samples(samples: IndexedSamples) -> None:
     pack = [samples.sample(position) for position in (1, 0, 2)]
     batch = collate([load(sample, "exact") for sample in pack], 28, IMAGE)
     ends = batch.cu_seqlens.tolist()
@@ -88,7 +88,7 @@ def test_workers_neither_reorder_nor_lose(samples: IndexedSamples, workers: int)
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_what_went_bad_is_left_out_of_its_pack_alone(samples: IndexedSamples, workers: int) -> None:
+def test_unreadable_samples_are_omitted_from_their_pack_only(samples: IndexedSamples, workers: int) -> None:
     path = samples.sample(1).images[0].path
     assert path is not None
     path.write_bytes(path.read_bytes()[:-30])
@@ -109,11 +109,11 @@ def test_data_that_changed_since_it_was_indexed_is_named(samples: IndexedSamples
     data = tmp_path / "data.json"
     data.write_text(data.read_text().replace("star 3", "a star and another star 3"))
     changed = IndexedSamples(open_source(data), samples.index, samples.conversation, TILING)
-    with pytest.raises(DataError, match=r"record 3: \d+ tokens, indexed were \d+: the data changed since"):
+    with pytest.raises(DataError, match=r"record 3: \d+ tokens, expected \d+ as indexed: the data has changed"):
         changed.sample(3)
 
 
-def test_pictures_come_upright_and_in_rgb(tmp_path: Path) -> None:
+def test_images_are_upright_and_rgb(tmp_path: Path) -> None:
     image = Image.new("RGB", (4, 2), "red")
     exif = image.getexif()
     exif[0x0112] = 6
@@ -127,7 +127,7 @@ def test_pictures_come_upright_and_in_rgb(tmp_path: Path) -> None:
             open_image(tmp_path / name)
 
 
-def test_workers_heed_a_signal_of_their_trainer_alone(samples: IndexedSamples) -> None:
+def test_workers_exit_only_on_a_signal_from_their_trainer(samples: IndexedSamples) -> None:
     shares = [[Pack(0, np.array(pack, np.int64)) for pack in step] for step in STEPS * 4]
     steps = iter_steps(samples, shares, DataConfig(path=Path("data.json")), seed=0, workers=1, pin_memory=False)
     next(steps)

@@ -1,4 +1,4 @@
-"""The bound is never below what an exhaustive search packs, and near what long runs reach."""
+"""The bound is never below the optimum of an exhaustive search, and close to known optima."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from anyres_vlm.data.packing.bound import bound_efficiency
 
 
 def fewest_packs(tokens: list[int], capacity: int) -> int:
-    """By trying every place of every sample, longest first."""
+    """Try every placement of every sample, longest first."""
     best = len(tokens)
     order = sorted(tokens, reverse=True)
 
@@ -56,7 +56,7 @@ def test_known_optima(lengths: list[int], counts: list[int], capacity: int, effi
 
 
 def test_prices_are_feasible_for_real_lengths() -> None:
-    """No pack of real lengths is worth more than its capacity: the proof behind the bound, on random packs."""
+    """No pack of real lengths is worth more than its capacity: the proof of the bound, on random packs."""
     rng = np.random.default_rng(0)
     tokens = np.concatenate([rng.integers(2300, 3100, 5000), rng.integers(10, 900, 800)])
     values = bound_efficiency(tokens, 8192).values(8192)

@@ -1,4 +1,4 @@
-"""Costs derived from configurations that transformers writes: the figures of the literature's models."""
+"""Costs derived from transformers configurations, compared with figures of published models."""
 
 from __future__ import annotations
 
@@ -43,17 +43,17 @@ def test_costs_of_a_run_by_its_local_folders(tmp_path: Path) -> None:
     assert read_cost(run).tile == pytest.approx(29, rel=0.05)
 
 
-def test_what_cannot_be_derived_is_said(tmp_path: Path) -> None:
+def test_errors_name_what_cannot_be_derived(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"nowhere: no such file; expected a folder with a config\.json"):
         read_cost(tmp_path / "nowhere")
     VICUNA_7B.save_pretrained(tmp_path)
-    with pytest.raises(UsageError, match="a llama has no text_config and vision_config"):
+    with pytest.raises(UsageError, match="a llama model without text_config and vision_config"):
         read_cost(tmp_path)
     with pytest.raises(UsageError, match="cost of a tile -1"):
         CostModel(2e-5, -1)
 
 
-def test_several_layers_cost_the_deepest_and_a_wider_projector() -> None:
+def test_several_layers_cost_as_much_as_the_deepest_and_a_wider_projector() -> None:
     vision = CLIPVisionConfig(**CLIP_LARGE)
     one = derive_cost(forward_flops(VICUNA_7B, vision, -2))
     assert derive_cost(forward_flops(VICUNA_7B, vision, (23,))) == one

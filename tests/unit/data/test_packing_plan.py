@@ -1,4 +1,4 @@
-"""The planner: every sample once, never over the capacity, even costs, random steps, the same everywhere."""
+"""The planner: every sample once, within capacity, balanced costs, random steps, the same plan everywhere."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def make(tokens: object, tiles: object = None, **changes: object) -> Plan:
 
 
 def mixture(seed: int, samples: int, text: float = 0.1) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Another mix than the benchmark's: uniform texts, two clusters of images with a tail."""
+    """A mix unlike the benchmark's: uniform texts and two clusters of image lengths with a tail."""
     rng = np.random.default_rng(seed)
     is_text = rng.random(samples) < text
     image = np.where(rng.random(samples) < 0.5, rng.integers(2300, 2600, samples), rng.integers(1500, 3800, samples))
@@ -88,7 +88,7 @@ def exact_cost(plan: Plan, pack: NDArray[np.int32]) -> float:
 @pytest.mark.parametrize("cost", [CostModel(), SMALL_LLM])
 @pytest.mark.parametrize("ranks", [1, 3, 8, 64])
 def test_figures_are_those_of_the_shares(ranks: int, cost: CostModel) -> None:
-    """The straggler factor from the shares that the trainer gets, by the definition, against the report's."""
+    """Compute the straggler factor by its definition from the trainer's shares and compare it with the report."""
     tokens, tiles = mixture(0, 3000)
     plan = make(tokens, tiles, capacity=16_384, batch_size=200, cost=cost)
     slowest = mean = 0.0
@@ -104,7 +104,7 @@ def test_figures_are_those_of_the_shares(ranks: int, cost: CostModel) -> None:
 
 
 def captions(seed: int, samples: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """No short samples: images of a few sizes and a caption."""
+    """No short samples: images of a few sizes with a caption."""
     rng = np.random.default_rng(seed)
     return rng.choice([1272, 1800, 2340, 2928], samples) + rng.integers(8, 200, samples), np.full(samples, 5)
 
@@ -135,7 +135,7 @@ MIXES = (mixture, captions, all_five_tile, documents, texts)
 @pytest.mark.parametrize("capacity", [4096, 5120, 6719, 8192, 11_585, 16_384])
 @pytest.mark.parametrize("samples", [1000, 20_000])
 def test_packs_are_within_a_hundredth_of_the_bound(mix: Mix, capacity: int, samples: int) -> None:
-    """At any budget and for any lengths, the last packs included, which may be one pack more."""
+    """At any capacity and for any lengths, allowing one pack more for the incomplete last ones."""
     tokens, tiles = mix(1, samples)
     plan = make(tokens, tiles, capacity=capacity, packs_per_step=16)
     fewest = round(tokens.sum() / capacity / bound_efficiency(tokens, capacity).efficiency)
@@ -149,7 +149,7 @@ def test_packs_are_full_where_lengths_allow_it(capacity: int, least: float) -> N
     assert tokens.sum() / (plan.num_packs * capacity) >= least
 
 
-def test_all_images_alike_are_packed_perfectly() -> None:
+def test_equal_images_are_packed_perfectly() -> None:
     plan = make([2928] * 1000, [5] * 1000, capacity=16_384)
     assert plan.num_packs == 200
     assert measure(plan, 4).bound == pytest.approx(1000 * 2928 / (200 * 16_384), rel=0.003)
@@ -157,7 +157,7 @@ def test_all_images_alike_are_packed_perfectly() -> None:
 
 @pytest.mark.parametrize(("cost", "limits"), [(CostModel(), {8: 1.003, 64: 1.01}), (SMALL_LLM, {8: 1.005})])
 def test_concurrent_packs_cost_the_same(cost: CostModel, limits: dict[int, float]) -> None:
-    """Six five-tile images a pack are too few here and seven too many: 64 ranks cannot be even where tiles are dear."""
+    """A pack has room for 6 to 7 five-tile images: with expensive tiles, 64 ranks cannot be balanced exactly."""
     tokens, tiles = mixture(2, 40_000)
     plan = make(tokens, tiles, capacity=16_384, packs_per_step=64, cost=cost)
     assert measure(plan, 8).efficiency > 0.997
@@ -166,8 +166,8 @@ def test_concurrent_packs_cost_the_same(cost: CostModel, limits: dict[int, float
         assert measure(plan, ranks).straggler < limit * whole_steps
 
 
-def test_the_dearest_packs_share_steps() -> None:
-    """Text and images of five tiles: six a pack, but for a few packs with seven, which all 64 ranks would wait for."""
+def test_the_most_expensive_packs_share_steps() -> None:
+    """Text and five-tile images: six per pack, but seven in a few packs, for which all 64 ranks would wait."""
     rng = np.random.default_rng(0)
     text = rng.random(60_000) < 0.1
     image = rng.choice([2340, 2340, 2736, 2928], len(text)) + rng.lognormal(4.7, 0.7, len(text))
@@ -181,7 +181,7 @@ def test_the_dearest_packs_share_steps() -> None:
 @pytest.mark.parametrize("mix", [mixture, captions, all_five_tile, texts])
 @pytest.mark.parametrize(("capacity", "seed"), [(5120, 0), (8192, 1), (16_384, 2)])
 def test_steps_are_as_random_as_a_shuffle(mix: Mix, capacity: int, seed: int) -> None:
-    """Variances over steps against those of random steps of as many samples; 1.5 is the promise."""
+    """Variances over steps stay below 1.5 times those of random steps with as many samples."""
     tokens, tiles = mix(seed, 40_000)
     per_step = max(4, int(tokens.sum() / capacity) // 300)
     plan = make(tokens, tiles, capacity=capacity, packs_per_step=per_step, seed=seed)
@@ -196,7 +196,7 @@ def test_steps_are_as_random_as_a_shuffle(mix: Mix, capacity: int, seed: int) ->
 
 
 def test_no_sample_waits_longer_than_the_buffer() -> None:
-    """Two plans of the same shuffle, one of which packs nothing together, tell how far samples were moved."""
+    """Compare two plans of the same shuffle, one with single-sample packs, to see how far samples were moved."""
     tokens, tiles = mixture(5, 5000)
     shuffled = make(np.ones_like(tokens), tiles, capacity=1, packs_per_step=1).rows  # in the shuffled order
     place = np.empty(len(tokens), int)
@@ -248,7 +248,7 @@ def test_other_processes_make_the_same_plan(threads: str) -> None:
     ("exact", "packs"),
     [(0.2, 1), (1.0, 1), (1.4, 1), (19.05, 16), (38.1, 32), (64.0, 64), (52.5, 48), (9.5, 8), (5, 5)],
 )
-def test_packs_a_step_are_round(exact: float, packs: int) -> None:
+def test_packs_per_step_are_rounded(exact: float, packs: int) -> None:
     assert round_packs(exact) == packs
 
 
@@ -257,18 +257,18 @@ def test_packs_a_step_are_round(exact: float, packs: int) -> None:
     [
         ([3, 101], {}, "sample 1 has 101 tokens, more than the capacity of 100: raise the capacity to 101"),
         ([3, 0], {}, "sample 1 has 0 tokens: every sample needs at least 1"),
-        ([], {}, "at least one"),
+        ([], {}, "expected the same number, at least 1"),
         ([3], {"tiles": [-1]}, "sample 0 has -1 tiles"),
         ([3], {"batch_size": 0}, "batch size 0: expected at least 1"),
         ([3], {"packs_per_step": 0}, "packs per step 0"),
     ],
 )
-def test_what_cannot_work_is_said(tokens: list[int], changes: dict[str, object], message: str) -> None:
+def test_invalid_arguments_are_refused(tokens: list[int], changes: dict[str, object], message: str) -> None:
     with pytest.raises(UsageError, match=message):
         make(tokens, **changes)
 
 
-def test_advice_names_what_does_not_go_round() -> None:
+def test_advice_names_idle_places() -> None:
     tokens, tiles = mixture(4, 3000)
     assert not measure(make(tokens, tiles, capacity=16_384, batch_size=110), 8).advice
     odd = measure(make(tokens, tiles, capacity=16_384, packs_per_step=20, batch_size=135), 8)

@@ -54,5 +54,5 @@ def test_fewer_layers_are_the_first_ones() -> None:
 
 
 def test_a_model_that_is_not_at_hand_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(DataError, match=r"no configuration of '\./nowhere' at hand"):
+    with pytest.raises(DataError, match=r"no configuration of '\./nowhere' is available"):
         describe_bases(model_config("./nowhere"))

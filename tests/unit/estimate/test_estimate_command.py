@@ -100,9 +100,9 @@ def test_published_runs_imply_a_possible_mfu(capsys: pytest.CaptureFixture[str])
     [
         (("--device", "h100"), 2, "did you mean h"),
         (("--index", "a", "--index", "b"), 2, "stage2 has a already"),
-        (("--index", "nowhere.parquet"), 1, "no such index; make it with anyres index"),
+        (("--index", "nowhere.parquet"), 1, "no such index; build it with anyres index"),
         (("--config", "nowhere.yaml"), 2, "no such file"),
-        (("--set", "model.llm=./nowhere"), 1, "no configuration of './nowhere' at hand"),
+        (("--set", "model.llm=./nowhere"), 1, "no configuration of './nowhere' is available"),
     ],
 )
 def test_mistakes(capsys: pytest.CaptureFixture[str], options: tuple[str, ...], status: int, message: str) -> None:

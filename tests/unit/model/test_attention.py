@@ -1,4 +1,4 @@
-"""Packed attention beside a softmax written out with its mask, and what it must survive."""
+"""Packed attention compared with an explicit masked softmax, and saved models keeping their attention."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ def test_attention_stays_inside_documents(groups: int, lengths: list[int]) -> No
     torch.testing.assert_close(out, expected.transpose(1, 2))
 
 
-def test_a_saved_model_goes_on_with_its_own_attention(
+def test_saving_a_model_keeps_its_attention(
     tiny_bases: Path, tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
-    """Once, saving reset it to a default that knows no documents."""
+    """Regression: saving used to reset it to a default that ignores documents."""
     config = {"llm": str(tiny_bases / "llm"), "encoder": {"name": str(tiny_bases / "vit")}, "template": "vicuna_v1"}
     model, _ = build_model(ModelConfig.model_validate(config), seed=0)
     save_pretrained(model, model.state_dict(), tiny_tokenizer, "", tmp_path)

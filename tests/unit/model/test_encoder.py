@@ -1,4 +1,4 @@
-"""Features equal an independent computation, whatever the network; nothing behind the deepest layer is computed."""
+"""Features equal an independent computation for every network; no layer after the deepest chosen one runs."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def normalised(tiles: Tensor) -> Tensor:
 
 
 def outputs_of(blocks: nn.Module, run: Any) -> list[Tensor]:
-    """What each of the blocks returned while `run` ran, in the order in which they were called."""
+    """Return the outputs of the blocks during `run`, in call order."""
     seen: list[Tensor] = []
     hooks = [block.register_forward_hook(lambda _m, _i, out: seen.append(out)) for block in blocks.children()]
     run()
@@ -92,7 +92,7 @@ def test_clip_features_are_transformers_hidden_states(tiny_bases: Path, layer: i
 
 @pytest.mark.parametrize("name", NETWORKS)
 @pytest.mark.parametrize("layer", [-2, (1, 3)], ids=str)
-def test_just_the_unused_parameters_get_no_gradient(tiny_bases: Path, name: str, layer: int | tuple[int, ...]) -> None:
+def test_only_unused_parameters_get_no_gradient(tiny_bases: Path, name: str, layer: int | tuple[int, ...]) -> None:
     clip = CLIPVisionModel.from_pretrained(tiny_bases / "vit")
     for encoder in (ClipEncoder(clip, layer, MEAN, STD), TimmEncoder(network(name), layer, MEAN, STD)):
         encoder(random_tiles(1, encoder.tile)).square().sum().backward()
@@ -110,7 +110,7 @@ def test_just_the_unused_parameters_get_no_gradient(tiny_bases: Path, name: str,
         ("timm", (1, 5), "layer 5: the encoder has 4 layers"),
     ],
 )
-def test_layers_that_are_not_there(tiny_bases: Path, kind: str, layer: Any, message: str) -> None:
+def test_layers_out_of_range(tiny_bases: Path, kind: str, layer: Any, message: str) -> None:
     is_clip = kind == "clip"
     vision = CLIPVisionModel.from_pretrained(tiny_bases / "vit") if is_clip else network("vit_tiny_patch16_224")
     with pytest.raises(UsageError, match=message):
@@ -120,10 +120,10 @@ def test_layers_that_are_not_there(tiny_bases: Path, kind: str, layer: Any, mess
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"img_size": (32, 64)}, "images 32 high and 64 wide.*expected squares"),
-        ({"patch_size": (16, 8)}, "patches 16 high and 8 wide.*expected squares"),
-        ({"img_size": 8}, r"tile of 8 pixels is no multiple of its patches of 16: set encoder\.tile=16"),
-        ({"img_size": 40}, r"tile of 40 pixels is no multiple of its patches of 16: set encoder\.tile=32"),
+        ({"img_size": (32, 64)}, "images of 64x32 pixels.*expected squares"),
+        ({"patch_size": (16, 8)}, "patches of 8x16: expected squares"),
+        ({"img_size": 8}, r"tile of 8 pixels is not a multiple of the patch size of 16: set encoder\.tile=16"),
+        ({"img_size": 40}, r"tile of 40 pixels is not a multiple of the patch size of 16: set encoder\.tile=32"),
     ],
 )
 def test_odd_geometry_is_refused(options: dict[str, Any], message: str) -> None:
@@ -134,7 +134,7 @@ def test_odd_geometry_is_refused(options: dict[str, Any], message: str) -> None:
 def test_a_network_without_an_image_size_is_refused() -> None:
     vision = network("vit_tiny_patch16_224")
     vision.patch_embed.img_size = None
-    with pytest.raises(UsageError, match=r"no image size of its own: set encoder\.tile"):
+    with pytest.raises(UsageError, match=r"no default image size: set encoder\.tile"):
         TimmEncoder(vision, -2, MEAN, STD)
 
 
@@ -151,7 +151,7 @@ def test_a_network_without_an_image_size_is_refused() -> None:
         ("timm/vit_nonsense", None, DataError, "hf-hub:timm/vit_nonsense"),
     ],
 )
-def test_names_that_are_no_plain_vision_transformer(
+def test_names_that_are_not_a_plain_vision_transformer(
     name: str, tile: int | None, raised: type[Exception], message: str
 ) -> None:
     with pytest.raises(raised, match=message):

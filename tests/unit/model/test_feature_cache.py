@@ -1,4 +1,4 @@
-"""Cached features are the encoder's own, whatever the cache holds."""
+"""Cached features equal the encoder's, whatever the cache holds."""
 
 from __future__ import annotations
 
@@ -43,14 +43,14 @@ def noise(count: int, seed: int = 0) -> Tensor:
 
 @pytest.fixture(autouse=True)
 def _one_thread() -> Iterator[None]:
-    """Encoders this small only wait for each other's threads: on a busy machine a hundred times as long."""
+    """Use one thread: encoders this small spend their time on thread synchronisation, above all under load."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
 
 
-def test_features_are_the_encoder_s_rounded_once(tmp_path: Path) -> None:
+def test_features_are_those_of_the_encoder_rounded_once(tmp_path: Path) -> None:
     encoder, tiles = make_encoder(), noise(6)
     cold = FeatureCache(encoder, tmp_path, GB)
     found = cold(tiles[[0, 1, 1, 2, 0]])
@@ -66,8 +66,8 @@ def test_features_are_the_encoder_s_rounded_once(tmp_path: Path) -> None:
     assert cold(noise(0)).shape == (0, 4, 32)
 
 
-def test_a_tile_s_company_does_not_show(tmp_path: Path) -> None:
-    """Of these tiles, one in 200 has other bf16 features when they are encoded together (fp32, AVX-512)."""
+def test_features_do_not_depend_on_the_batch(tmp_path: Path) -> None:
+    """One in 200 of these tiles gets different bf16 features when they are encoded as a batch (fp32, AVX-512)."""
     encoder, tiles = make_encoder(width=96, act="quick_gelu"), noise(960)
     together = FeatureCache(encoder, tmp_path / "a", GB)(tiles)
     cache = FeatureCache(encoder, tmp_path / "b", GB)
@@ -122,7 +122,7 @@ def test_a_full_cache_changes_no_feature(tmp_path: Path) -> None:
     assert full.take_counts() == (3, 8 + 5)
 
 
-def test_what_the_disk_refuses_is_no_error(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_write_error_is_not_fatal(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     encoder, tiles = make_encoder(), noise(2)
     expected = FeatureCache(encoder, tmp_path / "good", GB)(tiles)
     cache = FeatureCache(encoder, tmp_path / "bad", GB)
@@ -130,7 +130,7 @@ def test_what_the_disk_refuses_is_no_error(tmp_path: Path, caplog: pytest.LogCap
     for _ in range(2):
         assert torch.equal(cache(tiles), expected)
     assert [record.levelno for record in caplog.records if record.levelno >= logging.WARNING] == [logging.WARNING]
-    assert "takes no more features" in caplog.text
+    assert "no more features are cached" in caplog.text
     with pytest.raises(UsageError, match=r"cache_features\.folder.*choose a folder"):
         FeatureCache(encoder, tmp_path / "bad" / cache.store.folder.name, GB)
 

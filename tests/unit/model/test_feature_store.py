@@ -1,4 +1,4 @@
-"""Records come back as they were written or not at all, whoever writes, dies or damages a file."""
+"""Records are read back intact or not at all, with several writers, kills and damaged files."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def open_store(root: Path, max_bytes: int = GB) -> FeatureStore:
     return FeatureStore(root, "encoder", SHAPE, max_bytes)
 
 
-def test_two_processes_see_each_other_s_records(tmp_path: Path) -> None:
+def test_two_processes_share_records(tmp_path: Path) -> None:
     keys, features = records(6)
     one, other = open_store(tmp_path), open_store(tmp_path)
     one.write(keys[:2], features[:2])
@@ -64,7 +64,7 @@ def test_two_processes_see_each_other_s_records(tmp_path: Path) -> None:
     ],
 )
 @pytest.mark.parametrize("known", [False, True], ids=["before it is opened", "while it is open"])
-def test_damage_is_noticed(tmp_path, caplog, suffix, damage, left, known) -> None:
+def test_damage_is_detected(tmp_path, caplog, suffix, damage, left, known) -> None:
     keys, features = records(5)
     open_store(tmp_path).write(keys, features)
     store = open_store(tmp_path)
@@ -79,13 +79,13 @@ def test_damage_is_noticed(tmp_path, caplog, suffix, damage, left, known) -> Non
     read_all(store, keys)
     assert len(caplog.records) <= 1
     if suffix == ".features":
-        assert "what it lacks is computed again" in caplog.text
+        assert "missing features are computed again" in caplog.text
     lost = [number for number in range(5) if number not in left]
     store.write([keys[number] for number in lost], features[lost])
     assert len(read_all(store, keys)) == 5
 
 
-def test_the_bound_holds_over_encoders_and_is_said_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_the_size_limit_spans_encoders_and_is_logged_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     keys, features = records(20)
     entry = 256 + 20
     FeatureStore(tmp_path, "another", SHAPE, GB).write(keys[:3], features[:3])

@@ -1,4 +1,4 @@
-"""The cache and its attention against those of each conversation alone."""
+"""The cache and its attention compared with each conversation alone."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ CPU = torch.device("cpu")
 
 
 def test_cached_attention_is_that_of_each_conversation_alone() -> None:
-    """Long enough that whole blocks of torch's kernel are masked; conversations leave, and the cache grows."""
+    """Long enough that whole blocks of torch's kernel are masked, conversations finish and the cache grows."""
     generator = torch.Generator().manual_seed(0)
     lengths, heads, shared, width = [1300, 3, 700], 6, 2, 8
 

@@ -1,4 +1,4 @@
-"""Adapters start as nothing, merge to what they compute, and are peft's own: peft's wrapper is the oracle."""
+"""Adapters start as the identity, merge exactly and have peft's format; peft's wrapper is the oracle."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def build(bases: Path) -> tuple[VisionLanguageModel, PreTrainedTokenizerFast]:
 
 
 def adapted(bases: Path, settings: LoraSettings = SETTINGS, seed: int = 0) -> VisionLanguageModel:
-    """A model with adapters as after training: B is no longer zero."""
+    """Return a model with adapters as after training, with B not zero."""
     model, _ = build(bases)
     add_lora(model, settings, seed)
     generator = torch.Generator().manual_seed(seed)
@@ -101,7 +101,7 @@ def test_merged_saved_and_loaded_by_peft_is_the_same_function(
 
 
 @pytest.mark.parametrize("targets", [("lm_head",), ("q_proj", "query"), ("embed_tokens",), ("input_layernorm",)])
-def test_targets_that_are_no_linear_layers_of_the_decoder(tiny_bases: Path, targets: tuple[str, ...]) -> None:
+def test_targets_that_are_not_linear_layers_of_the_decoder(tiny_bases: Path, targets: tuple[str, ...]) -> None:
     model, _ = build(tiny_bases)
     with pytest.raises(UsageError, match=rf"which are down_proj, .*v_proj; got {targets[-1]}$"):
         add_lora(model, LoraSettings(target_modules=targets), seed=0)

@@ -1,4 +1,4 @@
-"""The loss in chunks is the dense one: value, every gradient, with a bias, a frozen or tied head, under autocast."""
+"""The chunked loss equals the dense one: value and gradients, with bias, frozen or tied head, and autocast."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def problem(seed: int = 0) -> tuple[Tensor, Tensor]:
 
 
 def dense_loss(hidden: Tensor, labels: Tensor, head: nn.Module) -> Tensor:
-    """Document by document, all its positions, by torch's own cross-entropy."""
+    """Compute the loss per document over all positions with torch's own cross-entropy."""
     losses = [  # the first document has one token, which nothing predicts
         F.cross_entropy(head(hidden[0, a : b - 1]).float(), labels[0, a + 1 : b], reduction="sum")
         for a, b in DOCUMENTS[1:]
@@ -47,7 +47,7 @@ def test_loss_and_gradients_are_the_dense_ones(monkeypatch: pytest.MonkeyPatch, 
     torch.testing.assert_close(gradients, torch.autograd.grad(expected / 7, of))
 
 
-def test_logits_far_apart_lose_nothing() -> None:
+def test_extreme_logits_keep_precision() -> None:
     hidden, labels = problem()
     head = nn.Linear(8, 30, bias=False)
     nn.init.normal_(head.weight, std=300.0)
@@ -68,7 +68,7 @@ def test_a_frozen_head_costs_no_gradient_and_evaluation_costs_none() -> None:
 
 
 @pytest.mark.parametrize("frozen", ["weight", "bias", "hidden", "all"])
-def test_no_room_is_taken_for_a_gradient_that_nobody_asked_for(monkeypatch: pytest.MonkeyPatch, frozen: str) -> None:
+def test_no_memory_is_used_for_unneeded_gradients(monkeypatch: pytest.MonkeyPatch, frozen: str) -> None:
     made: list[Tensor] = []
     zeros_like = torch.zeros_like
     monkeypatch.setattr(torch, "zeros_like", lambda like, **options: made.append(like) or zeros_like(like, **options))
@@ -92,7 +92,7 @@ def test_a_second_derivative_is_refused() -> None:
 
 
 def test_the_gradient_reaches_a_tied_weight_once() -> None:
-    """Where gradients are exchanged as they arrive, a second arrival would be lost."""
+    """A data-parallel engine that reduces a gradient on arrival would lose a second contribution."""
     _, labels = problem()
     embedding, head = nn.Embedding(30, 8), nn.Linear(8, 30, bias=False)
     head.weight = embedding.weight
@@ -134,7 +134,7 @@ def test_no_label_is_no_loss() -> None:
     assert not head.weight.grad.any()  # present, so that ranks exchange the same gradients
 
 
-def test_nothing_is_predicted_across_documents() -> None:
+def test_no_prediction_crosses_documents() -> None:
     labels = torch.arange(6)[None]
     targets = next_token_targets(labels, torch.tensor([0, 1, 4, 6]))
     assert targets.tolist() == [IGNORE_INDEX, 2, 3, IGNORE_INDEX, 5, IGNORE_INDEX]

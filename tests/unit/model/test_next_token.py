@@ -1,4 +1,4 @@
-"""The choice of the next token against a nucleus worked out by hand, and how many fit."""
+"""The choice of the next token compared with a hand-computed nucleus, and the room for new tokens."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ CPU = torch.device("cpu")
 
 
 def nucleus(logits: torch.Tensor, temperature: float, top_p: float) -> list[float]:
-    """Shares of the likeliest tokens that reach `top_p` together."""
+    """Return the probabilities of the most likely tokens that together reach `top_p`."""
     shares = torch.softmax(logits.double() / temperature, -1).tolist()
     kept, total = [], 0.0
     for token in sorted(range(len(shares)), key=lambda token: -shares[token]):
@@ -26,7 +26,7 @@ def nucleus(logits: torch.Tensor, temperature: float, top_p: float) -> list[floa
 
 
 @pytest.mark.parametrize(("temperature", "top_p"), [(1.0, 1.0), (0.7, 1.0), (1.0, 0.8), (1.6, 0.55), (1.0, 0.0)])
-def test_samples_have_the_shares_of_the_nucleus(temperature: float, top_p: float) -> None:
+def test_sample_frequencies_match_the_nucleus(temperature: float, top_p: float) -> None:
     logits = torch.tensor([[0.3, 2.0, -1.0, 1.1, 1.0, -3.0]])
     expected = nucleus(logits[0], temperature, top_p)
     choice = _Choice(Decoding(1, temperature, top_p), [0], CPU)
@@ -36,12 +36,12 @@ def test_samples_have_the_shares_of_the_nucleus(temperature: float, top_p: float
     assert all(count == 0 for count, share in zip(counts, expected, strict=True) if share == 0)
 
 
-def test_hardly_any_temperature_is_greedy() -> None:
+def test_a_temperature_near_zero_is_greedy() -> None:
     logits = torch.tensor([[0.3, 200.0, -1.0, 199.9]])
     assert {_Choice(Decoding(1, heat), [0], CPU)(logits, [0])[0] for heat in (1e-3, 1e-60, 1e-320)} == {1}
 
 
-def test_greedy_takes_the_first_of_the_likeliest() -> None:
+def test_greedy_takes_the_first_of_equal_maxima() -> None:
     choice = _Choice(Decoding(), [0, 1], CPU)
     assert choice(torch.tensor([[0.0, 3.0, 3.0], [9.0, 1.0, 2.0]]), [0, 1]) == [1, 0]
 
@@ -50,7 +50,7 @@ def test_greedy_takes_the_first_of_the_likeliest() -> None:
     "wrong",
     [{"temperature": -1}, {"temperature": float("inf")}, {"top_p": 1.1}, {"max_new_tokens": 0}, {"seed": -1}],
 )
-def test_decoding_refuses(wrong: dict[str, float]) -> None:
+def test_invalid_decoding_settings_are_refused(wrong: dict[str, float]) -> None:
     with pytest.raises(UsageError, match=next(iter(wrong))):
         Decoding(**wrong)  # type: ignore[arg-type]
 
@@ -62,7 +62,7 @@ def test_room_is_bounded_by_positions_and_window() -> None:
     assert room_for_answer(model(max_position_embeddings=100, sliding_window=None), 90, 50) == 10
     assert room_for_answer(model(max_position_embeddings=100, sliding_window=50), 45, 50) == 5
     assert room_for_answer(model(), 10**6, 50) == 50
-    with pytest.raises(UsageError, match=r"has 1,000 tokens, the model reads 1,000 with the answer"):
+    with pytest.raises(UsageError, match=r"has 1,000 tokens, the context limit is 1,000 tokens, answer included"):
         room_for_answer(model(max_position_embeddings=1000), 1000, 1)
     with pytest.raises(UsageError, match="no token"):
         room_for_answer(model(), 0, 1)
