@@ -53,7 +53,7 @@ def test_headers_that_lie(length: int | None, header: bytes, tmp_path: Path) -> 
 def test_a_trainer_s_state_that_lacks_a_tensor() -> None:
     with tensors(good_folder()) as read:
         assert read("image_newline.exp_avg").shape == (16,)
-        with pytest.raises(DataError, match=r"lora_A is missing; delete it to go on from the checkpoint before"):
+        with pytest.raises(DataError, match=r"lora_A is missing; delete it to resume from the checkpoint before it"):
             read("x.lora_A")
 
 

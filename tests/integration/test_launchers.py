@@ -75,7 +75,8 @@ def test_a_killed_rank_ends_the_other(tiny_bases, tmp_path: Path, victim: int) -
     assert seconds < ENDED_S
     assert status == 1
     last = said.strip().splitlines()[-1]
-    assert last.startswith("error: another rank has ended, or was silent for rank_timeout_minutes=30: "), said[-2000:]
+    lost = "error: another rank has ended, or did not answer for rank_timeout_minutes=30: "
+    assert last.startswith(lost), said[-2000:]
 
 
 @pytest.mark.slow
