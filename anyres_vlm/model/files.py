@@ -1,7 +1,7 @@
 """Files of a checkpoint folder: locate the folder, read its JSON, and its tensors one by one.
 
-Tensors are read from safetensors. If there are none, torch's own files, `pytorch_model*.bin`, are read: these are pickle,
-and torch's weights-only loader makes tensors of them and refuses any other object.
+Tensors are read from safetensors. If there are none, torch's own files, `pytorch_model*.bin`, are read. They are pickle:
+torch's weights-only loader makes tensors of them and refuses any other object.
 """
 
 from __future__ import annotations
