@@ -10,6 +10,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # the same names, for whoever reads types
+    from anyres_vlm.checkpoints.load_save import load_pretrained as load_pretrained, save_pretrained as save_pretrained
     from anyres_vlm.config import RunConfig as RunConfig, load_config as load_config
     from anyres_vlm.data.index.table import Index as Index, read_index as read_index
     from anyres_vlm.data.packing.plan import Plan as Plan, plan_epoch as plan_epoch
@@ -24,9 +25,8 @@ if TYPE_CHECKING:  # the same names, for whoever reads types
         count_tokens as count_tokens,
         plan_tiles as plan_tiles,
     )
-    from anyres_vlm.inference import Answer as Answer, Assistant as Assistant, Conversation as Conversation
-    from anyres_vlm.model.generation import Decoding as Decoding
-    from anyres_vlm.model.pretrained import load_pretrained as load_pretrained, save_pretrained as save_pretrained
+    from anyres_vlm.inference.assistant import Answer as Answer, Assistant as Assistant, Conversation as Conversation
+    from anyres_vlm.inference.generation import Decoding as Decoding
     from anyres_vlm.model.vlm import VisionLanguageModel as VisionLanguageModel
     from anyres_vlm.schema import Batch as Batch, ImageRef as ImageRef, Record as Record, Sample as Sample, Turn as Turn
 
@@ -40,9 +40,9 @@ _HOMES = {
     "data.tiling": "tile_image",
     "errors": "DataError UsageError",
     "geometry": "Grid Size TilePlan Tiling count_tokens plan_tiles",
-    "inference": "Answer Assistant Conversation",
-    "model.generation": "Decoding",
-    "model.pretrained": "load_pretrained save_pretrained",
+    "inference.assistant": "Answer Assistant Conversation",
+    "inference.generation": "Decoding",
+    "checkpoints.load_save": "load_pretrained save_pretrained",
     "model.vlm": "VisionLanguageModel",
     "schema": "Batch ImageRef Record Sample Turn",
 }

@@ -12,10 +12,9 @@ from typing import Annotated, Any, Literal, TypeVar, cast, get_args
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from anyres_vlm.errors import UsageError
-from anyres_vlm.explain import did_you_mean, explain, shortened
+from anyres_vlm.errors import UsageError, did_you_mean, explain, shortened
+from anyres_vlm.files import parse_yaml
 from anyres_vlm.geometry import Dialect, Grid, Layout, Tiling, expand_pinpoints
-from anyres_vlm.plain_yaml import parse_yaml
 
 StageName = Literal["stage1", "stage2"]
 TemplateName = Literal[

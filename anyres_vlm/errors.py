@@ -1,8 +1,15 @@
-"""What ends a command early; the command line turns each into one line and an exit status."""
+"""Errors that end a command with one line and an exit status, and the words for what is wrong with a value."""
 
 from __future__ import annotations
 
-from typing import Literal
+import difflib
+import re
+from collections.abc import Sequence
+from types import NoneType, UnionType
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args, get_origin
+
+if TYPE_CHECKING:  # start-up time
+    from pydantic import BaseModel, ValidationError
 
 RejectKind = Literal[
     "missing_file",
@@ -49,3 +56,54 @@ class RankLost(ConnectionError):
 
 class Interrupted(Exception):
     """A signal asked a run to leave; it has saved its state and goes on when it is started again (exit status 75)."""
+
+
+SHOWN = 200  # characters of a value in an error message
+
+
+def did_you_mean(word: object, known: Sequence[str]) -> str:
+    """Return the end of an error message with the most similar known word, or an empty string."""
+    near = difflib.get_close_matches(str(word), known, n=1)
+    return f"; did you mean {near[0]}?" if near else ""
+
+
+def shortened(value: object) -> str:
+    """Return the representation of a value, shortened for an error message."""
+    try:
+        text = repr(value)
+    except ValueError:  # Python prints at most 4300 digits
+        return "a number with thousands of digits"
+    return text if len(text) <= SHOWN else f"{text[:SHOWN]}..."
+
+
+def explain(error: ValidationError, model: type[BaseModel]) -> str:
+    """Describe the first few errors on one line, unknown keys first, as a typo may be why another key is missing."""
+    faults = []
+    told = [fault for fault in error.errors() if fault["type"] != "default_factory_not_called"]  # follows from another
+    for fault in sorted(told, key=lambda fault: fault["type"] != "extra_forbidden")[:3]:
+        where = " ".join(".".join(str(part) for part in fault["loc"])[:SHOWN].split())
+        if fault["type"] == "extra_forbidden":
+            known = _fields(model, fault["loc"][:-1])
+            near = did_you_mean(fault["loc"][-1], known) or f"; known: {', '.join(known)}"
+            faults.append(f"unknown key {where}{near}")
+        elif fault["type"] == "missing":
+            faults.append(f"key {where} is missing")
+        else:
+            choices = re.findall(r"'(.+?)'", str(fault.get("ctx", {}).get("expected", "")))
+            near = did_you_mean(fault["input"], choices)
+            faults.append(f"{where}: {fault['msg']}, got {shortened(fault['input'])}{near}" if where else fault["msg"])
+    return "; ".join(faults)
+
+
+def _fields(model: type[BaseModel], location: Sequence[int | str]) -> list[str]:
+    """Return the keys of the model at this location, inside models, mappings and tuples."""
+    kind: Any = model
+    for part in location:
+        kind = kind.model_fields[part].annotation if hasattr(kind, "model_fields") else _entry(kind)
+        while get_origin(kind) in (Annotated, Union, UnionType):
+            kind = next(kind for kind in get_args(kind) if kind is not NoneType)
+    return list(kind.model_fields)
+
+
+def _entry(kind: Any) -> Any:
+    return get_args(kind)[1 if get_origin(kind) is dict else 0]

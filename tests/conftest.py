@@ -16,6 +16,8 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from anyres_vlm.checkpoints.bases import build_model
+from anyres_vlm.checkpoints.load_save import save_pretrained
 from anyres_vlm.config import ModelConfig, TemplateName
 from anyres_vlm.data.conversation import ConversationTokenizer
 from anyres_vlm.data.headers import plan_image
@@ -23,8 +25,6 @@ from anyres_vlm.data.loader import Loaded, load
 from anyres_vlm.data.templates import TEMPLATES
 from anyres_vlm.errors import DataError
 from anyres_vlm.geometry import Tiling
-from anyres_vlm.model.hub import build_model
-from anyres_vlm.model.pretrained import save_pretrained
 from anyres_vlm.schema import Record, Sample
 
 CORPUS = [

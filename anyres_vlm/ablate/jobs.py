@@ -30,9 +30,8 @@ import yaml
 
 from anyres_vlm.ablate.sweep import Cell, Measure, Sweep
 from anyres_vlm.config import PictureKind, StageName
-from anyres_vlm.durable import replacing
-from anyres_vlm.errors import DataError, Interrupted, UsageError
-from anyres_vlm.explain import did_you_mean
+from anyres_vlm.errors import DataError, Interrupted, UsageError, did_you_mean
+from anyres_vlm.files import replacing
 from anyres_vlm.synthetic.dataset import DATA_FILE, Purpose, write_dataset
 from anyres_vlm.train.options import CONFIG_FILE, SIGNALS, model_folder
 

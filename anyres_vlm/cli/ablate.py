@@ -68,7 +68,7 @@ def _work(run: SweepRun, jobs: list[Job]) -> list[Job]:
 
 def _report(run: SweepRun) -> None:
     from anyres_vlm.ablate.table import draw_table, make_table, markdown
-    from anyres_vlm.durable import replacing
+    from anyres_vlm.files import replacing
 
     made = make_table(run)
     run.out.mkdir(parents=True, exist_ok=True)

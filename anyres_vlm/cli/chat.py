@@ -38,8 +38,8 @@ def chat(
     """
     # Start-up time: torch and transformers take seconds to import.
     from anyres_vlm.config import template_name
-    from anyres_vlm.inference import Assistant
-    from anyres_vlm.model.generation import Decoding
+    from anyres_vlm.inference.assistant import Assistant
+    from anyres_vlm.inference.generation import Decoding
     from anyres_vlm.serve.chat import ChatSession
 
     for path in image:
@@ -72,7 +72,7 @@ def _lines() -> Iterator[str]:
 
 def _go_on(session: ChatSession, line: str, as_json: bool) -> bool:
     """One line of a conversation, which a mistake does not end; whether there was none."""
-    from anyres_vlm.serve.chat_commands import run_command  # start-up time
+    from anyres_vlm.serve.chat import run_command
 
     try:
         if line.startswith("/"):

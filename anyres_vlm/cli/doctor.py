@@ -31,8 +31,8 @@ def doctor(
     """
     # Start-up time.
     from anyres_vlm.config import load_config, shipped_config
-    from anyres_vlm.doctor import machine, run
-    from anyres_vlm.doctor.finding import Finding, run_checks
+    from anyres_vlm.preflight import doctor, machine
+    from anyres_vlm.preflight.machine import Finding, run_checks
 
     os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "error")
     terminal, path = sys.stdout, config or shipped_config("tiny")
@@ -45,7 +45,7 @@ def doctor(
             yield Finding("config", "fail", str(error))
             return
         yield Finding("config", "ok", str(path))
-        yield from run_checks(run.CHECKS, run.Case(run_config, output or Path("runs") / path.stem))
+        yield from run_checks(doctor.CHECKS, doctor.Case(run_config, output or Path("runs") / path.stem))
 
     found = []
     with redirect_stdout(sys.stderr), warnings.catch_warnings():

@@ -35,10 +35,10 @@ def estimate(
     """
     # Start-up time: torch and transformers take seconds to import.
     from anyres_vlm.config import load_config, shipped_config
-    from anyres_vlm.estimate.devices import find_device
-    from anyres_vlm.estimate.published import published_rows
-    from anyres_vlm.estimate.report import describe, describe_published, published_json, to_json
-    from anyres_vlm.estimate.run import Machines, estimate_run
+    from anyres_vlm.preflight.estimate.choice import Machines, estimate_run
+    from anyres_vlm.preflight.estimate.published import published_rows
+    from anyres_vlm.preflight.estimate.report import describe, describe_published, published_json, to_json
+    from anyres_vlm.preflight.estimate.workload import find_device
 
     if published:  # all that was asked; the other options are of a run of one's own
         rows = list(published_rows(mfu))

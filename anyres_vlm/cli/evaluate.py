@@ -87,11 +87,11 @@ def evaluate(
     if grader is not None:
         grader.connect()  # a missing key is reported before the first question
     # Start-up time: torch and transformers take seconds to import.
+    from anyres_vlm.cli.progress import RowProgress
     from anyres_vlm.evaluate.benchmarks import make_benchmark
     from anyres_vlm.evaluate.benchmarks.heldout import check_same_questions, gain, read_correct
     from anyres_vlm.evaluate.runner import Run, Task, check_prompts, evaluate as run_benchmark, prepare
-    from anyres_vlm.inference import BATCH_TOKENS, Assistant
-    from anyres_vlm.serve.progress import RowProgress
+    from anyres_vlm.inference.assistant import BATCH_TOKENS, Assistant
 
     run = Run(model, images, folder, limit, _shard(shard), batch_tokens or BATCH_TOKENS, named)
     tasks = [

@@ -29,12 +29,12 @@ def export(
     # Start-up time: torch and transformers take seconds to import.
     import torch
 
+    from anyres_vlm.checkpoints.card import carry_card
+    from anyres_vlm.checkpoints.describe import checkpoint_folder
+    from anyres_vlm.checkpoints.load_save import load_pretrained, save_pretrained
+    from anyres_vlm.checkpoints.stock import count_changes, stock_obstacle
     from anyres_vlm.config import template_name
     from anyres_vlm.data.chat_template import chat_jinja
-    from anyres_vlm.model.card import carry_card
-    from anyres_vlm.model.files import checkpoint_folder
-    from anyres_vlm.model.pretrained import load_pretrained, save_pretrained
-    from anyres_vlm.model.stock import count_changes, stock_obstacle
     from anyres_vlm.train.checkpoint import write_folder
 
     if out.exists():

@@ -21,13 +21,12 @@ def import_checkpoint(
     Example: anyres import liuhaotian/llava-v1.6-vicuna-7b runs/vicuna --template vicuna_v1
     """
     # Start-up time: torch and transformers take seconds to import.
+    from anyres_vlm.checkpoints.card import write_card
+    from anyres_vlm.checkpoints.load_save import end_tokens, save_pretrained
+    from anyres_vlm.checkpoints.original import load_original
     from anyres_vlm.config import template_name
     from anyres_vlm.data.chat_template import chat_jinja
     from anyres_vlm.data.conversation import ConversationTokenizer
-    from anyres_vlm.model.card import write_card
-    from anyres_vlm.model.generation_config import end_tokens
-    from anyres_vlm.model.original import load_original
-    from anyres_vlm.model.pretrained import save_pretrained
     from anyres_vlm.train.checkpoint import write_folder
 
     if out.exists():

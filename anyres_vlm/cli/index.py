@@ -44,15 +44,14 @@ def index(
     Example: anyres index data.json --images images --out index.parquet --report
     """
     # Start-up time: torch and transformers take seconds to import.
+    from anyres_vlm.checkpoints.bases import describe_model
+    from anyres_vlm.cli.progress import RowProgress
     from anyres_vlm.config import load_config, shipped_config, tiling_flags
     from anyres_vlm.data.conversation import ConversationTokenizer
     from anyres_vlm.data.index.build import Shard, build_index
+    from anyres_vlm.data.index.report import draw_report, require_matplotlib
     from anyres_vlm.data.index.rows import IndexSettings
-    from anyres_vlm.data.index.summary import summarise
-    from anyres_vlm.model.hub import describe_model
-    from anyres_vlm.serve.index_figures import require_matplotlib
-    from anyres_vlm.serve.index_report import draw_report
-    from anyres_vlm.serve.progress import RowProgress
+    from anyres_vlm.data.index.table import summarise
 
     if report:
         require_matplotlib()

@@ -38,8 +38,7 @@ def init(
     import torch
 
     from anyres_vlm.geometry import Grid
-    from anyres_vlm.starter.choices import MODELS, TINY, Answers
-    from anyres_vlm.starter.write import look_at, require_free, train_command, write_files
+    from anyres_vlm.preflight.init import MODELS, TINY, Answers, look_at, require_free, train_command, write_files
 
     def ask(given: Value | None, option: str, question: str, default: Value) -> Value:
         return given if given is not None else default if yes else _prompt(option, question, default)

@@ -90,7 +90,7 @@ def replay(
     Example: anyres instruct replay runs/instruct/responses.jsonl --out runs/again
     """
     _require_extra()
-    from anyres_vlm.instruct.assemble import build, write_report  # start-up time
+    from anyres_vlm.instruct.assemble import build, write_report
     from anyres_vlm.instruct.log import read_ledger
 
     summary = build(log, out, read_ledger(log))
@@ -109,7 +109,7 @@ def mix(
     Example: anyres instruct mix mix.yaml --preset 665k --out runs/mix
     """
     _require_extra()
-    from anyres_vlm.instruct.mix import LICENCES, MIXTURE, mix  # start-up time
+    from anyres_vlm.instruct.mix import LICENCES, MIXTURE, mix
 
     counts = mix(config, out, preset)
     for name, (found, drawn) in counts.items():
@@ -124,7 +124,7 @@ def _require_extra() -> None:
 
 
 def _counts(count: str, kinds: str | None) -> dict[Kind, int]:
-    from anyres_vlm.instruct.job import parse_kind  # start-up time
+    from anyres_vlm.instruct.job import parse_kind
 
     counts: dict[Kind, int] = {}
     for part in count.split(","):
@@ -143,7 +143,7 @@ def _counts(count: str, kinds: str | None) -> dict[Kind, int]:
 
 
 def _scenes(captions: Path | None, instances: Path | None, descriptions: Path | None, images: Path | None) -> Any:
-    from anyres_vlm.instruct.annotations import read_coco, read_descriptions  # start-up time
+    from anyres_vlm.instruct.annotations import read_coco, read_descriptions
 
     if (captions is None) == (descriptions is None):
         raise UsageError("give either --captions (COCO, with --instances for boxes) or --descriptions")

@@ -80,7 +80,7 @@ def plan(
 
 def _cost(model: Path | None) -> tuple[CostModel, str]:
     """Return the cost model and a note on its origin."""
-    from anyres_vlm.data.packing.cost import CostModel, read_cost  # start-up time
+    from anyres_vlm.data.packing.cost import CostModel, read_cost
 
     if model is not None:
         return read_cost(model), f"by FLOPs from {model}"

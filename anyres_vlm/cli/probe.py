@@ -42,7 +42,7 @@ def probe(
     from anyres_vlm.config import template_name
     from anyres_vlm.evaluate.probes.suite import PROBES, run_probes
     from anyres_vlm.evaluate.report.probing import draw_probes
-    from anyres_vlm.inference import BATCH_TOKENS, Assistant
+    from anyres_vlm.inference.assistant import BATCH_TOKENS, Assistant
 
     def progress(name: str, answers: int) -> None:
         if sys.stderr.isatty():

@@ -38,7 +38,7 @@ def rehearse(
     """
     # Start-up time: torch and transformers take seconds to import.
     from anyres_vlm.config import load_config, shipped_config
-    from anyres_vlm.doctor.finding import Finding
+    from anyres_vlm.preflight.machine import Finding
     from anyres_vlm.preflight.rehearse import Rehearsal, Tried, on_data
 
     if images is not None and data is None:

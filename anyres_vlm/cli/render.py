@@ -20,6 +20,6 @@ def render(
 
     Example: anyres render runs/heldout --purpose heldout --count 330
     """
-    from anyres_vlm.synthetic.dataset import write_dataset  # start-up time: Pillow's drawing
+    from anyres_vlm.synthetic.dataset import write_dataset
 
     print(write_dataset(out, purpose, count, seed))

@@ -31,9 +31,9 @@ def report(
     if images is not None and not images.is_dir():
         raise UsageError(f"--images {images}: no such folder")
     # Start-up time: NumPy.
+    from anyres_vlm.data.tile_picture import draw_tiling
     from anyres_vlm.evaluate.report.page import Images, write_report
     from anyres_vlm.evaluate.report.results import read_runs
-    from anyres_vlm.serve.tiling_picture import draw_tiling
 
     results, probes = read_runs(runs)
     markdown = write_report(results, probes, out, Images(images, draw_tiling), examples)

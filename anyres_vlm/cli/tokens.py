@@ -11,9 +11,7 @@ import typer
 
 from anyres_vlm.data.blobs import is_sidecar
 from anyres_vlm.data.headers import IMAGE_SUFFIXES, read_size
-from anyres_vlm.errors import DataError, UsageError
-from anyres_vlm.geometry import Dialect, Grid, Layout, Size, Tiling, plan_tiles
-from anyres_vlm.serve.tiling_table import (
+from anyres_vlm.data.tile_picture import (
     CANDIDATE_COLUMNS,
     candidate_rows,
     describe_plan,
@@ -21,6 +19,8 @@ from anyres_vlm.serve.tiling_table import (
     format_histogram,
     format_table,
 )
+from anyres_vlm.errors import DataError, UsageError
+from anyres_vlm.geometry import Dialect, Grid, Layout, Size, Tiling, plan_tiles
 
 COLUMNS = ("image", "size", "grid", "tiles", "visual", "newline", "tokens")
 
@@ -125,7 +125,7 @@ def _cells(row: dict[str, Any]) -> tuple[str, ...]:
 def _draw(paths: list[Path], tiling: Tiling, target: Path) -> None:
     if len(paths) != 1:
         raise UsageError(f"--draw draws one image, got {len(paths)}: name a single file")
-    from anyres_vlm.data.images import open_image  # start-up time: only this option draws
-    from anyres_vlm.serve.tiling_picture import draw_tiling
+    from anyres_vlm.data.images import open_image
+    from anyres_vlm.data.tile_picture import draw_tiling
 
     draw_tiling(open_image(paths[0]), tiling).save(target, format="PNG")

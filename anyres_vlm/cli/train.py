@@ -34,8 +34,8 @@ def train(
     """
     with catch_signals() as signalled:  # before the imports: the first step may be minutes away
         # Start-up time: torch and transformers take seconds to import.
+        from anyres_vlm.cli.progress import StepProgress
         from anyres_vlm.config import load_config, shipped_config, tiling_flags
-        from anyres_vlm.serve.progress import StepProgress
         from anyres_vlm.train.options import RunOptions
         from anyres_vlm.train.report import draw_curves
         from anyres_vlm.train.run import train as run_stages

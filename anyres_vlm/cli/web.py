@@ -25,7 +25,7 @@ def web(
         raise UsageError("the web page needs gradio: pip install 'anyres-vlm[web]', or use anyres chat")
     # Start-up time: torch, transformers and gradio take seconds to import.
     from anyres_vlm.config import template_name
-    from anyres_vlm.inference import Assistant
+    from anyres_vlm.inference.assistant import Assistant
     from anyres_vlm.serve.web import WebPage, serve_page
 
     serve_page(WebPage(Assistant.load(model, template_name(template)), model), host, port, max_upload_mb)

@@ -13,19 +13,18 @@ from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Any
 
+from anyres_vlm.checkpoints.describe import checkpoint_folder, describe
 from anyres_vlm.config import TemplateName
 from anyres_vlm.data.headers import plan_image
 from anyres_vlm.data.images import open_image
 from anyres_vlm.data.index.build import Shard
-from anyres_vlm.durable import append, cut_partial_line, replacing, whole_lines
 from anyres_vlm.errors import DataError, UsageError
 from anyres_vlm.evaluate.answers import read_answers
 from anyres_vlm.evaluate.benchmarks.base import Benchmark, Question, Scored, image_path
 from anyres_vlm.evaluate.report.results import write_result
-from anyres_vlm.inference import Assistant, Conversation
-from anyres_vlm.model.description import describe
-from anyres_vlm.model.files import checkpoint_folder
-from anyres_vlm.model.generation import Decoding
+from anyres_vlm.files import append, cut_partial_line, replacing, whole_lines
+from anyres_vlm.inference.assistant import Assistant, Conversation
+from anyres_vlm.inference.generation import Decoding
 from anyres_vlm.schema import ImageRef, Turn
 
 logger = logging.getLogger(__name__)

@@ -13,8 +13,8 @@ from typing import Any
 from jinja2 import Environment
 from PIL import Image, ImageOps
 
-from anyres_vlm.durable import replacing
 from anyres_vlm.errors import DataError
+from anyres_vlm.files import replacing
 from anyres_vlm.instruct.annotations import stream_records
 from anyres_vlm.instruct.checks import NearDuplicates, Parsed, judge
 from anyres_vlm.instruct.grounding import Reject, category_of, find_objects

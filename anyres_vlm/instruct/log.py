@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from anyres_vlm.data.blobs import open_file
-from anyres_vlm.durable import LineFile
 from anyres_vlm.errors import DataError, UsageError
+from anyres_vlm.files import LineFile
 from anyres_vlm.instruct.annotations import Scene
 from anyres_vlm.instruct.checks import decode_body, judge
 from anyres_vlm.instruct.grounding import Reject

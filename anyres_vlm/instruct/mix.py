@@ -11,8 +11,8 @@ import yaml
 from pydantic import Field, field_validator
 
 from anyres_vlm.config import Frozen, Positive, read_mapping, validated
-from anyres_vlm.durable import replacing
 from anyres_vlm.errors import DataError, UsageError
+from anyres_vlm.files import replacing
 from anyres_vlm.instruct.academic import (
     COCO_2017,
     Conversation,

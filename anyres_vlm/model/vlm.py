@@ -1,8 +1,8 @@
-"""The vision-language model: its parts, the forward pass for training and the one for generation."""
+"""The vision-language model: its parts, the embedding of a packed sequence, and the forward pass of training."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -13,11 +13,9 @@ from anyres_vlm.config import ImagePosition, ModelConfig
 from anyres_vlm.errors import UsageError
 from anyres_vlm.geometry import TilePlan, Tiling
 from anyres_vlm.model import attention
+from anyres_vlm.model.connector import build_projector, merge_tiles
 from anyres_vlm.model.encoder import Encoder
-from anyres_vlm.model.generation import Decoding, Watch, generate_tokens
 from anyres_vlm.model.loss import summed_loss
-from anyres_vlm.model.merge import merge_tiles
-from anyres_vlm.model.projector import build_projector
 from anyres_vlm.schema import Batch
 
 # Configuration keys of transformers models that modify the logits of the head.
@@ -82,24 +80,3 @@ class VisionLanguageModel(nn.Module):
         ).last_hidden_state
         documents.check(self.language_model)
         return summed_loss(hidden, batch.labels, batch.cu_seqlens, self.language_model.get_output_embeddings())
-
-    @torch.inference_mode()
-    def stream(
-        self,
-        input_ids: Tensor,
-        lengths: Sequence[int],
-        tiles: Tensor,
-        plans: Sequence[TilePlan],
-        decoding: Decoding,
-        numbers: Sequence[int] | None = None,
-        watch: Watch | None = None,
-    ) -> Iterator[tuple[int, int]]:
-        """Yield new tokens for packed prompts (1, L) of these lengths with all their images; see `generate_tokens`."""
-        words = self.language_model.get_input_embeddings()
-        embedded = self.embed(input_ids, tiles, plans) if plans else words(input_ids)
-        yield from generate_tokens(self.language_model, embedded, lengths, decoding, numbers, watch)
-
-    def generate(self, input_ids: Tensor, tiles: Tensor, plans: Sequence[TilePlan], decoding: Decoding) -> list[int]:
-        """Return new tokens for one prompt (1, L) with its images, without the end token."""
-        tokens = self.stream(input_ids, [input_ids.shape[1]], tiles, plans, decoding)
-        return [token for _, token in tokens]

@@ -1,1 +1,1 @@
-"""What is tried before a run: `anyres rehearse` runs the whole of it on small replicas of its models."""
+"""Checks before a run: the machine, a configuration, memory and time, and a rehearsal on small replicas."""

@@ -23,19 +23,18 @@ import pyarrow.compute as pc
 import torch
 from transformers import AutoConfig, PreTrainedTokenizerFast
 
+from anyres_vlm.checkpoints.bases import build_model, describe_model, skeleton
+from anyres_vlm.checkpoints.describe import parsing
 from anyres_vlm.config import CheckpointConfig, DataConfig, ModelConfig, RunConfig, StageName
 from anyres_vlm.data.conversation import ConversationTokenizer
 from anyres_vlm.data.index.rows import IndexSettings
 from anyres_vlm.data.index.table import OK
 from anyres_vlm.data.packing.plan import round_packs
 from anyres_vlm.data.sources import Source, open_source
-from anyres_vlm.doctor.finding import Finding, gigabytes, judge
-from anyres_vlm.doctor.run import require_reachable
 from anyres_vlm.errors import DataError, UsageError
 from anyres_vlm.geometry import Tiling
-from anyres_vlm.model.files import parsing
-from anyres_vlm.model.hub import build_model, describe_model
-from anyres_vlm.model.skeleton import skeleton
+from anyres_vlm.preflight.doctor import require_reachable
+from anyres_vlm.preflight.machine import Finding, gigabytes, judge
 from anyres_vlm.preflight.replica import choose, look, replicate, small_files, weight_files, write_records
 from anyres_vlm.preflight.trial import SAVE_EVERY, STAGES, STEPS, NotTried, Trial
 from anyres_vlm.schema import Record, Turn

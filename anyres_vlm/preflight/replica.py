@@ -31,16 +31,15 @@ from transformers import (
     PreTrainedConfig,
 )
 
+from anyres_vlm.checkpoints.bases import resolve, timm_network
+from anyres_vlm.checkpoints.describe import HUB_ID, describe, parsing, read_json
+from anyres_vlm.checkpoints.load_save import empty_model
 from anyres_vlm.config import CheckpointConfig, EncoderConfig, ModelConfig
 from anyres_vlm.data.blobs import read_blob
 from anyres_vlm.data.index.rows import IndexSettings, index_rows
 from anyres_vlm.data.index.table import OK
 from anyres_vlm.data.sources import Source
 from anyres_vlm.errors import DataError
-from anyres_vlm.model.description import describe
-from anyres_vlm.model.files import HUB_ID, parsing, read_json
-from anyres_vlm.model.hub import resolve, timm_network
-from anyres_vlm.model.pretrained import empty_model
 from anyres_vlm.schema import ImageRef
 
 SMALL_FILES = ("*.json", "*.model", "*.txt", "*.jinja")

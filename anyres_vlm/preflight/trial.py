@@ -18,14 +18,14 @@ import torch
 import yaml
 from transformers import GenerationConfig, LlavaNextForConditionalGeneration, LlavaNextProcessor
 
+from anyres_vlm.checkpoints.load_save import load_pretrained
+from anyres_vlm.checkpoints.stock import stock_obstacle
 from anyres_vlm.config import RunConfig, StageName
 from anyres_vlm.data.images import open_image
 from anyres_vlm.data.sources import open_source
-from anyres_vlm.doctor.finding import Finding, judge
-from anyres_vlm.inference import Assistant, Conversation
-from anyres_vlm.model.generation import Decoding
-from anyres_vlm.model.pretrained import load_pretrained
-from anyres_vlm.model.stock import stock_obstacle
+from anyres_vlm.inference.assistant import Assistant, Conversation
+from anyres_vlm.inference.generation import Decoding
+from anyres_vlm.preflight.machine import Finding, judge
 from anyres_vlm.schema import IMAGE_TOKEN, Record
 from anyres_vlm.train.checkpoint import PREFIX
 from anyres_vlm.train.metrics import METRICS_FILE, read_metrics

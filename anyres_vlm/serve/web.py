@@ -16,12 +16,11 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from anyres_vlm.data.headers import IMAGE_SUFFIXES
 from anyres_vlm.errors import DataError, UsageError
 from anyres_vlm.geometry import Dialect, Grid, Layout, Tiling
-from anyres_vlm.inference import Assistant
-from anyres_vlm.model.generation import Decoding
+from anyres_vlm.inference.assistant import Assistant
+from anyres_vlm.inference.generation import Decoding
 from anyres_vlm.schema import IMAGE_TOKEN, ImageRef, Turn
-from anyres_vlm.serve.alternatives import Alternatives
 from anyres_vlm.serve.chat import ChatSession
-from anyres_vlm.serve.web_views import STYLE, alternatives_view, tiles_view
+from anyres_vlm.serve.views import STYLE, Alternatives, alternatives_view, tiles_view
 
 IMAGES = 8  # of a conversation at most; each may take a second and 500 MB to decode
 WAITING = 16  # questions in the queue at most; one is answered at a time

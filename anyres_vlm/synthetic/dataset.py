@@ -13,10 +13,9 @@ from typing import Any, Literal, get_args
 from anyres_vlm.config import PictureKind
 from anyres_vlm.errors import UsageError
 from anyres_vlm.synthetic.dialogue import BRIEFLY, Dialogue, converse, pick_dialogue, pick_kind
-from anyres_vlm.synthetic.facts import Task
 from anyres_vlm.synthetic.rendering import KINDS, Rendering, render
 from anyres_vlm.synthetic.textonly import text_instruction
-from anyres_vlm.synthetic.vocabulary import Split
+from anyres_vlm.synthetic.words import Split, Task
 
 Purpose = Literal["captions", "instructions", "generated", "academic", "heldout"]
 

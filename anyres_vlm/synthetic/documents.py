@@ -6,8 +6,7 @@ import math
 import random
 
 from anyres_vlm.synthetic.drawing import FACES, Ink, Sheet, fitting_size, text_width
-from anyres_vlm.synthetic.facts import Facts, listing
-from anyres_vlm.synthetic.vocabulary import HELDOUT_WORDS, RGB, Split, words_of
+from anyres_vlm.synthetic.words import HELDOUT_WORDS, RGB, Facts, Split, listing, words_of
 
 PAPERS: tuple[Ink, ...] = ((255, 255, 255), (250, 246, 232), (236, 242, 248), (240, 240, 238))
 INKS: tuple[Ink, ...] = ((0, 0, 0), (24, 30, 80), (90, 16, 16), (20, 66, 34))

@@ -11,7 +11,7 @@ from pathlib import Path
 from PIL import Image, ImageDraw, ImageFont
 
 from anyres_vlm.errors import UsageError
-from anyres_vlm.synthetic.vocabulary import RGB
+from anyres_vlm.synthetic.words import RGB
 
 Box = tuple[float, float, float, float]  # left, top, right, bottom in pixels
 Ink = tuple[int, int, int]

@@ -11,8 +11,7 @@ from PIL import Image
 from anyres_vlm.config import PictureKind
 from anyres_vlm.synthetic import documents, scenes
 from anyres_vlm.synthetic.drawing import GlyphMark, ObjectMark, Sheet
-from anyres_vlm.synthetic.facts import Facts, Question
-from anyres_vlm.synthetic.vocabulary import Split
+from anyres_vlm.synthetic.words import Facts, Question, Split
 
 KINDS: tuple[PictureKind, ...] = get_args(PictureKind)
 

@@ -6,8 +6,7 @@ import random
 from itertools import permutations
 
 from anyres_vlm.synthetic.drawing import Ink, ObjectMark, Sheet
-from anyres_vlm.synthetic.facts import Facts, an, listing, plural, plural_of
-from anyres_vlm.synthetic.vocabulary import COLOURS, HELDOUT_OBJECTS, SHAPES, Split
+from anyres_vlm.synthetic.words import COLOURS, HELDOUT_OBJECTS, SHAPES, Facts, Split, an, listing, plural, plural_of
 
 GROUNDS: tuple[Ink, ...] = ((255, 255, 255), (246, 240, 226), (226, 236, 246), (228, 244, 228), (40, 42, 48))
 PLACES = (

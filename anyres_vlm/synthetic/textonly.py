@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 
-from anyres_vlm.synthetic.vocabulary import HELDOUT_WORDS, WORDS, Split
+from anyres_vlm.synthetic.words import HELDOUT_WORDS, WORDS, Split
 
 OPPOSITES = (
     "hot cold, big small, day night, up down, open closed, fast slow, light dark, old new, full empty, left right, "

@@ -26,9 +26,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from anyres_vlm.config import CheckpointConfig, ModelConfig, StageConfig, StageName
-from anyres_vlm.durable import replacing, sync
-from anyres_vlm.errors import DataError, UsageError
-from anyres_vlm.explain import shortened
+from anyres_vlm.errors import DataError, UsageError, shortened
+from anyres_vlm.files import replacing, sync
 from anyres_vlm.train.options import NOT_DECISIVE
 
 logger = logging.getLogger(__name__)

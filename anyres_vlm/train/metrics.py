@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 import torch
 
-from anyres_vlm.flops import Flops, training_flops
+from anyres_vlm.data.packing.cost import Flops, training_flops
 
 if TYPE_CHECKING:  # start-up time: `anyres estimate` reads the peaks alone
     from anyres_vlm.train.engine.engine import StepResult, Tracker

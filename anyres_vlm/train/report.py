@@ -7,10 +7,9 @@ from pathlib import Path
 
 import numpy as np
 
+from anyres_vlm.checkpoints.card import table
 from anyres_vlm.config import RunConfig, StageName, load_config
-from anyres_vlm.data.index.summary import summarise
-from anyres_vlm.data.index.table import Index
-from anyres_vlm.model.card import table
+from anyres_vlm.data.index.table import Index, summarise
 from anyres_vlm.train.metrics import METRICS_FILE, read_metrics
 from anyres_vlm.train.options import CONFIG_FILE
 

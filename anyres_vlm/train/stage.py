@@ -14,19 +14,17 @@ from torch import Tensor
 from torch.optim import AdamW
 from transformers import PreTrainedTokenizerFast
 
+from anyres_vlm.checkpoints.bases import build_model
+from anyres_vlm.checkpoints.card import write_card
+from anyres_vlm.checkpoints.load_save import end_tokens, load_parts, save_pretrained
 from anyres_vlm.config import RunConfig, StageConfig, StageName
 from anyres_vlm.data.chat_template import chat_jinja
 from anyres_vlm.data.conversation import ConversationTokenizer
 from anyres_vlm.data.index.table import Index, read_index
-from anyres_vlm.data.loader import iter_steps
-from anyres_vlm.data.samples import IndexedSamples
+from anyres_vlm.data.loader import IndexedSamples, iter_steps
 from anyres_vlm.errors import DataError, Interrupted, UsageError
-from anyres_vlm.model.card import write_card
-from anyres_vlm.model.feature_cache import FeatureCache
-from anyres_vlm.model.generation_config import end_tokens
-from anyres_vlm.model.hub import build_model
+from anyres_vlm.model.features import FeatureCache
 from anyres_vlm.model.lora import add_lora, merged_weights, save_adapter
-from anyres_vlm.model.pretrained import load_parts, save_pretrained
 from anyres_vlm.model.vlm import VisionLanguageModel
 from anyres_vlm.schema import Batch
 from anyres_vlm.train import checkpoint

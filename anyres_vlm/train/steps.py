@@ -15,18 +15,14 @@ from transformers import CLIPVisionConfig, PreTrainedTokenizerFast
 from anyres_vlm.config import DataConfig, RunConfig, StageName
 from anyres_vlm.data.conversation import ConversationTokenizer
 from anyres_vlm.data.index.build import build_index
-from anyres_vlm.data.index.rejects import count_rejects, rejects_path
 from anyres_vlm.data.index.rows import IndexSettings
-from anyres_vlm.data.index.stamp import Stamp
-from anyres_vlm.data.index.table import Index, read_index
-from anyres_vlm.data.loader import Pack
-from anyres_vlm.data.packing.cost import CostModel, derive_cost
+from anyres_vlm.data.index.table import Index, Stamp, count_rejects, read_index, rejects_path
+from anyres_vlm.data.loader import IndexedSamples, Pack
+from anyres_vlm.data.packing.cost import CostModel, Flops, derive_cost, forward_flops
 from anyres_vlm.data.packing.plan import Plan, plan_epoch
 from anyres_vlm.data.packing.report import measure
-from anyres_vlm.data.samples import IndexedSamples
 from anyres_vlm.data.sources import open_source
 from anyres_vlm.errors import DataError, UsageError
-from anyres_vlm.flops import Flops, forward_flops
 from anyres_vlm.model.attention import sliding_window
 from anyres_vlm.model.encoder import ClipEncoder
 from anyres_vlm.model.vlm import VisionLanguageModel

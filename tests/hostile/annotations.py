@@ -16,8 +16,8 @@ from transformers import PreTrainedTokenizerFast
 
 from anyres_vlm.data.conversation import ConversationTokenizer
 from anyres_vlm.data.index.build import build_index
-from anyres_vlm.data.index.rejects import count_rejects, rejects_path
 from anyres_vlm.data.index.rows import IndexSettings
+from anyres_vlm.data.index.table import count_rejects, rejects_path
 from anyres_vlm.data.sources.open import open_single
 from anyres_vlm.data.sources.record import Source
 from anyres_vlm.errors import DataError, UsageError

@@ -18,12 +18,12 @@ from hypothesis import strategies as st
 from target import Target
 from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM
 
+from anyres_vlm.checkpoints.bases import build_model, load_tokenizer
+from anyres_vlm.checkpoints.load_save import save_pretrained
 from anyres_vlm.config import ModelConfig
 from anyres_vlm.data.templates import TEMPLATES
 from anyres_vlm.errors import DataError, UsageError
-from anyres_vlm.inference import Assistant
-from anyres_vlm.model.hub import build_model, load_tokenizer
-from anyres_vlm.model.pretrained import save_pretrained
+from anyres_vlm.inference.assistant import Assistant
 from anyres_vlm.train.checkpoint import TrainerState, latest, read_state, save_trainer
 
 VALUES: list[Any] = [None, True, -1, 0, 1, 10**9, 1 << 40, 1 << 70, 0.5, float("nan"), float("inf"), "", "x" * 999]

@@ -16,8 +16,8 @@ from anyres_vlm.ablate.sweep import read_sweep
 from anyres_vlm.config import load_config, shipped_config
 from anyres_vlm.data.sources import open_source
 from anyres_vlm.errors import DataError, UsageError
-from anyres_vlm.estimate.sharding import read_sharding
 from anyres_vlm.instruct.job import load_settings
+from anyres_vlm.preflight.estimate.memory import read_sharding
 
 LAUGHS = "a: &a0 [x, x, x]\n" + "".join(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]\n" for n in range(1, 12))
 TEXTS = [

@@ -15,13 +15,12 @@ from configurations import replaced
 from target import explore
 from watch import watched
 
+from anyres_vlm.checkpoints.bases import describe_bases, load_tokenizer
+from anyres_vlm.checkpoints.load_save import load_pretrained
 from anyres_vlm.cli.main import main
 from anyres_vlm.config import CheckpointConfig
 from anyres_vlm.data import chat_template
 from anyres_vlm.errors import DataError, UsageError
-from anyres_vlm.model.hub import load_tokenizer
-from anyres_vlm.model.pretrained import load_pretrained
-from anyres_vlm.model.skeleton import describe_bases
 from anyres_vlm.schema import Turn
 from anyres_vlm.train.checkpoint import tensors
 

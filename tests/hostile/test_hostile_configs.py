@@ -13,7 +13,7 @@ from watch import watched
 from anyres_vlm.cli.main import main
 from anyres_vlm.config import load_config, shipped_config
 from anyres_vlm.errors import UsageError
-from anyres_vlm.plain_yaml import parse_yaml
+from anyres_vlm.files import parse_yaml
 
 
 @pytest.mark.parametrize("name", TARGETS)

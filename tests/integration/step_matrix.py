@@ -22,10 +22,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.optim import AdamW
 
+from anyres_vlm.checkpoints.bases import build_model
 from anyres_vlm.config import load_config, shipped_config
 from anyres_vlm.data.loader import Loaded, collate
 from anyres_vlm.geometry import Size, plan_tiles
-from anyres_vlm.model.hub import build_model
 from anyres_vlm.model.vlm import VisionLanguageModel
 from anyres_vlm.schema import IGNORE_INDEX, Batch, Sample
 from anyres_vlm.train.engine.deepspeed_settings import find_preset, resolve_deepspeed

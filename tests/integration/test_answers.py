@@ -11,8 +11,8 @@ from PIL import Image
 
 from anyres_vlm.cli.main import main
 from anyres_vlm.geometry import Size, count_tokens
-from anyres_vlm.inference import Assistant
-from anyres_vlm.model.generation import Decoding
+from anyres_vlm.inference.assistant import Assistant
+from anyres_vlm.inference.generation import Decoding
 from anyres_vlm.schema import Turn
 
 

@@ -11,7 +11,7 @@ import benchmark_files
 import pytest
 
 from anyres_vlm.cli.main import main
-from anyres_vlm.inference import Assistant
+from anyres_vlm.inference.assistant import Assistant
 
 SPLITS = {"adversarial": 0, "random": 10_000_000, "popular": 20_000_000}  # LLaVA's offsets
 

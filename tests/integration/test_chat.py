@@ -19,11 +19,10 @@ from anyres_vlm.cli.main import main
 from anyres_vlm.data.sources import open_source
 from anyres_vlm.errors import UsageError
 from anyres_vlm.geometry import Grid, Size, Tiling, count_tokens
-from anyres_vlm.inference import Assistant
-from anyres_vlm.model.generation import Decoding
+from anyres_vlm.inference.assistant import Assistant
+from anyres_vlm.inference.generation import Decoding
 from anyres_vlm.schema import Turn
-from anyres_vlm.serve.chat import ChatSession
-from anyres_vlm.serve.chat_commands import run_command
+from anyres_vlm.serve.chat import ChatSession, run_command
 
 TILING = Tiling.from_grid(Grid(2, 2), tile=28, patch=14)
 

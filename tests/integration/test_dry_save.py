@@ -12,9 +12,9 @@ from types import SimpleNamespace
 import pytest
 from accelerate.state import AcceleratorState
 
+from anyres_vlm.checkpoints.bases import build_model
 from anyres_vlm.config import load_config, shipped_config
 from anyres_vlm.errors import DataError
-from anyres_vlm.model.hub import build_model
 from anyres_vlm.train import saving, stage
 from anyres_vlm.train.options import RunOptions
 from anyres_vlm.train.recipe import freeze, trained_rates
@@ -74,7 +74,7 @@ def test_whatever_cannot_be_written(tiny_bases, tmp_path, monkeypatch, part: str
 
     target = {
         "tokenizer": "transformers.PreTrainedTokenizerFast.save_pretrained",
-        "config": "anyres_vlm.model.pretrained.stock_config",
+        "config": "anyres_vlm.checkpoints.load_save.stock_config",
         "card": "anyres_vlm.train.stage.write_card",
         "adapter": "anyres_vlm.train.stage.save_adapter",
     }[part]

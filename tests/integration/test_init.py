@@ -12,7 +12,7 @@ import pytest
 from anyres_vlm.cli.main import main
 from anyres_vlm.config import CheckpointConfig, ModelConfig, load_config
 from anyres_vlm.data.sources import open_source
-from anyres_vlm.starter.choices import MODELS, fitting_batch
+from anyres_vlm.preflight.init import MODELS, fitting_batch
 from anyres_vlm.synthetic.dataset import write_dataset
 
 

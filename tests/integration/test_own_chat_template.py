@@ -9,8 +9,8 @@ from accelerate.state import AcceleratorState
 from transformers import AutoProcessor, AutoTokenizer, PreTrainedTokenizerFast
 
 from anyres_vlm.config import load_config, shipped_config
-from anyres_vlm.inference import Assistant
-from anyres_vlm.model.generation import Decoding
+from anyres_vlm.inference.assistant import Assistant
+from anyres_vlm.inference.generation import Decoding
 from anyres_vlm.schema import Turn
 from anyres_vlm.train.options import RunOptions, model_folder
 from anyres_vlm.train.run import train

@@ -17,8 +17,8 @@ from transformers import AutoProcessor, LlavaNextForConditionalGeneration
 from anyres_vlm.cli.main import main
 from anyres_vlm.config import load_config, shipped_config
 from anyres_vlm.errors import DataError, Interrupted, UsageError
-from anyres_vlm.inference import Assistant, Conversation
-from anyres_vlm.model.generation import Decoding
+from anyres_vlm.inference.assistant import Assistant, Conversation
+from anyres_vlm.inference.generation import Decoding
 from anyres_vlm.schema import IMAGE_TOKEN, Turn
 from anyres_vlm.train.metrics import read_metrics
 from anyres_vlm.train.options import RunOptions, model_folder

@@ -14,12 +14,12 @@ import openai
 import pytest
 from PIL import Image
 
+from anyres_vlm.checkpoints.bases import build_model
+from anyres_vlm.checkpoints.load_save import save_pretrained
 from anyres_vlm.config import ModelConfig
 from anyres_vlm.data.templates import TEMPLATES
-from anyres_vlm.inference import Assistant
-from anyres_vlm.model.generation import Decoding
-from anyres_vlm.model.hub import build_model
-from anyres_vlm.model.pretrained import save_pretrained
+from anyres_vlm.inference.assistant import Assistant
+from anyres_vlm.inference.generation import Decoding
 from anyres_vlm.schema import Turn
 
 pytestmark = pytest.mark.browser  # for the extra `web`, whose gradio brings the server that transformers needs, too

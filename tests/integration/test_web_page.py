@@ -21,8 +21,8 @@ import pytest
 from PIL import Image
 
 from anyres_vlm.geometry import Grid, Size, Tiling, count_tokens
-from anyres_vlm.inference import Assistant
-from anyres_vlm.model.generation import Decoding
+from anyres_vlm.inference.assistant import Assistant
+from anyres_vlm.inference.generation import Decoding
 from anyres_vlm.schema import Turn
 
 pytestmark = pytest.mark.browser

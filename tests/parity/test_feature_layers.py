@@ -8,10 +8,10 @@ import pytest
 import torch
 from transformers import LlavaNextForConditionalGeneration
 
+from anyres_vlm.checkpoints.bases import build_model
+from anyres_vlm.checkpoints.load_save import load_pretrained, save_pretrained
 from anyres_vlm.config import EncoderConfig, ModelConfig
 from anyres_vlm.geometry import Size, plan_tiles
-from anyres_vlm.model.hub import build_model
-from anyres_vlm.model.pretrained import load_pretrained, save_pretrained
 
 LOGITS_ATOL = 2e-6  # none seen in fp32 on CPU; room for other kernels
 

@@ -20,13 +20,13 @@ from transformers import (
     Qwen2Config,
 )
 
+from anyres_vlm.checkpoints.bases import build_model
+from anyres_vlm.checkpoints.load_save import load_pretrained, save_pretrained
 from anyres_vlm.config import ModelConfig
 from anyres_vlm.data.templates import TEMPLATES
-from anyres_vlm.inference import Assistant, Conversation
+from anyres_vlm.inference.assistant import Assistant, Conversation
+from anyres_vlm.inference.generation import Decoding
 from anyres_vlm.model import kv_cache
-from anyres_vlm.model.generation import Decoding
-from anyres_vlm.model.hub import build_model
-from anyres_vlm.model.pretrained import load_pretrained, save_pretrained
 from anyres_vlm.schema import Turn
 
 END = 2

@@ -10,11 +10,11 @@ import torch
 from PIL import Image
 from transformers import LlavaNextForConditionalGeneration, LlavaNextProcessor, PreTrainedTokenizerFast
 
+from anyres_vlm.checkpoints.bases import build_model
+from anyres_vlm.checkpoints.load_save import load_pretrained, save_pretrained
 from anyres_vlm.config import EncoderConfig, ModelConfig
 from anyres_vlm.geometry import Size, plan_tiles
-from anyres_vlm.model.generation import Decoding
-from anyres_vlm.model.hub import build_model
-from anyres_vlm.model.pretrained import load_pretrained, save_pretrained
+from anyres_vlm.inference.generation import Decoding, stream_tokens
 from anyres_vlm.model.vlm import VisionLanguageModel
 
 LOGITS_ATOL = 2e-5  # worst seen over these shapes in fp32 on CPU: 3e-6
@@ -88,7 +88,10 @@ def test_logits_and_greedy_text_equal_stock(saved, ours, stock, width, height) -
         expected = stock(**inputs).logits
     torch.testing.assert_close(logits, expected, atol=LOGITS_ATOL, rtol=0)
     greedy = stock.generate(**inputs, max_new_tokens=8, do_sample=False)[0, inputs["input_ids"].shape[1] :]
-    ids = model.generate(inputs["input_ids"], tiles, plans, Decoding(max_new_tokens=8))
+    prompt = inputs["input_ids"]
+    ids = [
+        token for _, token in stream_tokens(model, prompt, [prompt.shape[1]], tiles, plans, Decoding(max_new_tokens=8))
+    ]
     assert ids == [token for token in greedy.tolist() if token != 2]
 
 
@@ -115,7 +118,7 @@ def test_several_images_and_text_alone(saved, ours, stock) -> None:
     ],
 )
 def test_what_stock_cannot_express_is_ours_and_loads_back(tiny_bases, tmp_path, change, reason) -> None:
-    from anyres_vlm.model.stock import stock_obstacle
+    from anyres_vlm.checkpoints.stock import stock_obstacle
 
     base = {
         "llm": str(tiny_bases / "llm"),

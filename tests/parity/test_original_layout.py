@@ -11,10 +11,10 @@ from safetensors.torch import load_file, save_file
 from tiny_stock import PINPOINTS, TEXT, VISION, picture, random_stock
 from transformers import CLIPVisionConfig, CLIPVisionModel, MistralConfig
 
+from anyres_vlm.checkpoints.load_save import load_pretrained
 from anyres_vlm.cli.main import main
 from anyres_vlm.data.tiling import cut_tiles
 from anyres_vlm.geometry import Size, plan_tiles
-from anyres_vlm.model.pretrained import load_pretrained
 
 LOGITS_ATOL = 2e-5  # seen in fp32 on CPU: equal to the bit
 SWAPPED = [[width, height] for height, width in PINPOINTS]

@@ -11,13 +11,13 @@ import torch
 from tiny_stock import picture
 from transformers import AutoProcessor, LlavaNextForConditionalGeneration
 
+from anyres_vlm.checkpoints.bases import build_model
+from anyres_vlm.checkpoints.load_save import load_pretrained, save_pretrained
 from anyres_vlm.config import EncoderConfig, ModelConfig
 from anyres_vlm.data.conversation import ConversationTokenizer
 from anyres_vlm.data.templates import TEMPLATES
 from anyres_vlm.data.tiling import cut_tiles
 from anyres_vlm.geometry import Size, plan_tiles
-from anyres_vlm.model.hub import build_model
-from anyres_vlm.model.pretrained import load_pretrained, save_pretrained
 from anyres_vlm.schema import Turn, token_repeats
 
 PIXELS_ATOL = 1e-6  # of normalised values, into whose mean and deviation stock folds 255; worst seen: 3e-7

@@ -16,15 +16,15 @@ from safetensors.torch import load_file, save_file
 from tiny_stock import JINJA, PINPOINTS, picture, random_stock, save_processor
 from transformers import LlavaNextForConditionalGeneration, LlavaNextProcessor, SiglipVisionConfig
 
+from anyres_vlm.checkpoints.load_save import load_pretrained
+from anyres_vlm.checkpoints.stock import count_changes
 from anyres_vlm.cli.main import main
 from anyres_vlm.config import shipped_config
 from anyres_vlm.data.tiling import cut_tiles
 from anyres_vlm.errors import DataError
 from anyres_vlm.geometry import Size, Tiling, count_tokens, plan_tiles
-from anyres_vlm.inference import Assistant
-from anyres_vlm.model.generation import Decoding
-from anyres_vlm.model.pretrained import load_pretrained
-from anyres_vlm.model.stock import count_changes
+from anyres_vlm.inference.assistant import Assistant
+from anyres_vlm.inference.generation import Decoding
 from anyres_vlm.schema import Turn
 
 LOGITS_ATOL = 2e-5  # worst seen over these folders in fp32 on CPU: 1.1e-5
@@ -387,9 +387,9 @@ def test_stage_2_trains_from_it_and_the_result_is_stock(folder, tmp_path, capsys
 
 def test_a_config_on_a_checkpoint(folder, tmp_path, capsys) -> None:
     """What is set replaces the checkpoint's own, and its own parts cannot be named."""
+    from anyres_vlm.checkpoints.bases import build_model, describe_model
     from anyres_vlm.config import CheckpointConfig, load_config
     from anyres_vlm.errors import UsageError
-    from anyres_vlm.model.hub import build_model, describe_model
 
     config = CheckpointConfig(checkpoint=str(folder), grid="1x2", template="tiny", layout="flat")
     model, _ = build_model(config, seed=0)

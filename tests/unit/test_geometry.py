@@ -16,16 +16,7 @@ from transformers.image_processing_utils import get_patch_output_size
 from transformers.models.llava_next.processing_llava_next import LlavaNextProcessor
 
 from anyres_vlm.errors import UsageError
-from anyres_vlm.geometry import (
-    Dialect,
-    Grid,
-    Size,
-    Tiling,
-    canvas_areas,
-    choose_canvas,
-    count_tokens,
-    plan_tiles,
-)
+from anyres_vlm.geometry import Dialect, Grid, Size, Tiling, canvas_areas, choose_canvas, count_tokens, plan_tiles
 
 RELEASED = ((336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008))  # LLaVA-NeXT's checkpoints, in their order
 DIALECTS: tuple[Dialect, ...] = ("hf", "llava")

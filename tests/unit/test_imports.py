@@ -17,32 +17,28 @@ PACKAGE = Path(anyres_vlm.__file__).parent
 ROOT = "the package itself"  # `from anyres_vlm import __version__`: allowed everywhere
 
 # A part of the package -> the parts that it may import, besides itself.
-FOUNDATION = {"errors", "durable", "geometry", "schema", "explain", "config", "flops"}
+FOUNDATION = {"errors", "files", "geometry", "schema", "config"}
+PARTS = {"data", "model", "checkpoints"}  # data and model never import each other
 ALLOWED = {
     "errors": set(),
-    "plain_yaml": set(),
-    "durable": set(),
+    "files": set(),
     "geometry": {"errors"},
     "schema": {"errors", "geometry"},
-    "explain": set(),
-    "config": {"plain_yaml", "errors", "geometry", "explain"},
-    "flops": {"errors"},
+    "config": {"errors", "files", "geometry"},
     "synthetic": FOUNDATION,
     "data": FOUNDATION,
     "model": FOUNDATION,
-    "inference": FOUNDATION | {"data", "model"},
-    "train": FOUNDATION | {"data", "model", "synthetic"},
-    "evaluate": FOUNDATION | {"data", "model", "synthetic", "inference"},
-    "serve": FOUNDATION | {"data", "model", "inference"},
-    "estimate": FOUNDATION | {"data", "model", "train"},
+    "checkpoints": FOUNDATION | {"data", "model"},
+    "inference": FOUNDATION | PARTS,
+    "train": FOUNDATION | PARTS | {"synthetic"},
+    "evaluate": FOUNDATION | PARTS | {"synthetic", "inference"},
+    "serve": FOUNDATION | PARTS | {"inference"},
     "instruct": FOUNDATION | {"data"},
-    "starter": FOUNDATION | {"data", "model"},
-    "doctor": FOUNDATION | {"data", "model", "train"},
-    "preflight": FOUNDATION | {"data", "model", "inference", "train", "doctor"},
+    "preflight": FOUNDATION | PARTS | {"inference", "train"},
     "ablate": FOUNDATION | {"synthetic", "train", "evaluate"},
     "cli": FOUNDATION
-    | {"data", "model", "synthetic", "inference", "train", "evaluate", "serve", "instruct"}
-    | {"ablate", "doctor", "estimate", "starter", "preflight"},
+    | PARTS
+    | {"synthetic", "inference", "train", "evaluate", "serve", "instruct", "preflight", "ablate"},
     "__main__": {"cli"},
 }
 ENGINE_LIBRARIES = {"accelerate", "deepspeed"}  # only train/engine/ knows them

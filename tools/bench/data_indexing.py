@@ -26,14 +26,13 @@ from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+from anyres_vlm.checkpoints.bases import load_tokenizer
 from anyres_vlm.data.conversation import ConversationTokenizer
 from anyres_vlm.data.headers import read_size
-from anyres_vlm.data.index.build import build_index
-from anyres_vlm.data.index.parts import CHUNK
+from anyres_vlm.data.index.build import CHUNK, build_index
 from anyres_vlm.data.index.rows import BATCH, IndexSettings
 from anyres_vlm.data.sources import open_source
 from anyres_vlm.geometry import Tiling
-from anyres_vlm.model.hub import load_tokenizer
 from anyres_vlm.schema import IMAGE_TOKEN, Record
 
 VOCABULARY = 32_000  # of the byte-level BPE that is trained on the dialogues' words

@@ -39,8 +39,7 @@ from anyres_vlm.cli.plan import write_plan
 from anyres_vlm.data.packing.bound import bound_efficiency
 from anyres_vlm.data.packing.cost import CostModel
 from anyres_vlm.data.packing.fill import UNIT
-from anyres_vlm.data.packing.plan import Plan, plan_epoch
-from anyres_vlm.data.packing.shuffle import gather, shuffle
+from anyres_vlm.data.packing.plan import Plan, gather, plan_epoch, shuffle
 from anyres_vlm.geometry import Size, Tiling, plan_tiles
 
 Ints = NDArray[np.int64]

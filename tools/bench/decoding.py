@@ -36,8 +36,8 @@ from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 from anyres_vlm.config import EncoderConfig, ModelConfig
 from anyres_vlm.errors import UsageError
 from anyres_vlm.geometry import Size, TilePlan, plan_tiles
+from anyres_vlm.inference.generation import Decoding, stream_tokens
 from anyres_vlm.model.encoder import ClipEncoder
-from anyres_vlm.model.generation import Decoding
 from anyres_vlm.model.vlm import VisionLanguageModel
 
 LEAST_ROUNDS = 5
@@ -201,7 +201,7 @@ def compare(
 
     def answer(count: int = new_tokens) -> list[list[int]]:
         answers: list[list[int]] = [[] for _ in prompts.lengths]
-        tokens = ours.stream(prompts.packed, prompts.lengths, prompts.tiles, prompts.plans, Decoding(count))
+        tokens = stream_tokens(ours, prompts.packed, prompts.lengths, prompts.tiles, prompts.plans, Decoding(count))
         for place, token in tokens:
             answers[place].append(token)
         return answers

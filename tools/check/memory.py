@@ -27,10 +27,8 @@ from memory_case import case_config, run_case
 from transformers import CLIPVisionConfig, LlamaConfig
 
 import anyres_vlm.train.engine.zero  # noqa: F401 - once, not in every rank
-from anyres_vlm.estimate.activations import micro_step_bytes, stage_skeleton
-from anyres_vlm.estimate.memory import count_parameters, numbers_of, rank_memory
-from anyres_vlm.estimate.pack import PackSize
-from anyres_vlm.estimate.sharding import read_sharding
+from anyres_vlm.preflight.estimate.activations import PackSize, micro_step_bytes, stage_skeleton
+from anyres_vlm.preflight.estimate.memory import count_parameters, numbers_of, rank_memory, read_sharding
 from anyres_vlm.train.engine.deepspeed_settings import find_preset
 
 COLUMNS = ("weights", "optimizer", "gradients", "activations", "peak")

@@ -21,10 +21,9 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 from anyres_vlm.config import RunConfig, StageName, load_config, shipped_config
 from anyres_vlm.data.loader import Loaded, collate
-from anyres_vlm.estimate.activations import stage_skeleton
-from anyres_vlm.estimate.pack import PackSize
 from anyres_vlm.geometry import Size, plan_tiles
 from anyres_vlm.model.vlm import VisionLanguageModel
+from anyres_vlm.preflight.estimate.activations import PackSize, stage_skeleton
 from anyres_vlm.schema import IGNORE_INDEX, Batch, Sample
 from anyres_vlm.train.engine.deepspeed_settings import resolve_deepspeed
 from anyres_vlm.train.engine.engine import Engine

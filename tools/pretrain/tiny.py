@@ -41,7 +41,7 @@ from anyres_vlm.model.loss import summed_loss
 from anyres_vlm.schema import IGNORE_INDEX
 from anyres_vlm.synthetic.prose import passages
 from anyres_vlm.synthetic.rendering import Rendering, render
-from anyres_vlm.synthetic.vocabulary import COLOURS, SHAPES
+from anyres_vlm.synthetic.words import COLOURS, SHAPES
 
 TILE, PATCH = 84, 14
 TILING = Tiling.from_grid(Grid(2, 2), tile=TILE, patch=PATCH)

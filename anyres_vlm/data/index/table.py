@@ -16,7 +16,9 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from anyres_vlm.data.sources import source_files
 from anyres_vlm.errors import DataError
+from anyres_vlm.files import replacing
 from anyres_vlm.geometry import Size
 
 FORMAT = 1  # version of the file and of its counts; part of every key
@@ -182,3 +184,130 @@ def _is_ok(chunk: pa.DictionaryArray) -> NDArray[np.bool_]:
     words = np.array([word == OK for word in chunk.dictionary.to_pylist()], bool)
     chosen: NDArray[np.bool_] = words[chunk.indices.to_numpy()]
     return chosen
+
+
+@dataclass(frozen=True, slots=True)
+class Stamp:
+    """Names, sizes in bytes and modification times in ns of the files of a source."""
+
+    look: dict[str, Any]
+
+    @classmethod
+    def take(cls, data: Path, images: Path | None) -> Stamp:
+        """Take the stamp of a source without opening its files. Raises `DataError` if a file is missing."""
+        stats = {str(path.resolve()): path.stat() for path in source_files(data)}
+        look = {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()}
+        return cls({"images": None if images is None else str(images.resolve()), "files": look})
+
+    def known_fingerprint(self, target: Path) -> str | None:
+        """Return the fingerprint that the last run saved for this target, if the stamp is unchanged."""
+        try:
+            noted = json.loads(_note(target).read_text(encoding="utf-8"))
+        except (FileNotFoundError, json.JSONDecodeError):
+            return None
+        return str(noted["fingerprint"]) if noted["look"] == self.look else None
+
+    def save(self, target: Path, fingerprint: str) -> None:
+        """Save stamp and fingerprint for the next run."""
+        _note(target).write_text(json.dumps({"look": self.look, "fingerprint": fingerprint}), encoding="utf-8")
+
+
+def _note(target: Path) -> Path:
+    return target.with_name(f".{target.name}.source.json")
+
+
+LISTED = ["id", "row", "status", "reason"]
+
+
+def rejects_path(index: Path) -> Path:
+    """Return the path of the list of rejects, next to the index."""
+    return index.with_name(f"{index.name}.rejects.jsonl")
+
+
+def write_rejects(index: Index, path: Path) -> None:
+    """Write one JSON object per reject and line: id, row of the source, kind and reason."""
+    with replacing(path) as file:
+        for batch in index.batches(LISTED):
+            for reject in batch.filter(pc.not_equal(batch["status"], OK)).to_pylist():
+                kind = reject.pop("status")
+                line = {"id": reject["id"], "row": reject["row"], "kind": kind, "reason": reject["reason"]}
+                file.write(json.dumps(line, ensure_ascii=False) + "\n")
+
+
+def count_rejects(index: Index) -> dict[str, int]:
+    """Return the number of rejects of each kind, most frequent first."""
+    counts = {entry["values"]: entry["counts"] for entry in pc.value_counts(index.column("status")).to_pylist()}
+    counts.pop(OK, None)
+    return dict(sorted(counts.items(), key=lambda item: (-item[1], item[0])))
+
+
+def check_cap(index: Index, max_bad_fraction: float, listed: Path) -> None:
+    """Raise `DataError` with the counts by kind if more than the allowed share, or everything, is bad."""
+    counts, total = count_rejects(index), len(index)
+    bad = sum(counts.values())
+    if bad > max_bad_fraction * total:
+        limit = f"more than max_bad_fraction={max_bad_fraction:g}"
+    elif bad == total:
+        limit = "no samples remain"
+    else:
+        return
+    kinds = ", ".join(f"{kind} {count:,}" for kind, count in counts.items())
+    first = next(reason for reason in index.column("reason").to_pylist() if reason is not None)
+    raise DataError(
+        f"{bad:,} of {total:,} records are bad ({kinds}), {limit}: no index is written. "
+        f"The first: {first}. Fix the records listed in {listed} or raise max_bad_fraction"
+    )
+
+
+def has_repaired_rejects(index: Index) -> bool:
+    """Return whether an image that caused a reject has appeared or changed since the index was built."""
+    made = index.path.stat().st_mtime_ns
+    for batch in index.batches(["status", "image"]):
+        for fault in batch.filter(pc.is_valid(batch["image"])).to_pylist():
+            try:
+                changed = Path(fault["image"]).stat().st_mtime_ns
+            except OSError:
+                continue  # still missing
+            if fault["status"] == "missing_file" or changed > made:
+                return True
+    return False
+
+
+def summarise(index: Index) -> dict[str, Any]:
+    """Return totals over the good samples and the rejects by kind, as JSON values."""
+    tokens = index.tokens[index.ok]
+    spread = np.percentile(tokens, [50, 95]) if len(tokens) else np.zeros(2)
+    return {
+        "samples": len(index),
+        "ok": len(tokens),
+        "rejects": count_rejects(index),
+        "changes": index.changes,
+        "tokens": {
+            "total": int(tokens.sum()),
+            "mean": round(float(tokens.mean()), 2) if len(tokens) else 0.0,
+            "median": float(spread[0]),
+            "p95": float(spread[1]),
+            "max": int(tokens.max(initial=0)),
+        },
+        "visual_tokens": _total(index, "visual_tokens"),
+        "newline_tokens": _total(index, "newline_tokens"),
+        "text_tokens": _total(index, "text_tokens"),
+        "supervised": _total(index, "supervised"),
+        "tiles": _total(index, "tiles"),
+        "images": int(num_images(index)[index.ok].sum()),
+        "key": index.key,
+        "index": str(index.path),
+        "rejects_file": str(rejects_path(index.path)),
+    }
+
+
+def num_images(index: Index) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
+    """Return the number of images with a readable header in each row."""
+    counts: np.ndarray[tuple[int], np.dtype[np.int64]] = (
+        pc.list_value_length(index.column("heights")).to_numpy().astype(np.int64)
+    )
+    return counts
+
+
+def _total(index: Index, column: str) -> int:
+    return int(index.numbers(column)[index.ok].sum())

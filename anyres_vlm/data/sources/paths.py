@@ -11,8 +11,7 @@ from typing import Any
 from unicodedata import normalize
 from urllib.parse import unquote
 
-from anyres_vlm.errors import DataError
-from anyres_vlm.explain import shortened
+from anyres_vlm.errors import DataError, shortened
 from anyres_vlm.schema import ImageRef
 
 FOLLOW_LINKS = "ANYRES_FOLLOW_LINKS"  # an environment variable, so that every rank and worker sees it

@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from anyres_vlm.durable import append, cut_partial_line, whole_lines
 from anyres_vlm.errors import DataError, UsageError
 from anyres_vlm.evaluate.answers import Answered, match
 from anyres_vlm.evaluate.benchmarks.base import (
@@ -32,6 +31,7 @@ from anyres_vlm.evaluate.benchmarks.base import (
     questions_by_id,
     take,
 )
+from anyres_vlm.files import append, cut_partial_line, whole_lines
 
 if TYPE_CHECKING:
     from openai import OpenAI

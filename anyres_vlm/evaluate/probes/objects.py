@@ -10,8 +10,7 @@ from typing import Any
 from anyres_vlm.evaluate.benchmarks.pope import yes_no_rates
 from anyres_vlm.evaluate.probes.case import BACKGROUND, Case, Probe, Reply, seeded, yes_or_no
 from anyres_vlm.synthetic.drawing import Sheet
-from anyres_vlm.synthetic.facts import an, plural_of
-from anyres_vlm.synthetic.vocabulary import COLOURS, SHAPES
+from anyres_vlm.synthetic.words import COLOURS, SHAPES, an, plural_of
 
 Pair = tuple[str, str]
 """A colour and a shape."""

@@ -12,7 +12,7 @@ from PIL import Image, ImageDraw
 
 from anyres_vlm.evaluate.probes.case import BACKGROUND, Case, Probe, Reply, seeded
 from anyres_vlm.synthetic.drawing import FACES, font
-from anyres_vlm.synthetic.vocabulary import HELDOUT_WORDS, RGB, words_of
+from anyres_vlm.synthetic.words import HELDOUT_WORDS, RGB, words_of
 
 HEIGHTS = (5, 6, 8, 10, 12, 16, 20, 24)  # pixels of a capital in the image, which AnyRes does not resize
 ROTATIONS = (5, 15, 30, 45, 90)  # degrees, either way

@@ -11,8 +11,8 @@ from anyres_vlm.evaluate.probes.case import Reply
 from anyres_vlm.evaluate.probes.objects import COUNTING, HALLUCINATION, SPATIAL
 from anyres_vlm.evaluate.probes.reading import READING, THUMBNAIL
 from anyres_vlm.geometry import Grid
-from anyres_vlm.inference import Assistant, Conversation
-from anyres_vlm.model.generation import Decoding
+from anyres_vlm.inference.assistant import Assistant, Conversation
+from anyres_vlm.inference.generation import Decoding
 from anyres_vlm.schema import IMAGE_TOKEN, Turn
 from anyres_vlm.synthetic.dialogue import BRIEFLY
 

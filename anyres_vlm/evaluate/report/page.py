@@ -15,7 +15,6 @@ from jinja2 import Environment
 from PIL import Image
 
 from anyres_vlm.data.images import open_image
-from anyres_vlm.durable import replacing
 from anyres_vlm.errors import DataError
 from anyres_vlm.evaluate.benchmarks.base import SHORT_ANSWER
 from anyres_vlm.evaluate.report.published import BENCHMARKS, PUBLISHED, Guide, caveats, guide, run_differences
@@ -36,6 +35,7 @@ from anyres_vlm.evaluate.report.statistics import (
     shares,
     worst,
 )
+from anyres_vlm.files import replacing
 from anyres_vlm.geometry import Tiling
 
 NORMAL = 1.96  # standard errors of a 95% interval
@@ -187,7 +187,7 @@ def _rows(results: Sequence[Result], sections: Sequence[Section]) -> list[Row]:
 def _probes(probes: Sequence[Probes]) -> list[Any]:
     if not probes:
         return []
-    from anyres_vlm.evaluate.report.probing import read_probes  # start-up time
+    from anyres_vlm.evaluate.report.probing import read_probes
 
     return [read_probes(run) for run in probes]
 

@@ -11,11 +11,11 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from anyres_vlm.durable import replacing
 from anyres_vlm.errors import DataError
 from anyres_vlm.evaluate.answers import read_json
 from anyres_vlm.evaluate.benchmarks.base import Scored
 from anyres_vlm.evaluate.benchmarks.heldout import BLIND, Heldout
+from anyres_vlm.files import replacing
 from anyres_vlm.geometry import Tiling
 
 EXPECTED = "expected a file written by anyres eval, score --out or probe --out"

@@ -23,8 +23,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from anyres_vlm.config import RunConfig, StageConfig, StageName, shipped_config
-from anyres_vlm.errors import UsageError
-from anyres_vlm.explain import did_you_mean, shortened
+from anyres_vlm.errors import UsageError, did_you_mean, shortened
 
 AUTO = "auto"
 Treatment = Literal["run", "engine", "passed", "unused", "refused", "block"]

@@ -115,7 +115,7 @@ class Engine:
                 "leave the cache out"
             )
         try:
-            from anyres_vlm.train.engine.zero import check_zero  # optional: the extra `deepspeed`
+            from anyres_vlm.train.engine.zero import check_zero
         except ModuleNotFoundError:
             raise UsageError("--deepspeed needs DeepSpeed: pip install 'anyres-vlm[deepspeed]'") from None
         check_zero(settings)
@@ -133,7 +133,7 @@ class Engine:
         if deepspeed is None:
             self._backend = PlainBackend(self._accelerator, model, optimizer, max_grad_norm)
             return
-        from anyres_vlm.train.engine.zero import ZeroBackend  # optional: the extra `deepspeed`
+        from anyres_vlm.train.engine.zero import ZeroBackend
 
         settings = deepspeed.sized(model.language_model.config.hidden_size)
         if not is_initialized():  # one process without a launcher is a world of its own

@@ -13,8 +13,7 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 from torch.optim import AdamW
 
-from anyres_vlm.errors import UsageError
-from anyres_vlm.explain import did_you_mean, explain, shortened
+from anyres_vlm.errors import UsageError, did_you_mean, explain, shortened
 from anyres_vlm.model.vlm import VisionLanguageModel
 from anyres_vlm.schema import Batch
 from anyres_vlm.train.engine.deepspeed_settings import DeepSpeedSettings, fill_sizes

@@ -15,10 +15,10 @@ import pytest
 from PIL import Image
 from transformers import CLIPVisionModel
 
+from anyres_vlm.checkpoints.bases import encoder_geometry, load_encoder
 from anyres_vlm.cli.main import main
 from anyres_vlm.config import EncoderConfig
 from anyres_vlm.errors import DataError, UsageError
-from anyres_vlm.model.hub import encoder_geometry, load_encoder
 
 FORGED = "<script>alert('id')</script>"
 
@@ -162,7 +162,7 @@ def test_report_is_one_page_that_needs_nothing_else(data: Path, capsys: pytest.C
 def test_report_without_matplotlib_names_the_extra(
     data: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("anyres_vlm.serve.index_figures.find_spec", lambda name: None)
+    monkeypatch.setattr("anyres_vlm.data.index.report.find_spec", lambda name: None)
     assert index(data, "--report") == 2
     assert "pip install 'anyres-vlm[demo]'" in capsys.readouterr().err
     assert not (data.parent / "i.parquet").exists()

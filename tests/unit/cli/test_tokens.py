@@ -15,8 +15,8 @@ from PIL import ExifTags, Image
 
 from anyres_vlm import __version__
 from anyres_vlm.cli.main import main
+from anyres_vlm.data.tile_picture import format_histogram
 from anyres_vlm.geometry import Grid, Size, Tiling, plan_tiles
-from anyres_vlm.serve.tiling_table import format_histogram
 
 SCRIPT = Path(__file__).parents[3] / "tools" / "count_tokens.py"
 

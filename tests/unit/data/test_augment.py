@@ -12,8 +12,7 @@ import pytest
 from PIL import Image
 
 from anyres_vlm.config import AugmentConfig
-from anyres_vlm.data.augment import Augmentation
-from anyres_vlm.data.tiling import tile_image
+from anyres_vlm.data.tiling import Augmentation, tile_image
 from anyres_vlm.geometry import Grid, Size, Tiling, count_tokens, plan_tiles
 
 ALWAYS = AugmentConfig(probability=1.0)
@@ -48,7 +47,7 @@ def test_another_process_gives_the_same_pixels_without_network(augmentation: Aug
 import socket, sys
 def refuse(*arguments): raise AssertionError("a network look-up")
 socket.socket.connect = socket.create_connection = socket.getaddrinfo = refuse
-import anyres_vlm.data.augment as augment
+import anyres_vlm.data.tiling as augment
 assert "albumentations" not in sys.modules, "importing is light"
 import numpy as np
 from anyres_vlm.config import AugmentConfig

@@ -18,7 +18,7 @@ from anyres_vlm.data.conversation import ConversationTokenizer, images_first
 from anyres_vlm.data.index.build import Built, Shard, build_index
 from anyres_vlm.data.index.rows import IndexSettings
 from anyres_vlm.data.index.table import read_index
-from anyres_vlm.data.samples import IndexedSamples
+from anyres_vlm.data.loader import IndexedSamples
 from anyres_vlm.data.sources import open_source
 from anyres_vlm.data.templates import TEMPLATES
 from anyres_vlm.errors import DataError

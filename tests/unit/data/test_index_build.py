@@ -22,10 +22,8 @@ from transformers import PreTrainedTokenizerFast
 
 from anyres_vlm.data.conversation import ConversationTokenizer
 from anyres_vlm.data.index.build import Built, Shard, build_index
-from anyres_vlm.data.index.rejects import rejects_path
 from anyres_vlm.data.index.rows import IndexSettings, check_sample
-from anyres_vlm.data.index.summary import summarise
-from anyres_vlm.data.index.table import SCHEMA, read_index
+from anyres_vlm.data.index.table import SCHEMA, read_index, rejects_path, summarise
 from anyres_vlm.errors import DataError, UsageError
 from anyres_vlm.geometry import Grid, Size, Tiling, plan_tiles
 from anyres_vlm.schema import IGNORE_INDEX, ImageRef, Sample
@@ -38,7 +36,7 @@ from anyres_vlm.data.conversation import ConversationTokenizer
 from anyres_vlm.data.index.build import build_index
 from anyres_vlm.data.index.rows import IndexSettings
 from anyres_vlm.geometry import Grid, Tiling
-from anyres_vlm.model.hub import load_tokenizer
+from anyres_vlm.checkpoints.bases import load_tokenizer
 llm, data, out = sys.argv[1:]
 settings = IndexSettings(ConversationTokenizer("vicuna_v1", load_tokenizer(llm)),
                          Tiling.from_grid(Grid(2, 2), tile=28, patch=14), 4096)

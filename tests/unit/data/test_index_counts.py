@@ -16,11 +16,10 @@ from transformers.models.llava_next.processing_llava_next import LlavaNextProces
 from anyres_vlm.data.conversation import ConversationTokenizer
 from anyres_vlm.data.index.build import build_index
 from anyres_vlm.data.index.rows import IndexSettings
-from anyres_vlm.data.loader import collate, load
-from anyres_vlm.data.samples import IndexedSamples
+from anyres_vlm.data.loader import IndexedSamples, collate, load
 from anyres_vlm.data.sources import open_source
 from anyres_vlm.geometry import Dialect, Grid, Layout, Size, Tiling
-from anyres_vlm.model.merge import merge_tiles
+from anyres_vlm.model.connector import merge_tiles
 from anyres_vlm.schema import IGNORE_INDEX
 
 IMAGES = 2000

@@ -17,8 +17,7 @@ from anyres_vlm.data.conversation import ConversationTokenizer
 from anyres_vlm.data.images import open_image
 from anyres_vlm.data.index.build import build_index
 from anyres_vlm.data.index.rows import IndexSettings
-from anyres_vlm.data.loader import Pack, collate, iter_steps, load
-from anyres_vlm.data.samples import IndexedSamples
+from anyres_vlm.data.loader import IndexedSamples, Pack, collate, iter_steps, load
 from anyres_vlm.data.sources import open_source
 from anyres_vlm.errors import DataError
 from anyres_vlm.geometry import Grid, Tiling

@@ -7,9 +7,8 @@ from pathlib import Path
 import pytest
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaNextConfig, Qwen2Config
 
-from anyres_vlm.data.packing.cost import CostModel, derive_cost, read_cost
+from anyres_vlm.data.packing.cost import CostModel, derive_cost, forward_flops, read_cost
 from anyres_vlm.errors import UsageError
-from anyres_vlm.flops import forward_flops
 
 CLIP_LARGE = {
     "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16,

@@ -10,16 +10,16 @@ import numpy as np
 import pytest
 from skimage.measure import label
 
+from anyres_vlm.checkpoints.bases import build_model
+from anyres_vlm.checkpoints.load_save import save_pretrained
 from anyres_vlm.cli.main import main
 from anyres_vlm.config import ModelConfig
 from anyres_vlm.evaluate.probes import objects, reading
 from anyres_vlm.evaluate.probes.case import Case, Reply, yes_or_no
 from anyres_vlm.evaluate.probes.suite import PROBES, THUMBNAIL, run_probes
-from anyres_vlm.inference import Assistant
-from anyres_vlm.model.hub import build_model
-from anyres_vlm.model.pretrained import save_pretrained
+from anyres_vlm.inference.assistant import Assistant
 from anyres_vlm.synthetic.rendering import KINDS, render
-from anyres_vlm.synthetic.vocabulary import RGB, WORDS
+from anyres_vlm.synthetic.words import RGB, WORDS
 
 SIDE = 168
 

@@ -8,10 +8,10 @@ import pytest
 import torch
 from transformers import PreTrainedTokenizerFast
 
+from anyres_vlm.checkpoints.bases import build_model
+from anyres_vlm.checkpoints.load_save import save_pretrained
 from anyres_vlm.config import ModelConfig
 from anyres_vlm.model.attention import ATTENTION_NAME, Documents, packed_attention
-from anyres_vlm.model.hub import build_model
-from anyres_vlm.model.pretrained import save_pretrained
 
 
 @pytest.mark.parametrize("groups", [1, 2, 4])

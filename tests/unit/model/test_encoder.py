@@ -12,11 +12,11 @@ from timm.models import save_for_hf
 from torch import Tensor, nn
 from transformers import CLIPVisionModel
 
+from anyres_vlm.checkpoints.bases import build_model, encoder_geometry, load_encoder
+from anyres_vlm.checkpoints.load_save import load_pretrained, save_pretrained
 from anyres_vlm.config import EncoderConfig, ModelConfig
 from anyres_vlm.errors import DataError, UsageError
 from anyres_vlm.model.encoder import ClipEncoder, TimmEncoder
-from anyres_vlm.model.hub import build_model, encoder_geometry, load_encoder
-from anyres_vlm.model.pretrained import load_pretrained, save_pretrained
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.3, 0.25)
 SMALL = {"depth": 4, "embed_dim": 48, "num_heads": 3}

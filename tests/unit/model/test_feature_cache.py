@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
+from anyres_vlm.checkpoints.bases import build_model
 from anyres_vlm.config import load_config, shipped_config
 from anyres_vlm.errors import UsageError
 from anyres_vlm.geometry import Size, plan_tiles
 from anyres_vlm.model.encoder import ClipEncoder
-from anyres_vlm.model.feature_cache import FeatureCache
-from anyres_vlm.model.hub import build_model
+from anyres_vlm.model.features import FeatureCache
 
 GB = 10**9
 

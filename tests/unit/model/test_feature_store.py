@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from anyres_vlm.model.feature_store import FeatureStore
+from anyres_vlm.model.features import FeatureStore
 
 GB = 10**9
 SHAPE = (4, 32)

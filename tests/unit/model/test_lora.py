@@ -10,11 +10,11 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
+from anyres_vlm.checkpoints.bases import build_model
+from anyres_vlm.checkpoints.load_save import load_pretrained, save_pretrained
 from anyres_vlm.config import LoraSettings, ModelConfig
 from anyres_vlm.errors import UsageError
-from anyres_vlm.model.hub import build_model
 from anyres_vlm.model.lora import add_lora, merged_weights, save_adapter
-from anyres_vlm.model.pretrained import load_pretrained, save_pretrained
 from anyres_vlm.model.vlm import VisionLanguageModel
 
 MERGED_ATOL = 2e-5  # of logits; worst of 5 seeds in fp32 on CPU: 6e-6

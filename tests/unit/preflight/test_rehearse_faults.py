@@ -17,7 +17,7 @@ from replicas import CLIP, MISTRAL, VICUNA_7B, build_replica
 
 from anyres_vlm.cli.main import main
 from anyres_vlm.config import RunConfig, load_config, shipped_config
-from anyres_vlm.doctor.finding import Finding
+from anyres_vlm.preflight.machine import Finding
 from anyres_vlm.preflight.rehearse import Rehearsal, _checkpoint_bytes
 
 BEFORE_TRAINING = ("installation", "output", "deepspeed", "bases", "stage1 data", "stage2 data", "replica")

@@ -15,12 +15,12 @@ import torch
 from huggingface_hub import snapshot_download
 from replicas import CLIP, FACTS, LLAMA_3, LLMS, NEXT_MISTRAL, VICUNA_7B, build_replica
 
+from anyres_vlm.checkpoints.bases import build_model, encoder_geometry
+from anyres_vlm.checkpoints.load_save import load_pretrained, save_pretrained
 from anyres_vlm.config import CheckpointConfig, EncoderConfig, ModelConfig
 from anyres_vlm.data.index.table import SCHEMA
 from anyres_vlm.data.sources import open_source
 from anyres_vlm.errors import DataError
-from anyres_vlm.model.hub import build_model, encoder_geometry
-from anyres_vlm.model.pretrained import load_pretrained, save_pretrained
 from anyres_vlm.preflight.replica import CHOSEN, choose, replicate, shrink, small_files, weight_files, write_records
 from anyres_vlm.synthetic.dataset import write_dataset
 

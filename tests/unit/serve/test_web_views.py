@@ -15,8 +15,7 @@ from transformers import PreTrainedTokenizerFast
 from anyres_vlm.cli.main import main
 from anyres_vlm.geometry import Grid, Tiling
 from anyres_vlm.schema import ImageRef
-from anyres_vlm.serve.alternatives import Alternatives
-from anyres_vlm.serve.web_views import alternatives_view, tiles_view
+from anyres_vlm.serve.views import Alternatives, alternatives_view, tiles_view
 
 
 def test_images_have_pictures_bills_and_reasons(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from anyres_vlm.synthetic.dialogue import BRIEFLY
 from anyres_vlm.synthetic.prose import passages, talk, transcript
 from anyres_vlm.synthetic.rendering import render
 from anyres_vlm.synthetic.textonly import text_instruction
-from anyres_vlm.synthetic.vocabulary import HELDOUT_WORDS
+from anyres_vlm.synthetic.words import HELDOUT_WORDS
 
 TILING = Tiling.from_grid(Grid(rows=2, cols=2), tile=84, patch=14)
 

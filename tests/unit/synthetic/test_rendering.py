@@ -11,7 +11,7 @@ import pytest
 from anyres_vlm.geometry import Grid, Size, Tiling, plan_tiles
 from anyres_vlm.synthetic.rendering import KINDS, Rendering, render
 from anyres_vlm.synthetic.scenes import place_of
-from anyres_vlm.synthetic.vocabulary import HELDOUT_OBJECTS, HELDOUT_WORDS, RGB
+from anyres_vlm.synthetic.words import HELDOUT_OBJECTS, HELDOUT_WORDS, RGB
 
 SEEDS = range(60)
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import CLIPVisionConfig, LlamaConfig
 
-from anyres_vlm.flops import forward_flops
+from anyres_vlm.data.packing.cost import forward_flops
 from anyres_vlm.train.engine.engine import StepResult
 from anyres_vlm.train.metrics import Throughput, device_peak
 

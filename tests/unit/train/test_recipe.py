@@ -10,9 +10,9 @@ import torch
 from PIL import Image
 from transformers import get_cosine_schedule_with_warmup
 
+from anyres_vlm.checkpoints.bases import build_model
 from anyres_vlm.config import load_config, shipped_config
 from anyres_vlm.data.loader import collate
-from anyres_vlm.model.hub import build_model
 from anyres_vlm.model.lora import add_lora
 from anyres_vlm.schema import Batch, ImageRef, Record, Turn
 from anyres_vlm.train.recipe import build_optimizer, freeze, rate_factor, recipe_warnings, trained_rates

@@ -1,0 +1,1 @@
+"""Checkpoint folders and base models: described, loaded, saved, imported and exported."""

@@ -1,0 +1,187 @@
+"""What tiling does to one image, as a picture and as a table."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from PIL import Image, ImageDraw, ImageFont
+
+from anyres_vlm.geometry import Size, TilePlan, Tiling, canvas_areas, choose_canvas, plan_tiles
+
+PAPER, TEXT = (255, 255, 255), (30, 30, 34)
+TILE_EDGE, KEPT_EDGE, NEWLINE, PADDING = (230, 70, 40), (30, 150, 70), (40, 90, 220), (205, 205, 210)
+WIDTH = 560  # pixels of the drawn canvas' longer side
+GAP = 24
+
+
+def draw_tiling(image: Image.Image, tiling: Tiling) -> Image.Image:
+    """Thumbnail at the left, the canvas beside it, a legend with the counts below. RGB in, RGB out."""
+    plan = plan_tiles(Size(height=image.height, width=image.width), tiling)
+    canvas = _canvas(image, plan)
+    has_grid = plan.num_tiles > 1
+    thumb_side = WIDTH * plan.tile // max(plan.canvas.height, plan.canvas.width) if has_grid else WIDTH // 2
+    thumbnail = image.resize((thumb_side, thumb_side), Image.Resampling.BICUBIC)
+    lines = _legend(plan, tiling)
+    letters = ImageFont.load_default(15)
+    text_width = max(int(letters.getlength(line)) for line, _ in lines)
+    width = thumb_side + (GAP + canvas.width + 14 if has_grid else 0)
+    height = max(thumb_side, canvas.height if has_grid else 0)
+    sheet = Image.new("RGB", (max(width, text_width) + 2 * GAP, height + 2 * GAP + 22 * len(lines) + GAP), PAPER)
+    pen = ImageDraw.Draw(sheet)
+    sheet.paste(thumbnail, (GAP, GAP))
+    pen.rectangle((GAP, GAP, GAP + thumb_side - 1, GAP + thumb_side - 1), outline=TILE_EDGE, width=2)
+    _count(pen, GAP, GAP, plan.side**2)
+    if has_grid:
+        left = GAP + thumb_side + GAP
+        sheet.paste(canvas, (left, GAP))
+        _mark_newlines(pen, plan, canvas, left)
+    for index, (line, colour) in enumerate(lines):
+        pen.text((GAP, height + 2 * GAP + 22 * index), line, font=letters, fill=colour)
+    return sheet
+
+
+def _canvas(image: Image.Image, plan: TilePlan) -> Image.Image:
+    """The resized image on its hatched canvas, with the tiles' and the kept tokens' edges."""
+    scale = WIDTH / max(plan.canvas.height, plan.canvas.width)
+    drawn = Image.new("RGB", (round(plan.canvas.width * scale), round(plan.canvas.height * scale)), (238, 238, 240))
+    pen = ImageDraw.Draw(drawn)
+    for offset in range(-drawn.height, drawn.width, 10):
+        pen.line((offset, drawn.height, offset + drawn.height, 0), fill=PADDING)
+    size = max(round(plan.resized.width * scale), 1), max(round(plan.resized.height * scale), 1)
+    drawn.paste(image.resize(size, Image.Resampling.BICUBIC), (round(plan.left * scale), round(plan.top * scale)))
+    for row in range(plan.grid.rows):
+        for col in range(plan.grid.cols):
+            box = _box(col * plan.tile, row * plan.tile, plan.tile, plan.tile, scale)
+            pen.rectangle(box, outline=TILE_EDGE, width=2)
+    if plan.kept_rows and plan.kept_cols:
+        token = plan.tile / plan.side
+        kept = (plan.kept_left * token, plan.kept_top * token, plan.kept_cols * token, plan.kept_rows * token)
+        pen.rectangle(_box(*kept, scale), outline=KEPT_EDGE, width=3)
+    for row in range(plan.grid.rows):
+        for col in range(plan.grid.cols):
+            left, top, *_ = _box(col * plan.tile, row * plan.tile, plan.tile, plan.tile, scale)
+            _count(pen, left, top, plan.tile_tokens(row, col))
+    return drawn
+
+
+def _box(left: float, top: float, width: float, height: float, scale: float) -> tuple[int, int, int, int]:
+    return round(left * scale), round(top * scale), round((left + width) * scale) - 1, round((top + height) * scale) - 1
+
+
+def _count(pen: ImageDraw.ImageDraw, left: int, top: int, tokens: int) -> None:
+    """A tile's tokens in its corner."""
+    letters = ImageFont.load_default(13)
+    corner = left + 8, top + 6
+    x0, y0, x1, y1 = pen.textbbox(corner, str(tokens), font=letters)
+    pen.rectangle((x0 - 3, y0 - 3, x1 + 3, y1 + 3), fill=PAPER)
+    pen.text(corner, str(tokens), font=letters, fill=TEXT)
+
+
+def _mark_newlines(pen: ImageDraw.ImageDraw, plan: TilePlan, canvas: Image.Image, left: int) -> None:
+    """A tick at the end of every kept row: there the model reads a newline."""
+    pitch = canvas.height / (plan.grid.rows * plan.side)
+    x = left + (plan.kept_left + plan.kept_cols) * pitch
+    for row in range(plan.newline_tokens):
+        y = GAP + (plan.kept_top + row + 0.5) * pitch
+        pen.line((x + 3, y, x + 10, y), fill=NEWLINE, width=2)
+
+
+def _legend(plan: TilePlan, tiling: Tiling) -> list[tuple[str, tuple[int, int, int]]]:
+    grid = f"{plan.grid.rows} rows x {plan.grid.cols} columns" if plan.num_tiles > 1 else "the thumbnail alone"
+    size = f"{plan.image.width} x {plan.image.height} px"
+    lines = [
+        (f"{size} -> {grid} of {plan.tile} px tiles, dialect {tiling.dialect}, layout {plan.layout}", TEXT),
+        (f"{plan.num_tiles} tiles with the thumbnail = {plan.num_tiles * plan.side**2:,} patches encoded", TILE_EDGE),
+    ]
+    if plan.num_tiles > 1:
+        rows, cols = plan.kept_rows, plan.kept_cols
+        lines.append(
+            (f"{rows} x {cols} tokens kept of the grid + {plan.side**2} of the thumbnail: in the corners", KEPT_EDGE)
+        )
+    if plan.newline_tokens:
+        lines.append((f"{plan.newline_tokens} newline tokens, one at the end of each row", NEWLINE))
+    total = f"{plan.visual_tokens:,} visual + {plan.newline_tokens} newline = {plan.total_tokens:,} tokens"
+    return [*lines, (f"{total} in the language model", TEXT)]
+
+
+CANDIDATE_COLUMNS = ("canvas", "grid", "effective px", "of the image", "wasted px", "of the canvas", "")
+BINS = 12  # bars of a histogram at most
+BAR = 40  # characters of the longest
+
+
+def describe_plan(plan: TilePlan) -> str:
+    """Size, grid and the token bill of one image."""
+    return (
+        f"{plan.image.width}x{plan.image.height} -> {max(plan.grid.rows, 1)}x{max(plan.grid.cols, 1)} grid, "
+        f"{plan.num_tiles} tile{'s'[: plan.num_tiles > 1]}, {plan.visual_tokens:,} visual + "
+        f"{plan.newline_tokens} newline = {plan.total_tokens:,} tokens"
+    )
+
+
+def candidate_rows(size: Size, tiling: Tiling) -> list[tuple[str, ...]]:
+    """Every candidate canvas in the order in which it is tried, under `CANDIDATE_COLUMNS`; the last marks the chosen.
+
+    Sizes are written width x height, grids rows x columns.
+    """
+    rows: list[tuple[str, ...]] = []
+    chosen = choose_canvas(size, tiling)
+    for canvas in tiling.canvases:
+        effective, waste = canvas_areas(size, canvas)
+        rows.append(
+            (
+                f"{canvas.width}x{canvas.height}",
+                f"{canvas.height // tiling.tile}x{canvas.width // tiling.tile}",
+                f"{effective:,}",
+                f"{effective / (size.height * size.width):.1%}",
+                f"{waste:,}",
+                f"{waste / (canvas.height * canvas.width):.1%}",
+                "chosen" if canvas == chosen else "",
+            )
+        )
+    return rows
+
+
+def explain_choice(size: Size, tiling: Tiling) -> str:
+    """Why this canvas, in one sentence."""
+    chosen = choose_canvas(size, tiling)
+    if chosen is None:
+        return "There is no candidate canvas: the image is its thumbnail alone."
+    best = canvas_areas(size, chosen)
+    areas = [canvas_areas(size, canvas) for canvas in tiling.canvases]
+    name = f"{chosen.width}x{chosen.height}"
+    if len(areas) == 1:
+        return f"{name} is the only candidate."
+    if (equals := areas.count(best)) > 1:
+        return f"{name} is the first, for dialect {tiling.dialect}, of {equals} that keep most and waste least."
+    if (rivals := sum(other.effective == best.effective for other in areas)) > 1:
+        return f"{name} wastes least of the {rivals} that keep most of the image."
+    return f"{name} keeps most of the image."
+
+
+def format_table(names: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Columns of text, the first to the left and the others to the right."""
+    lines = [names, *rows]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join(
+        "  ".join(
+            cell.rjust(width) if place else cell.ljust(width)
+            for place, (cell, width) in enumerate(zip(line, widths, strict=True))
+        ).rstrip()
+        for line in lines
+    )
+
+
+def format_histogram(values: Sequence[int]) -> str:
+    """Whole numbers by value, or in bins of equal width where they differ too much: range, count, bar."""
+    low, width = min(values), max(-(-(max(values) - min(values) + 1) // BINS), 1)
+    distinct = sorted(set(values))
+    if len(distinct) <= BINS:
+        ranges = [(value, value) for value in distinct]
+    else:
+        ranges = [(start, start + width - 1) for start in range(low, max(values) + 1, width)]
+    counts = [sum(first <= value <= last for value in values) for first, last in ranges]
+    names = [f"{first:,}" if first == last else f"{first:,} to {last:,}" for first, last in ranges]
+    bars = ["#" * -(-count * BAR // max(counts)) for count in counts]
+    widths = len(max(names, key=len)), len(f"{max(counts):,}")
+    rows = zip(names, counts, bars, strict=True)
+    return "\n".join(f"{name:>{widths[0]}}  {count:>{widths[1]},}  {bar}".rstrip() for name, count, bar in rows)

@@ -1,0 +1,190 @@
+"""Bytes that one micro-step holds beside weights and gradients, counted on a pass over tensors without content.
+
+The real modules run, forward and backward, on torch's fake tensors: what autograd keeps, what checkpointing computes
+again, how the loss works in chunks are not told a second time here. Two models of few layers are traced, and each
+further layer adds what the last one added.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable, Sequence
+from dataclasses import astuple, dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from anyres_vlm.checkpoints.bases import describe_bases, skeleton
+from anyres_vlm.config import RunConfig, StageName
+from anyres_vlm.model.attention import Documents
+from anyres_vlm.model.lora import add_lora
+from anyres_vlm.model.loss import head_loss
+from anyres_vlm.model.vlm import VisionLanguageModel
+from anyres_vlm.train.recipe import freeze, trained_rates
+
+Numbers = Literal["fp32", "bf16", "autocast"]
+"""What weights and activations are: both fp32, both bf16, or fp32 weights that are cast where they are used."""
+
+FEW_LAYERS = (1, 2)
+
+
+@dataclass(frozen=True)
+class PackSize:
+    """Positions of the sequence, equal documents in it, tiles for the encoder, supervised positions."""
+
+    tokens: int
+    documents: int
+    tiles: int
+    supervised: int
+
+    @property
+    def lengths(self) -> list[int]:
+        """Of the documents; the last takes what is left."""
+        each = self.tokens // self.documents
+        return [each] * (self.documents - 1) + [self.tokens - each * (self.documents - 1)]
+
+
+@dataclass(frozen=True)
+class StepBytes:
+    """Of one micro-step, over weights and gradients: at most in the forward pass, held behind it, at most backward."""
+
+    forward: int
+    held: int
+    backward: int
+
+    @property
+    def peak(self) -> int:
+        """The most at any time."""
+        return max(self.forward, self.backward)
+
+    def beyond(self, other: StepBytes, times: int) -> StepBytes:
+        """This and so many times what it has over `other`, which is in the same place of the step but a layer less."""
+        ours, theirs = astuple(self), astuple(other)
+        return StepBytes(*(more + times * (more - less) for more, less in zip(ours, theirs, strict=True)))
+
+
+def stage_skeleton(config: RunConfig, stage: StageName, layers: int | None = None) -> VisionLanguageModel:
+    """The model as a stage trains it: adapters in place, checkpointing on, all else frozen."""
+    settings = config.stage(stage)
+    model = skeleton(config.model, layers)
+    if settings.lora is not None:
+        add_lora(model, settings.lora, config.seed)
+    if settings.activation_checkpointing:
+        model.language_model.activation_checkpointing_enable()
+    freeze(model, trained_rates(config, stage))
+    return model
+
+
+def micro_step_bytes(
+    config: RunConfig, stage: StageName, packs: Sequence[PackSize], numbers: Numbers
+) -> list[StepBytes]:
+    """Trace packs, one by one, through forward and backward of a stage."""
+    layers: int = describe_bases(config.model).text.num_hidden_layers
+    more = FEW_LAYERS[-1]
+    if layers <= more:
+        return _trace(config, stage, packs, numbers, layers)
+    traces = zip(*(_trace(config, stage, packs, numbers, count) for count in FEW_LAYERS), strict=True)
+    return [last.beyond(first, layers - more) for first, last in traces]
+
+
+def _trace(
+    config: RunConfig, stage: StageName, packs: Sequence[PackSize], numbers: Numbers, layers: int
+) -> list[StepBytes]:
+    with torch.device("meta"):
+        model = stage_skeleton(config, stage, layers)
+    with FakeTensorMode():
+        _make_fake(model, numbers)
+        return [_trace_pack(model, pack, numbers) for pack in packs]
+
+
+def _make_fake(model: VisionLanguageModel, numbers: Numbers) -> None:
+    """Put fake tensors in place of a model's meta tensors; tied ones stay tied. Gradients are dropped as they come."""
+    made: dict[int, tuple[nn.Parameter, nn.Parameter]] = {}  # the old ones too, so that no number comes twice
+    for module in model.modules():
+        for name, old in module._parameters.items():
+            if old is not None and id(old) not in made:
+                dtype = torch.bfloat16 if numbers == "bf16" else old.dtype
+                new = nn.Parameter(torch.empty(old.shape, dtype=dtype), requires_grad=old.requires_grad)
+                made[id(old)] = old, new
+                if new.requires_grad:
+                    new.register_post_accumulate_grad_hook(_release)  # type: ignore[no-untyped-call]
+            if old is not None:
+                module._parameters[name] = made[id(old)][1]
+        for name, buffer in module._buffers.items():
+            module._buffers[name] = None if buffer is None else torch.empty(buffer.shape, dtype=buffer.dtype)
+
+
+def _trace_pack(model: VisionLanguageModel, pack: PackSize, numbers: Numbers) -> StepBytes:
+    batch = _FakeBatch(pack, model.vision_tower.tile)
+    with LiveBytes([*model.parameters(), *model.buffers()]) as live:
+        with torch.autocast("cpu", torch.bfloat16, enabled=numbers == "autocast"):
+            loss = _loss(model, pack, batch)
+        forward, held = live.restart(), live.now
+        loss.backward()  # type: ignore[no-untyped-call]
+    return StepBytes(forward, held, live.restart())
+
+
+class _FakeBatch:
+    def __init__(self, pack: PackSize, side: int) -> None:
+        self.tokens = torch.zeros((1, pack.tokens), dtype=torch.int64)
+        self.boundaries = torch.zeros(pack.documents + 1, dtype=torch.int32)
+        self.tiles = torch.zeros((max(pack.tiles, 1), 3, side, side), dtype=torch.uint8)
+        self.places = torch.zeros((1, pack.tokens, 1), dtype=torch.bool)
+        self.positions = torch.zeros(pack.supervised, dtype=torch.int64)
+
+
+def _loss(model: VisionLanguageModel, pack: PackSize, batch: _FakeBatch) -> Tensor:
+    """As the model's own `forward`, where that asks no tensor for its content."""
+    projected = model.multi_modal_projector(model.vision_tower(batch.tiles))
+    embedded = model.language_model.get_input_embeddings()(batch.tokens)
+    visual = projected.flatten(0, 1) + 0.0 * model.image_newline.to(projected.dtype)
+    merged = embedded.masked_scatter(batch.places, visual.to(embedded.dtype))
+    hidden = model.language_model.base_model(
+        inputs_embeds=merged,
+        position_ids=batch.tokens,
+        documents=Documents(batch.boundaries, pack.lengths),
+        use_cache=False,
+    ).last_hidden_state
+    states = hidden[0].index_select(0, batch.positions)
+    return head_loss(states, batch.positions, model.language_model.get_output_embeddings())
+
+
+def _release(parameter: Tensor) -> None:
+    parameter.grad = None
+
+
+class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Bytes of all storages that are made under this mode and are still there; `known` tensors do not count."""
+
+    def __init__(self, known: Iterable[Tensor]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.now = self.peak = 0
+        self._known = {tensor.untyped_storage()._cdata for tensor in known}
+
+    def restart(self) -> int:
+        """The peak so far; it is taken anew from now on."""
+        peak, self.peak = self.peak, self.now
+        return peak
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor):
+                self._see(tensor.untyped_storage())
+        return result
+
+    def _see(self, storage: torch.UntypedStorage) -> None:
+        key, size = storage._cdata, storage.nbytes()
+        if key not in self._known:
+            self._known.add(key)
+            self.now += size
+            self.peak = max(self.peak, self.now)
+            weakref.finalize(storage, self._forget, key, size)
+
+    def _forget(self, key: int, size: int) -> None:
+        self._known.discard(key)
+        self.now -= size

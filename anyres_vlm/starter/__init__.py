@@ -1,1 +1,0 @@
-"""A configuration of one's own, from a few answers."""

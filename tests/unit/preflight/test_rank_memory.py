@@ -1,0 +1,121 @@
+"""Bytes a rank by rules of thumb that everybody counts with, and what a trace says of its pack."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from anyres_vlm.config import RunConfig, load_config, shipped_config
+from anyres_vlm.errors import UsageError
+from anyres_vlm.preflight.estimate.activations import PackSize, StepBytes, micro_step_bytes
+from anyres_vlm.preflight.estimate.memory import PRESETS, Sharding, count_parameters, rank_memory, read_sharding
+from anyres_vlm.preflight.estimate.workload import find_device
+
+NOTHING = StepBytes(0, 0, 0)
+MILLION = [nn.Parameter(torch.empty(1_000_000, device="meta"))]
+
+
+def memory(sharding: Sharding, ranks: int, numbers: str = "bf16", step: StepBytes = NOTHING):  # type: ignore[no-untyped-def]
+    return rank_memory(count_parameters(MILLION, sharding), sharding, numbers, ranks, step)  # type: ignore[arg-type]
+
+
+def test_a_plain_rank_holds_sixteen_bytes_a_parameter() -> None:
+    assert memory(Sharding("none"), 1, "autocast").resting == 16e6
+    assert memory(Sharding("none"), 8, "autocast").resting == 16e6  # and the buckets of the gradient exchange
+    assert memory(Sharding("none"), 8, "autocast").peak == 20e6
+
+
+def test_zero_splits_what_it_says_it_splits() -> None:
+    """Rajbhandari et al. 2020, with gradients accumulated in fp32: 2 + 18/N at most, all of it for ZeRO-3."""
+    assert memory(Sharding("z2", stage=2), 8).resting == pytest.approx(2e6 + (4 + 4 + 8) * 1e6 / 8)
+    assert memory(Sharding("z3", stage=3), 8).resting == pytest.approx(18e6 / 8)
+    assert memory(Sharding("z2", stage=2, offloads_optimizer=True), 8).moments == 0
+
+
+def test_the_host_holds_what_is_read_and_then_the_checkpoint() -> None:
+    frozen = nn.Parameter(torch.empty(9_000_000, device="meta"), requires_grad=False)
+    for sharding, numbers, item in ((Sharding("none"), "autocast", 4), (Sharding("z3", stage=3), "bf16", 2)):
+        count = count_parameters([frozen], sharding)
+        assert rank_memory(count, sharding, numbers, 8, NOTHING).host == item * 9e6  # type: ignore[arg-type]
+        count = count_parameters([*MILLION, frozen], sharding)
+        assert rank_memory(count, sharding, numbers, 8, NOTHING).host == 12e6 + item * 9e6  # type: ignore[arg-type]
+
+
+def test_the_busiest_phase_decides() -> None:
+    update = memory(Sharding("z3", stage=3, subgroup=10**9), 1)
+    assert update.peak == update.resting + 4e6  # the copy of the gradients
+    step = StepBytes(forward=3_000_000, held=2_000_000, backward=9_000_000)
+    busy = memory(Sharding("z3", stage=3, subgroup=10**9), 1, step=step)
+    assert busy.peak == busy.resting + 9e6
+    assert busy.activations == 2e6
+
+
+def test_presets_are_read(tmp_path: Path) -> None:
+    zero2, zero3 = read_sharding("zero2"), read_sharding("zero3_offload")
+    assert (zero2.stage, zero2.bucket, zero2.buckets, zero2.offloads_optimizer) == (2, 200_000_000, 2, False)
+    assert (zero3.stage, zero3.offloads_optimizer, zero3.offloads_weights) == (3, True, True)
+    assert [read_sharding(name).stage for name in PRESETS] == [0, 1, 2, 3, 2, 3]
+    own = tmp_path / "own.json"
+    own.write_text(json.dumps({"zero_optimization": {"stage": 2, "overlap_comm": False}}))
+    assert (read_sharding(str(own)).bucket, read_sharding(str(own)).buckets) == (500_000_000, 1)  # DeepSpeed's defaults
+    own.write_text("[")
+    with pytest.raises(UsageError, match="cannot be read as JSON"):
+        read_sharding(str(own))
+
+
+def tiny(tiny_bases: Path, *settings: str) -> RunConfig:
+    bases = (f"model.llm={tiny_bases}/llm", f"model.encoder.name={tiny_bases}/vit")
+    return load_config(shipped_config("tiny"), [*bases, *settings])
+
+
+def test_activations_grow_with_the_pack_and_shrink_by_checkpointing(tiny_bases: Path) -> None:
+    small, large = PackSize(1000, 4, 8, 200), PackSize(2000, 8, 16, 400)
+    one, two = micro_step_bytes(tiny(tiny_bases), "stage2", [small, large], "fp32")
+    assert two.held == pytest.approx(2 * one.held, rel=0.1)
+    [less] = micro_step_bytes(tiny(tiny_bases, "stage2.activation_checkpointing=true"), "stage2", [small], "fp32")
+    [frozen] = micro_step_bytes(tiny(tiny_bases), "stage1", [small], "fp32")
+    [half] = micro_step_bytes(tiny(tiny_bases), "stage2", [small], "bf16")
+    assert less.held < 0.5 * one.held
+    assert frozen.held < 0.8 * one.held
+    assert half.held == pytest.approx(0.5 * one.held, rel=0.2)
+
+
+def test_a_trained_encoder_keeps_its_activations(tiny_bases: Path) -> None:
+    pack = PackSize(1000, 4, 40, 200)
+    [frozen] = micro_step_bytes(tiny(tiny_bases), "stage2", [pack], "fp32")
+    [trained] = micro_step_bytes(tiny(tiny_bases, "stage2.vision_lr=1e-5"), "stage2", [pack], "fp32")
+    assert trained.held > frozen.held
+
+
+def test_more_layers_follow_from_few(tiny_bases: Path, tmp_path: Path) -> None:
+    """Four layers by the difference of two traces hold what their own differences in steps of one say."""
+    held = []
+    for layers in (2, 3, 4):
+        folder = tmp_path / str(layers)
+        folder.mkdir()
+        settings = json.loads((tiny_bases / "llm" / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(settings | {"num_hidden_layers": layers}))
+        config = tiny(tiny_bases, f"model.llm={folder}")
+        held += micro_step_bytes(config, "stage2", [PackSize(1000, 4, 8, 200)], "bf16")
+    assert held[2].held - held[1].held == held[1].held - held[0].held > 0
+
+
+def test_devices() -> None:
+    device = find_device("H100-80GB")
+    assert (device.memory, device.peak) == (80e9, 989.4e12)
+    with pytest.raises(UsageError, match=r"--device a100-80: expected one of a100-40gb, .*; did you mean a100-80gb\?"):
+        find_device("a100-80")
+
+
+@pytest.mark.parametrize(
+    "setting",
+    ["stage2.lora={rank: 8}", "model.encoder={kind: timm, name: vit_tiny_patch16_224}", "model.encoder.layer=-1"],
+)
+def test_other_parts_are_traced(setting: str) -> None:
+    config = load_config(shipped_config("tiny"), [setting])
+    [step] = micro_step_bytes(config, "stage2", [PackSize(500, 1, 2, 100)], "bf16")
+    assert 0 < step.held < step.peak
