@@ -45,7 +45,7 @@ from anyres_vlm.schema import ImageRef
 SMALL_FILES = ("*.json", "*.model", "*.txt", "*.jinja")
 WEIGHT_FILES = (".safetensors", ".bin")
 WEIGHT_INDEX = ".index.json"  # names the shards of the real weights
-LAYERS, HEAD_DIM, MOST_HEADS = 2, 16, 8
+LAYERS, HEAD_DIM, HEADS = 2, 8, 4  # a CPU without bf16 units multiplies a vocabulary by the width for each label
 DEVIATION = 0.1  # of random weights: large enough that every position counts in the logits
 
 LOOKED_AT = 20_000  # records of a source that are indexed at most
@@ -129,7 +129,7 @@ def shrink(settings: dict[str, Any], layers: int) -> dict[str, Any]:
     heads = config.num_attention_heads
     pairs = getattr(config, "num_key_value_heads", None) or heads
     ratio = max(heads // pairs, 1)
-    small_pairs = min(pairs, 2 if 2 * ratio <= MOST_HEADS else 1)
+    small_pairs = min(pairs, max(HEADS // ratio, 1))
     dim = getattr(config, "head_dim", None) or config.hidden_size // heads
     scaling = settings.get("rope_scaling") or settings.get("rope_parameters") or {}
     small_dim = dim if any(isinstance(value, list) for value in scaling.values()) else HEAD_DIM  # a factor a frequency
@@ -192,7 +192,7 @@ def _replicate_timm(encoder: EncoderConfig, folder: Path) -> None:
     with torch.device("meta"):
         real = timm_network(encoder, pretrained=False)
     facts = real.pretrained_cfg
-    args = {"depth": _depth(encoder.layer), "embed_dim": 2 * HEAD_DIM, "num_heads": 2}
+    args = {"depth": _depth(encoder.layer), "embed_dim": HEADS * HEAD_DIM, "num_heads": HEADS}
     network = timm.create_model(facts["architecture"], pretrained=False, num_classes=0, **args)
     folder.mkdir(parents=True)
     kept = {key: facts[key] for key in ("mean", "std", "input_size", "interpolation", "crop_pct", "first_conv")}

@@ -41,7 +41,7 @@ def test_a_shrunk_llm_keeps_every_key_but_its_sizes(name: str) -> None:
     assert small["num_hidden_layers"] == 2
     assert small["num_attention_heads"] / small["num_key_value_heads"] == ratio
     assert small["hidden_size"] % small["num_attention_heads"] == 0
-    assert small["hidden_size"] <= 256
+    assert small["hidden_size"] <= 64
     assert not small.keys() & {"vocab_size", "rope_theta", "sliding_window", "max_position_embeddings", "model_type"}
 
 
@@ -68,7 +68,7 @@ def test_a_replica_of_real_files_is_small_and_whole(tmp_path: Path) -> None:
     assert isinstance(replica, ModelConfig)
     model, tokenizer = build_model(replica, 0)
     assert len(tokenizer) == 128257
-    assert sum(parameter.numel() for parameter in model.parameters()) < 40e6
+    assert sum(parameter.numel() for parameter in model.parameters()) < 10e6
     assert (model.vision_tower.tile, model.vision_tower.patch) == (336, 14)
     made = json.loads((tmp_path / "replica" / "llm" / "config.json").read_text())
     assert made.keys() >= FACTS[LLAMA_3].config.keys()
