@@ -238,7 +238,7 @@ def test_no_mask_of_the_whole_pack_is_ever_built(family: str) -> None:
 
 def test_what_attention_cannot_do_exactly_is_refused() -> None:
     for changing in (language_config("gemma2", head_dim=16), language_config("granite", logits_scaling=8.0)):
-        with pytest.raises(UsageError, match="caps or scales its logits"):
+        with pytest.raises(UsageError, match="caps or scales the logits"):
             make_model(changing)
     capped = make_model(language_config("gemma2", head_dim=16, final_logit_softcapping=None))
     with pytest.raises(UsageError, match="logit soft-capping is not supported"):

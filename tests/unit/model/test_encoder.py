@@ -146,7 +146,7 @@ def test_a_network_without_an_image_size_is_refused() -> None:
         ("hiera_tiny_224", None, UsageError, "Hiera is not a plain vision transformer"),
         ("naflexvit_base_patch16_gap", None, UsageError, "NaFlexVit is not a plain vision transformer"),
         ("convnext_atto", 64, UsageError, "its tile cannot be set"),
-        ("vit_tiny_patch16_224", 8, UsageError, "multiple of its patches"),
+        ("vit_tiny_patch16_224", 8, UsageError, "not a multiple of the patch size"),
         ("vit_nonsense", None, DataError, "Unknown model"),
         ("timm/vit_nonsense", None, DataError, "hf-hub:timm/vit_nonsense"),
     ],
