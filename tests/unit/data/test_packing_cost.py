@@ -10,7 +10,14 @@ import torch
 from PIL import Image
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoConfig, CLIPVisionConfig, LlamaConfig, LlavaNextConfig, PreTrainedTokenizerFast, Qwen2Config
+from transformers import (
+    AutoConfig,
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaNextConfig,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+)
 
 from anyres_vlm.checkpoints.bases import build_model
 from anyres_vlm.config import RunConfig, load_config, shipped_config
