@@ -134,7 +134,7 @@ def test_a_write_error_is_not_fatal(tmp_path: Path, caplog: pytest.LogCaptureFix
         assert torch.equal(cache(tiles), expected)
     assert [record.levelno for record in caplog.records if record.levelno >= logging.WARNING] == [logging.WARNING]
     assert "no more features are cached" in caplog.text
-    with pytest.raises(UsageError, match=r"cache_features\.folder.*choose a folder"):
+    with pytest.raises(UsageError, match=r"cache_features\.folder.*choose a writable folder"):
         FeatureCache(encoder, tmp_path / "bad" / cache.store.folder.name, GB)
 
 
