@@ -40,7 +40,7 @@ def test_every_value_at_some_keys(value: object, tmp_path: Path) -> None:
     ("text", "said"),
     [
         (LAUGHS, "100,000 entries"),
-        ("a: &a [*a]", "refers to a node that contains it"),
+        ("a: &a [*a]", "an alias refers to a node that contains it"),
         ("seed: 1\nseed: 2", "duplicate key 'seed'"),
         ("[" * 2000, "nested too deeply"),
         ("a: !!python/object/apply:os.system [x]", "could not determine a constructor"),

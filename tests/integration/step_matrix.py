@@ -22,11 +22,16 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.optim import AdamW
 
+sys.path.append(str(Path(__file__).parents[2] / "tools" / "check"))
+from memory_case import gradient_bytes, static_bytes
+
 from anyres_vlm.checkpoints.bases import build_model
 from anyres_vlm.config import load_config, shipped_config
 from anyres_vlm.data.loader import Loaded, collate
 from anyres_vlm.geometry import Size, plan_tiles
 from anyres_vlm.model.vlm import VisionLanguageModel
+from anyres_vlm.preflight.estimate.activations import StepBytes
+from anyres_vlm.preflight.estimate.memory import RankMemory, count_parameters, numbers_of, rank_memory, read_sharding
 from anyres_vlm.schema import IGNORE_INDEX, Batch, Sample
 from anyres_vlm.train.engine.deepspeed_settings import find_preset, resolve_deepspeed
 from anyres_vlm.train.engine.engine import Engine
@@ -125,17 +130,29 @@ def share(engine: Engine, model: VisionLanguageModel, parts: list[list[Loaded]],
     return [collate(pack, model.tiling.tile, model.image_token_id) for pack in mine]
 
 
+def predict(model: VisionLanguageModel, backend: str, precision: str, ranks: int) -> RankMemory:
+    """Return what `anyres estimate` expects a rank to hold, activations left out."""
+    sharding = read_sharding(None if backend == "plain" else backend)
+    count = count_parameters(model.parameters(), sharding)
+    return rank_memory(count, sharding, numbers_of(sharding, precision), ranks, StepBytes(0, 0, 0), fused=False)
+
+
 def compare(
     engine: Engine, bases: Path, precision: str, expected: Any, backend: str, micro_steps: int
-) -> dict[str, float]:
-    """Largest differences from the reference; weights and updates are those of rank 0."""
+) -> dict[str, Any]:
+    """Return the largest differences from the reference, and bytes predicted and allocated; weights are rank 0's."""
     model = build(bases)
     before = {name: tensor.detach().clone() for name, tensor in model.named_parameters()}
     steps = [share(engine, model, parts, micro_steps) for parts in make_steps(model)]
     config = load_config(shipped_config("tiny"), [f"stage2.max_grad_norm={MAX_GRAD_NORM}", f"precision={precision}"])
     settings = None if backend == "plain" else resolve_deepspeed(find_preset(backend), config, "stage2")
+    predicted = predict(model, backend, precision, engine.world_size)
     engine.prepare(model, adamw(model), MAX_GRAD_NORM, settings)
+    gradients: list[int] = []  # before each forward pass
+    hook = model.register_forward_pre_hook(lambda *_: gradients.append(gradient_bytes(engine, model)))
     results = [engine.step(batches) for batches in steps]
+    hook.remove()
+    held = static_bytes(engine, model)
     found = engine.snapshot(with_moments=False).weights
     if not engine.is_main:
         return {}
@@ -147,10 +164,15 @@ def compare(
         "loss": max(abs(result.loss / loss - 1) for result, loss in zip(results, losses, strict=True)),
         "norm": max(abs(result.grad_norm / norm - 1) for result, norm in zip(results, norms, strict=True)),
         "clipped": sum(norm > MAX_GRAD_NORM for norm in norms),
+        "bytes": {
+            "weights": (predicted.weights, held["weights"]),
+            "optimizer": (predicted.masters + predicted.moments, held["masters"] + held["moments"]),
+            "gradients": (predicted.gradients, gradients[-1]),
+        },
     }
 
 
-def run(bases: Path, precision: Any) -> Iterator[tuple[str, dict[str, float]]]:
+def run(bases: Path, precision: Any) -> Iterator[tuple[str, dict[str, Any]]]:
     """Differences by combination: ranks, backend and micro-steps."""
     engine = Engine.start(precision, rank_timeout_minutes=5)
     expected = reference(bases) if engine.is_main else None

@@ -1,4 +1,4 @@
-"""Each fault that the doctor looks for is made, and found; a sound machine has none."""
+"""Plant each fault that the doctor looks for in files, paths and environment, and find it; a sound machine has none."""
 
 from __future__ import annotations
 
@@ -38,6 +38,12 @@ def make(tmp_path: Path) -> Make:
         config[stage]["data"] = {"path": str(tmp_path / "data.json")}
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
     return lambda *overrides: doctor.Case(load_config(tmp_path / "config.yaml", overrides), tmp_path / "run")
+
+
+def uninstall(monkeypatch: pytest.MonkeyPatch, *packages: str) -> None:
+    """Make packages impossible to find and import in this process."""
+    for package in packages:
+        monkeypatch.setitem(sys.modules, package, None)
 
 
 def only(findings: Any) -> Finding:
@@ -89,26 +95,39 @@ def test_a_check_that_breaks_ends_no_other() -> None:
     assert second.level == "ok"
 
 
-def test_packages_of_a_wrong_version_or_missing(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = ["pillow>=9999", "no-such-package-anywhere>=2", "numpy>=1", "wandb>=1; extra == 'test'"]
-    monkeypatch.setattr(machine, "requires", lambda name: asked)
+def test_packages_of_a_wrong_version_or_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    required = ["pillow>=9999", "no-such-package-anywhere>=2", "numpy>=1", "wandb>=1; extra == 'test'"]
+    metadata = tmp_path / "anyres_vlm-9.dist-info" / "METADATA"
+    metadata.parent.mkdir()
+    lines = ["Metadata-Version: 2.1", "Name: anyres-vlm", "Version: 9", *(f"Requires-Dist: {one}" for one in required)]
+    metadata.write_text("\n".join(lines) + "\n")
+    monkeypatch.syspath_prepend(tmp_path)  # found before the installed package
     finding = only(machine.check_packages(None))
     assert finding.level == "fail"
     assert finding.found.endswith(", no no-such-package-anywhere")
     assert finding.remedy == "pip install 'pillow>=9999' 'no-such-package-anywhere>=2'"
 
 
-def test_a_driver_without_a_build_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_driver_without_a_build_for_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import torch
 
-    monkeypatch.setattr(machine.shutil, "which", lambda name: "/usr/bin/nvidia-smi")
-    monkeypatch.setattr(torch.version, "cuda", None)
-    monkeypatch.setattr(torch.version, "hip", None)
-    assert only(machine.check_torch(None)).level == "fail"
-    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
-    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    if torch.accelerator.is_available():
+        pytest.skip("this machine has an accelerator")
+    driver = tmp_path / "nvidia-smi"
+    driver.write_text("#!/bin/sh\n")
+    driver.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    assert "CUDA_VISIBLE_DEVICES='' hides it" in only(machine.check_accelerator(None)).remedy
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(torch.version, "cuda", None)  # a build for the CPU, as a wheel states it
+    assert only(machine.check_torch(None)).level == "fail"
+    assert only(machine.check_accelerator(None)).level == "ok"
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    assert only(machine.check_torch(None)).level == "ok"
+    finding = only(machine.check_accelerator(None))
+    assert (finding.level, "CUDA_VISIBLE_DEVICES='' hides it" in finding.remedy) == ("fail", True)
+    driver.unlink()
+    assert only(machine.check_accelerator(None)).level == "ok"
 
 
 def test_attention_that_mixes_documents_fails(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -121,7 +140,7 @@ def test_attention_that_mixes_documents_fails(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_deepspeed_is_needed_only_where_it_is_named(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor, "find_spec", lambda name: None)
+    uninstall(monkeypatch, "deepspeed")
     assert only(doctor.check_deepspeed(make())).level == "ok"
     finding = only(doctor.check_deepspeed(make("stage2.deepspeed=zero3")))
     assert (finding.level, finding.remedy) == ("fail", "pip install 'anyres-vlm[deepspeed]'")
@@ -129,7 +148,7 @@ def test_deepspeed_is_needed_only_where_it_is_named(make: Make, monkeypatch: pyt
 
 
 def test_trackers_and_fonts(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor, "find_spec", lambda name: None)
+    uninstall(monkeypatch, "matplotlib")
     assert [f.level for f in doctor.check_trackers(make())] == ["ok", "warn"]
     rendered = make("stage1.data={rendered: captions, samples: 3}")
     assert [f.level for f in doctor.check_trackers(rendered)] == ["ok", "fail"]
@@ -167,28 +186,30 @@ def test_models_that_are_not_here(make: Make, tmp_path: Path, monkeypatch: pytes
     assert [f.level for f in (*doctor.check_index(case), *doctor.check_shared_memory(case))] == ["warn", "warn"]
 
 
-def test_memory_shared_memory_and_disk_that_are_too_small(
-    make: Make, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    case = make("workers=2")
-    assert {f.check: f.level for f in doctor.check_models(case)}["memory"] == "ok"
-    monkeypatch.setattr(doctor, "free_memory", lambda: 20_000_000)  # two models of 2.8 M numbers in fp32 are 22 MB
-    assert {f.check: f.level for f in doctor.check_models(case)}["memory"] == "fail"
-    assert only(doctor.check_shared_memory(case)).level == "ok"
-    assert only(doctor.check_disk(case)).level == "ok"
+def test_memory_that_is_too_small(make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a control group of the kernel's own file formats; the two models of 2.8 M numbers in fp32 take 22 MB."""
+    monkeypatch.setattr(doctor, "CGROUP", tmp_path)
+    (tmp_path / "memory.current").write_text("80000000\n")
+    (tmp_path / "memory.stat").write_text("anon 70000000\ninactive_file 10000000\n")
+    for limit, level in ((90_000_000, "fail"), (100_000_000, "ok")):
+        (tmp_path / "memory.max").write_text(f"{limit}\n")
+        assert {f.check: f.level for f in doctor.check_models(make())}["memory"] == level
 
-    class Small:
-        f_bavail, f_frsize = 1, 4096
 
-    monkeypatch.setattr(doctor.os, "statvfs", lambda path: Small)
-    assert only(doctor.check_shared_memory(case)).level == "fail"
-    assert only(doctor.check_disk(case)).level == "fail"
+def test_shared_memory_and_disk_that_are_too_small(make: Make) -> None:
+    """The run asks for more than any machine has."""
+    assert only(doctor.check_shared_memory(make("workers=2"))).level == "ok"
     assert only(doctor.check_shared_memory(make("workers=0"))).level == "ok"
-    full = doctor.Case(case.config, Path("/proc/run"))  # nobody can write there
-    assert "choose another --output" in only(doctor.check_disk(full)).remedy
+    finding = only(doctor.check_shared_memory(make("workers=1000000000")))
+    assert (finding.level, "fewer workers" in finding.remedy) == ("fail", True)
+    assert only(doctor.check_disk(make())).level == "ok"
+    finding = only(doctor.check_disk(make("keep_checkpoints=1000000000")))
+    assert (finding.level, "lower keep_checkpoints" in finding.remedy) == ("fail", True)
+    unwritable = doctor.Case(make().config, Path("/proc/run"))
+    assert "choose another --output" in only(doctor.check_disk(unwritable)).remedy
 
 
-def test_a_container_s_limit_on_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_memory_limit_of_a_container(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "CGROUP", tmp_path)
     whole = doctor.free_memory()
     assert whole > 1e6

@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from deepspeed.runtime.zero.config import get_zero_config
 from deepspeed_files import PUBLISHED, WARMUP
 
 from anyres_vlm.config import RunConfig, load_config, shipped_config
 from anyres_vlm.errors import UsageError
+from anyres_vlm.preflight.estimate.memory import PRESETS, read_sharding
 from anyres_vlm.train.engine.deepspeed_settings import DeepSpeedSettings, find_preset, read_zero, resolve_deepspeed
 from anyres_vlm.train.engine.zero import check_zero
 
@@ -167,12 +169,41 @@ def test_files_are_found_and_read(tmp_path: Path) -> None:
     assert "reduce_bucket_size" not in read_zero(path)
 
 
-@pytest.mark.parametrize("name", ["zero1", "zero2", "zero2_offload", "zero3", "zero3_offload"])
-def test_shipped_presets_reach_deepspeed_as_written(name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "stage", "optimizer", "weights"),
+    [
+        ("zero1", 1, False, False),
+        ("zero2", 2, False, False),
+        ("zero2_offload", 2, True, False),
+        ("zero3", 3, False, False),
+        ("zero3_offload", 3, True, True),
+    ],
+)
+def test_deepspeed_reads_the_shipped_presets_as_named(name: str, stage: int, optimizer: bool, weights: bool) -> None:
     settings = resolve_deepspeed(find_preset(name), run_config("precision=bf16"), "stage1", has_cuda=False)
-    written = json.loads(find_preset(name).read_text(encoding="utf-8"))
-    filled = dict.fromkeys(("train_micro_batch_size_per_gpu", "gradient_accumulation_steps"), 1)
+    check_zero(settings)
     assert settings.warnings == ()
-    assert settings.content == {**written, **filled, "gradient_clipping": 1.0, "gradient_allreduce_op": "mean"} | {
-        "bf16": {"enabled": True}
-    }
+    theirs = get_zero_config(settings.content)
+    assert theirs.stage == stage
+    for offload, wanted in ((theirs.offload_optimizer, optimizer), (theirs.offload_param, weights)):
+        assert (offload is not None and offload.device == "cpu") == wanted
+    assert settings.content["bf16"] == {"enabled": True}
+
+
+@pytest.mark.parametrize("name", [*PRESETS[1:], {"stage": 2, "overlap_comm": False}, {"stage": 3}])
+def test_the_estimate_reads_sizes_as_deepspeed_does(tmp_path: Path, name: str | dict[str, Any]) -> None:
+    """Of the shipped presets, and DeepSpeed's defaults for what a file leaves out."""
+    path = find_preset(name) if isinstance(name, str) else tmp_path / "own.json"
+    if not isinstance(name, str):
+        path.write_text(json.dumps({"zero_optimization": name}))
+    theirs, ours = get_zero_config(json.loads(path.read_text())), read_sharding(str(path))
+    assert (ours.stage, ours.bucket, ours.subgroup) == (
+        theirs.stage, theirs.reduce_bucket_size, theirs.sub_group_size,
+    )  # fmt: skip
+    assert (ours.prefetch, ours.persistent, ours.live) == (
+        theirs.prefetch_bucket_size, theirs.param_persistence_threshold, theirs.max_live_parameters,
+    )  # fmt: skip
+    assert ours.offloads_optimizer == (theirs.offload_optimizer is not None)
+    assert ours.offloads_weights == (theirs.offload_param is not None)
+    if ours.stage < 3:
+        assert ours.buckets == 1 + theirs.overlap_comm, "DeepSpeed reduces one bucket while it fills the next"
