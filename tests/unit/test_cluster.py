@@ -159,4 +159,4 @@ def test_the_lock_holds_what_the_project_requires() -> None:
 
 @pytest.mark.slow
 def test_the_platforms_schemas_accept_the_jobs() -> None:
-    subprocess.run([ROOT / "tools" / "check_jobs"], check=True, timeout=900)
+    subprocess.run([ROOT / "tools" / "check" / "jobs"], check=True, timeout=900)
