@@ -1,8 +1,8 @@
-# The anyres command as an image. Final stages: runtime (the default) and test (the runtime's tests; running it runs them).
+# Image of the anyres command. Final stages: runtime (the default) and test (runs the tests).
 #   docker build -t anyres .                                            for NVIDIA GPUs
 #   docker build -t anyres:cpu --build-arg TORCH=cpu .                  for CPUs
 #   docker build -t anyres:test --build-arg TORCH=cpu --target test . && docker run --rm anyres:test
-# Python packages are locked with hashes (tools/lock renews them); pin a base by its digest where the system's must be, too.
+# Python packages are locked with hashes (tools/lock renews them). To lock system packages as well, pin the base by digest.
 ARG TORCH=cuda
 ARG CUDA_BASE=nvidia/cuda:13.0.2-base-ubuntu24.04
 ARG CPU_BASE=debian:bookworm-slim
@@ -12,15 +12,15 @@ FROM ${CPU_BASE} AS base-cpu
 
 # hadolint ignore=DL3006
 FROM base-${TORCH} AS python
-# A Python of 3.11 or later; the bases' distributions fix its version.
+# Python 3.11 or later; the distribution of the base determines its version.
 # hadolint ignore=DL3008
 RUN apt-get update \
     && apt-get install --yes --no-install-recommends ca-certificates python3 \
     && rm -rf /var/lib/apt/lists/* \
     && useradd --uid 10001 --home-dir /cache --create-home --shell /usr/sbin/nologin anyres \
     && chmod 1777 /cache
-# Everything that libraries write outside of the run's folder goes under /cache, the one mount beside it that a read-only
-# image needs, and open to any user id: models from the hub, compiled planners, fonts.
+# Everything that libraries write outside the folder of the run goes to /cache (models from the hub, compiled planners,
+# fonts). It is writable for any user id, and the only other mount that a read-only image needs.
 ENV HOME=/cache XDG_CACHE_HOME=/cache PATH=/opt/venv/bin:$PATH PYTHONUNBUFFERED=1
 WORKDIR /workspace
 
@@ -31,7 +31,7 @@ RUN python3 -m venv /opt/uv && /opt/uv/bin/pip install --no-cache-dir uv==0.13.8
 ENV VIRTUAL_ENV=/opt/venv UV_COMPILE_BYTECODE=1 UV_LINK_MODE=copy UV_CACHE_DIR=/root/.cache/uv
 COPY requirements.lock requirements-test.lock /locks/
 ARG TORCH
-# PyTorch keeps its CPU builds of the same versions on an index of its own. Their hashes are not in the lock.
+# PyTorch's CPU builds of the same versions are on its own index. Their hashes are not in the lock.
 ARG CPU_TORCH_INDEX=https://download.pytorch.org/whl/cpu
 ARG CPU_TORCH=
 # hadolint ignore=SC2086
@@ -69,5 +69,5 @@ RUN ln -s /workspace/configs/cluster/launch /usr/local/bin/anyres-launch && inst
 USER 10001
 ENTRYPOINT ["anyres"]
 CMD ["--help"]
-# A batch command has no health beside its exit status; torchrun watches the ranks, and a rank that falls silent ends the run.
+# A batch command has no health other than its exit status; torchrun monitors the ranks, and a silent rank ends the run.
 HEALTHCHECK NONE

@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
-"""References of every command and of every key, generated from the code: `--check` fails where a file is stale.
+"""Generate the references of all commands and keys from the code; `--check` fails if a file is out of date.
 
-Commands come from the command line's own parser, keys from the configuration models: types and bounds from their JSON
-schema, meanings from the comment behind each field.
+Commands are read from the parser of the command line, keys from the configuration models: types and bounds from their
+JSON schema, meanings from the comment after each field.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ BOUNDS = {"minimum": ">=", "exclusiveMinimum": ">", "maximum": "<=", "exclusiveM
 
 
 def main() -> int:
-    """Write the files, or with `--check` name those that differ. Returns the exit status."""
+    """Write the files, or with `--check` print those that differ. Returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="write nothing; exit status 1 if a file is stale")
     check = parser.parse_args().check
@@ -58,7 +58,7 @@ def main() -> int:
 
 
 def commands_page() -> str:
-    """Every command with its help, arguments and options."""
+    """Return the page of all commands with their help, arguments and options."""
     parts = [HEAD, "# Commands\n", "Exit status: 0, 2 for a wrong use, 1 for bad data, 75 after a signal.\n"]
     for name, command in all_commands(typer.main.get_command(app), "anyres"):
         parts.append(f"## {name}\n")
@@ -70,14 +70,14 @@ def commands_page() -> str:
 
 
 def all_commands(command: Any, name: str) -> Iterator[tuple[str, Any]]:
-    """A command and those in it, with their whole names."""
+    """Yield a command and its subcommands with their full names."""
     yield name, command
     for part, inner in getattr(command, "commands", {}).items():
         yield from all_commands(inner, f"{name} {part}")
 
 
 def keys_page() -> str:
-    """Every key of every file, a table a section."""
+    """Return the page of all keys of all files, one table per section."""
     parts = [HEAD, "# Keys\n"]
     for model, title in FILES.items():
         parts.append(f"## {title}\n")
@@ -96,7 +96,7 @@ def keys_page() -> str:
 
 
 def sections(model: type[BaseModel]) -> dict[type[BaseModel], list[str]]:
-    """The models inside a model, in order, with the dotted keys under which each is found."""
+    """Return the models inside a model in order, each with the dotted keys where it occurs."""
     found: dict[type[BaseModel], list[str]] = {}
 
     def walk(part: type[BaseModel], path: str) -> None:
@@ -110,7 +110,7 @@ def sections(model: type[BaseModel]) -> dict[type[BaseModel], list[str]]:
 
 
 def models_in(annotation: Any) -> Iterator[tuple[type[BaseModel], str]]:
-    """The models that an annotation speaks of, and the keys of mappings on the way to each."""
+    """Yield the models in an annotation, each with the keys of the mappings around it."""
     if inspect.isclass(annotation) and issubclass(annotation, BaseModel):
         yield annotation, ""
     key = ".NAME" if get_origin(annotation) is dict else ""
@@ -119,7 +119,7 @@ def models_in(annotation: Any) -> Iterator[tuple[type[BaseModel], str]]:
 
 
 def kind(schema: dict[str, Any]) -> str:
-    """A type of JSON schema in words."""
+    """Return a type of JSON schema in words."""
     if "$ref" in schema:
         return "section"
     if "enum" in schema or "const" in schema:
@@ -136,17 +136,17 @@ def kind(schema: dict[str, Any]) -> str:
 
 
 def meaning(model: type[BaseModel], name: str) -> str:
-    """The comment behind a field; a checkpoint's keys mean what the model's do. Raises `ValueError` without one."""
+    """Return the comment of a field, or of the same key of the model. Raises `ValueError` if there is none."""
     for one in (model, ModelConfig):
         if note := comments(one).get(name):
             return note
     raise ValueError(
-        f"{model.__module__}.{model.__name__}.{name}: no comment behind or above the field says what it means"
+        f"{model.__module__}.{model.__name__}.{name}: no comment after or above the field says what it means"
     )
 
 
 def comments(model: type[BaseModel]) -> dict[str, str]:
-    """The comments behind the fields of a class, or on the lines above them, by name."""
+    """Return the comments after the fields of a class, or on the lines above them, by field."""
     source = inspect.getsource(model)
     notes = {
         token.start[0]: token.string.lstrip("# ")
@@ -165,7 +165,7 @@ def comments(model: type[BaseModel]) -> dict[str, str]:
 
 
 def table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
-    """Markdown."""
+    """Return a Markdown table."""
     lines = [head, tuple("---" for _ in head), *rows]
     return "".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |\n" for line in lines)
 

@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
-"""Benchmarks of the data layer, each side by side with what it is compared with, in one run.
+"""Benchmarks of the data layer; each runs in turn with what it is compared with.
 
-    tools/bench/data.py tiling            JPEG bytes to tiles, against transformers' two LlavaNext processors
-    tools/bench/data.py plan              a million samples packed, against next fit and first fit
-    tools/bench/data.py index             headers and text of 100,000 images, against the bare calls
+    tools/bench/data.py tiling            JPEG bytes to tiles, compared with the processors of transformers
+    tools/bench/data.py plan              packing a million samples, compared with next fit and first fit
+    tools/bench/data.py index             headers and text of 100,000 images, compared with the bare calls
 
-`--json` prints the figures as one object; each has its own options, see `tools/bench/data.py plan --help`.
+`--json` prints the figures as one object. Every benchmark has its own options: `tools/bench/data.py plan --help`.
 """
 
 from __future__ import annotations

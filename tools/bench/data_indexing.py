@@ -1,7 +1,7 @@
-"""How fast a dataset is indexed, beside a bare loop over the same headers and the same tokenizer calls.
+"""Speed of indexing a dataset, compared with a bare loop over the same headers and tokenizer calls.
 
-Mounted as `tools/bench/data.py index`. Files and text are made up: small JPEGs of many sizes, half of them with EXIF,
-and dialogues of one to five questions.
+Run as `tools/bench/data.py index`. Files and text are generated: small JPEGs of many sizes, half of them with EXIF, and
+dialogues of one to five questions.
 """
 
 from __future__ import annotations
@@ -35,22 +35,22 @@ from anyres_vlm.data.sources import open_source
 from anyres_vlm.geometry import Tiling
 from anyres_vlm.schema import IMAGE_TOKEN, Record
 
-VOCABULARY = 32_000  # of the byte-level BPE that is trained on the dialogues' words
+VOCABULARY = 32_000  # of the byte-level BPE, which is trained on the dialogues
 WORDS = 20_000
 QUICK = {"images": 5000, "runs": 3}
-DISTINCT = 500  # encodings: the others are copies of them
+DISTINCT = 500  # number of different JPEGs; the others are copies
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of this measurement."""
-    parser.add_argument("--images", type=int, default=20_000, help="JPEGs, one a record")
+    """Add the options of this benchmark."""
+    parser.add_argument("--images", type=int, default=20_000, help="JPEGs, one per record")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
-    parser.add_argument("--runs", type=int, default=5, help="alternating runs, of which the medians are shown")
+    parser.add_argument("--runs", type=int, default=5, help="alternating runs; medians are shown")
     parser.add_argument("--tokenizer", choices=("bpe", "tiny"), default="bpe", help="trained here, or the embedded one")
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Make the data, index it and run the bare loop in turn. Rates in images a second."""
+    """Make the data, then alternate between indexing and the bare loop. Rates are in images per second."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         make_data(folder, arguments.images, random.Random(0))
@@ -89,7 +89,7 @@ def show(result: dict[str, Any]) -> None:
 
 
 class BareLoop:
-    """Headers and tokenizer calls alone, in the same batches and as many processes as the index."""
+    """Header and tokenizer calls only, in the same batches and number of processes as the index."""
 
     def __init__(self, folder: Path, conversation: ConversationTokenizer) -> None:
         source = open_source(folder / "data.json", folder)
@@ -100,14 +100,14 @@ class BareLoop:
         self.tokens = 0
 
     def __call__(self, workers: int) -> None:
-        """Run over everything."""
+        """Process all records."""
         os.environ["TOKENIZERS_PARALLELISM"] = "false"
         context = multiprocessing.get_context("fork")
         with ProcessPoolExecutor(workers, context, initializer=_keep, initargs=(self,)) as pool:
             self.tokens = sum(pool.map(_bare_chunk, range(0, len(self.texts), CHUNK)))
 
     def chunk(self, first: int) -> int:
-        """One chunk of records; the tokens of its texts."""
+        """Process one chunk of records and return the number of its text tokens."""
         for path in self.files[first : first + CHUNK]:
             read_size(path)
         tokens = 0
@@ -141,18 +141,18 @@ def _timed(work: Callable[[], None]) -> float:
 
 
 def make_data(folder: Path, images: int, rng: random.Random) -> None:
-    """`images` JPEGs in folders of a thousand, and data.json with a dialogue about each."""
+    """Write `images` JPEGs in folders of a thousand, and data.json with a dialogue about each."""
     pictures = [_jpeg(rng) for _ in range(DISTINCT)]
     words = [_word(rng) for _ in range(WORDS)]
     weights = [1 / rank for rank in range(1, WORDS + 1)]  # Zipf's law
     stream = iter(rng.choices(words, weights, k=4_000_000))
 
-    def say(count: int) -> str:
+    def sentence(count: int) -> str:
         nonlocal stream
-        said = [word for word, _ in zip(stream, range(count), strict=False)]
-        if len(said) < count:
+        drawn = [word for word, _ in zip(stream, range(count), strict=False)]
+        if len(drawn) < count:
             stream = iter(rng.choices(words, weights, k=4_000_000))
-        return " ".join(said or ["yes"]).capitalize()
+        return " ".join(drawn or ["yes"]).capitalize()
 
     entries = []
     for number in range(images):
@@ -162,14 +162,14 @@ def make_data(folder: Path, images: int, rng: random.Random) -> None:
         turns: list[dict[str, str]] = []
         for turn in range(rng.randint(1, 5)):
             opening = f"{IMAGE_TOKEN}\n" if turn == 0 else ""
-            turns.append({"from": "human", "value": f"{opening}{say(rng.randint(4, 15))}?"})
-            turns.append({"from": "gpt", "value": f"{say(min(int(rng.lognormvariate(2.5, 1)) + 1, 200))}."})
+            turns.append({"from": "human", "value": f"{opening}{sentence(rng.randint(4, 15))}?"})
+            turns.append({"from": "gpt", "value": f"{sentence(min(int(rng.lognormvariate(2.5, 1)) + 1, 200))}."})
         entries.append({"id": f"{number:07d}", "image": name, "conversations": turns})
     (folder / "data.json").write_text(json.dumps(entries), encoding="utf-8")
 
 
 def _jpeg(rng: random.Random) -> bytes:
-    """A small picture whose header tells any size, with what cameras write into half of the files."""
+    """Return a small JPEG whose header states a random size; half of them have EXIF like that of cameras."""
     exif = Image.Exif()
     exif[0x0110] = "Camera " * rng.randint(1, 20)
     exif[0x0112] = rng.randint(1, 8)
@@ -188,7 +188,7 @@ def _word(rng: random.Random) -> str:
 
 
 def train_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
-    """A byte-level BPE of a usual size, from the dialogues themselves."""
+    """Train a byte-level BPE of the usual size on the dialogues."""
     entries = json.loads((folder / "data.json").read_text(encoding="utf-8"))[:5000]
     texts = (turn["value"] for entry in entries for turn in entry["conversations"])
     tokenizer = Tokenizer(models.BPE())

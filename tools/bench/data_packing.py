@@ -1,12 +1,12 @@
-"""Benchmark of the packing planner: next fit, first fit in windows and `plan_epoch` on the same lengths, side by side.
+"""Benchmark of the packing planner: next fit, first fit in windows and `plan_epoch` on the same lengths.
 
-"next fit" is the plain one, a Python loop over lists that gives lists of packs, as data loaders have it; "compiled nf"
-is the same loop compiled by numba, over arrays, which nothing that searches can match: the planner's ratio to both is
-printed. "first fit" looks through the last 200 packs, compiled too. Each method shuffles, packs, sums up the costs of
-its packs, and is timed after a first run that compiles.
+"next fit" is a plain Python loop over lists that returns lists of packs, as data loaders have it. "compiled nf" is the
+same loop over arrays, compiled by numba; no method that searches can be as fast. The planner's ratios to both are
+printed. "first fit" searches the last 200 packs and is compiled, too. Each method shuffles, packs and adds up the costs
+of its packs, and is timed after a first run that compiles.
 
-The stage-2-like mix is drawn from a seed; images go through the project's geometry (2x2 grid, `spatial_unpad`), so that
-lengths gather where real ones do (2,340 for 640x480, 2,928 for a square):
+The mix of stage 2 is drawn from a seed. Image tokens come from the project's geometry (2x2 grid, `spatial_unpad`), so
+common lengths are as common as in real data (2,340 for 640x480, 2,928 for a square):
 
     share  kind             images                                                  text tokens, log-normal median
     8%     text only        none                                                    400
@@ -46,26 +46,26 @@ Ints = NDArray[np.int64]
 Mix = tuple[Ints, Ints]  # tokens and tiles, (N,) each
 
 COSTS = {"7B": CostModel(), "0.5B": CostModel(4.4e-5, 385.0)}
-PACKS = 64  # an optimizer step
+PACKS = 64  # per optimizer step
 QUICK = {"samples": 200_000, "repeats": 3}
 COMMON = ((480, 640),) * 40 + ((640, 480),) * 15 + ((427, 640),) * 12 + ((375, 500),) * 10 + ((640, 427),) * 6
 COMMON += ((500, 375),) * 5 + ((612, 612),) * 2 + ((360, 640),) * 3  # (height, width)
-POOL = 2000  # distinct random sizes a kind
+POOL = 2000  # distinct random sizes of each kind
 
 
 def images(rng: np.random.Generator, count: int, heights: tuple[int, int], widths: tuple[int, int]) -> Mix:
-    """Visual tokens and tiles of images with sides drawn uniformly, from a pool of sizes."""
+    """Draw visual tokens and tiles of images from a pool of sizes whose sides are uniform."""
     return _draw(rng, count, [_size(rng, heights, widths) for _ in range(POOL)])
 
 
 def photographs(rng: np.random.Generator, count: int) -> Mix:
-    """Visual tokens and tiles of natural images: four fifths of common sizes."""
+    """Draw visual tokens and tiles of natural images, four fifths of them of common sizes."""
     common = [Size(height=height, width=width) for height, width in COMMON]
     return _draw(rng, count, common * 4 + [_size(rng, (200, 1100), (200, 1100)) for _ in common])
 
 
 def stage2_mix(samples: int, seed: int = 0) -> Mix:
-    """The mix of the table above."""
+    """Draw the mix of the table above."""
     rng = np.random.default_rng(seed)
     kind = rng.choice(5, samples, p=(0.08, 0.36, 0.24, 0.11, 0.21))
     text = rng.lognormal(
@@ -86,7 +86,7 @@ def stage2_mix(samples: int, seed: int = 0) -> Mix:
 
 
 def captions_mix(samples: int, seed: int = 0) -> Mix:
-    """Image tokens of 976 to 2,928 and a short caption; no short samples."""
+    """Draw samples of 976 to 2,928 image tokens and a short caption; none is short."""
     rng = np.random.default_rng(seed)
     visual, tiles = images(rng, samples, (200, 1100), (200, 1100))
     return visual + np.clip(np.rint(rng.lognormal(3.4, 0.4, samples)), 8, 200).astype(np.int64), tiles
@@ -108,7 +108,7 @@ def _draw(rng: np.random.Generator, count: int, sizes: list[Size]) -> Mix:
 
 @numba.njit(cache=True)  # type: ignore[untyped-decorator]
 def _fit(tokens: Ints, order: NDArray[np.int32], capacity: int, window: int) -> Ints:
-    """The pack of each sample of the order: into the first of the last `window` packs with room; 1 is next fit."""
+    """Return the pack of each sample: the first of the last `window` packs that has room. `window` 1 is next fit."""
     packs, room, count = np.empty(len(order), np.int64), np.full(len(order) + 1, capacity), 1
     first = 0
     for place in range(len(order)):
@@ -127,7 +127,7 @@ def _fit(tokens: Ints, order: NDArray[np.int32], capacity: int, window: int) -> 
 
 
 def fit_plan(mix: Mix, capacity: int, cost: CostModel, window: int) -> Plan:
-    """The same plan object, shuffled and costed the same way, with packs by next fit or first fit."""
+    """Return a plan, shuffled and with costs like ours, whose packs are filled by next fit or first fit."""
     tokens, tiles = mix
     order = shuffle(len(tokens), np.uint64(1))
     length, extra = gather(order, tokens, tiles, cost.fixed_square, cost.fixed_tile)
@@ -139,7 +139,7 @@ def fit_plan(mix: Mix, capacity: int, cost: CostModel, window: int) -> Plan:
 
 
 def plain_plan(mix: Mix, capacity: int, cost: CostModel) -> Plan:
-    """Next fit in plain Python over lists."""
+    """Return a plan by next fit in plain Python over lists."""
     tokens, tiles = mix
     lengths, packs, room = tokens.tolist(), [], 0
     for sample in np.random.default_rng(1).permutation(len(tokens)).tolist():
@@ -158,13 +158,13 @@ def plain_plan(mix: Mix, capacity: int, cost: CostModel) -> Plan:
 
 
 def our_plan(mix: Mix, capacity: int, cost: CostModel) -> Plan:
-    """What is measured."""
+    """Return the plan of `plan_epoch`."""
     settings: dict[str, Any] = {"capacity": capacity, "batch_size": 430, "seed": 1, "epoch": 0, "cost": cost}
     return plan_epoch(*mix, **settings, packs_per_step=PACKS)
 
 
 def file_to_file(mix: Mix, make: Callable[[], Plan]) -> None:
-    """All that `anyres plan --out` does: read an index, plan, deal to 8 ranks, write one row a sample."""
+    """Do what `anyres plan --out` does: read an index, plan, distribute to 8 ranks, write one row per sample."""
     with tempfile.TemporaryDirectory() as folder:
         index = Path(folder) / "index.parquet"
         pq.write_table(pa.table({"tokens": mix[0], "tiles": mix[1]}), index)
@@ -173,7 +173,7 @@ def file_to_file(mix: Mix, make: Callable[[], Plan]) -> None:
 
 
 def figures(plan: Plan) -> dict[str, float]:
-    """Efficiency, straggler factors and randomness over the full steps, recomputed from the packs' rows alone."""
+    """Return efficiency, straggler factors and randomness over the full steps, computed from the rows of the packs."""
     tokens, tiles, steps = plan.tokens, plan.tiles, plan.num_packs // PACKS
     pack = np.repeat(np.arange(plan.num_packs), np.diff(plan.starts))
     lengths = tokens[plan.rows].astype(np.float64)
@@ -199,14 +199,14 @@ def figures(plan: Plan) -> dict[str, float]:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Arguments of the benchmark."""
+    """Add the options of this benchmark."""
     parser.add_argument("--samples", type=int, default=1_000_000, help="samples of each mix")
-    parser.add_argument("--repeats", type=int, default=5, help="alternating timed runs; their median counts")
-    parser.add_argument("--whole", action="store_true", help="time from index file to plan file, not planning alone")
+    parser.add_argument("--repeats", type=int, default=5, help="alternating timed runs; medians are shown")
+    parser.add_argument("--whole", action="store_true", help="time index file to plan file, not planning only")
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Plan every case with every method; timings are medians of alternating runs."""
+    """Plan every case with every method. Times are medians of alternating runs."""
     stage2, captions = stage2_mix(arguments.samples), captions_mix(arguments.samples)
     cases = [("stage 2", stage2, 16_384, name) for name in COSTS]
     cases += [("stage 2", stage2, 8192, "7B"), ("captions", captions, 16_384, "7B")]
@@ -239,7 +239,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def make_methods(mix: Mix, capacity: int, cost: CostModel) -> dict[str, Callable[[], Plan]]:
-    """What is compared, by name."""
+    """Return the methods that are compared, by name."""
     return {
         "next fit": lambda: plain_plan(mix, capacity, cost),
         "compiled nf": lambda: fit_plan(mix, capacity, cost, 1),

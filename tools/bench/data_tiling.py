@@ -1,8 +1,8 @@
-"""From JPEG bytes to uint8 tiles on one core: our two modes beside transformers' two LlavaNext processors.
+"""From JPEG bytes to uint8 tiles on one core: our two modes compared with the two LlavaNext processors of transformers.
 
-Part of `tools/bench/data.py tiling`. All get the same bytes and one thread, and take turns; transformers' torchvision
-processor runs once behind Pillow's decoder and once behind torchvision's; the faster is what counts. Neither of the two
-has to rescale, normalise or pad a batch. Times are CPU time, medians over the rounds.
+Run as `tools/bench/data.py tiling`. All get the same bytes and one thread, and alternate. The torchvision processor
+runs once with Pillow's decoder and once with torchvision's, and the faster one counts. Neither processor has to
+rescale, normalise or pad a batch. Times are CPU time, medians over the rounds.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ PHOTOGRAPHS = (  # in the wheels of scikit-image and scikit-learn
     ("sklearn", "datasets/images", ("china.jpg", "flower.jpg")),
 )
 QUALITY = 90
-ENLARGE_AT_MOST = 2  # a small photograph, enlarged more, would be softer than a large one is; it is repeated instead
+ENLARGE_AT_MOST = 2  # beyond this factor, small photographs are continued as in a mirror, to stay sharp
 LEAST_ROUNDS = 5
 QUICK = {"pictures": 1, "rounds": LEAST_ROUNDS}
 
@@ -60,15 +60,15 @@ Tiler = Callable[[bytes, TilePlan], Tiles]
 
 @dataclass(frozen=True)
 class Picture:
-    """A JPEG and what it becomes."""
+    """A JPEG and its tile plan."""
 
     data: bytes
     plan: TilePlan
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Flags of the benchmark; `--json` is the caller's."""
-    parser.add_argument("--photos", type=Path, metavar="FOLDER", help="own photographs (default: scikit-image's)")
+    """Add the options of this benchmark."""
+    parser.add_argument("--photos", type=Path, metavar="FOLDER", help="photographs (default: scikit-image's)")
     parser.add_argument("--pictures", type=int, default=2, metavar="N", help="pictures of each size (2)")
     parser.add_argument(
         "--rounds", type=int, default=7, metavar="N", help=f"alternating rounds, {LEAST_ROUNDS} or more"
@@ -76,7 +76,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Measure. Raises `UsageError` for too few rounds or no photographs, `DataError` for a broken one."""
+    """Measure. Raises `UsageError` for too few rounds or no photographs, `DataError` for a broken photograph."""
     if arguments.rounds < LEAST_ROUNDS or arguments.pictures < 1:
         raise UsageError(f"--rounds must be at least {LEAST_ROUNDS} and --pictures at least 1")
     photographs = cycle(list(_photographs(arguments.photos)))
@@ -116,7 +116,7 @@ def show(result: dict[str, Any]) -> None:
             f"{label:>16}{times}   {ratio['exact_torchvision']:>8.2f}{ratio['fast_torchvision']:>8.2f}"
             f"{ratio['fast_pil']:>9.2f}"
         )
-    print("Difference in levels of 255, padding left out: mean, 99th percentile, greatest; then of the worst picture")
+    print("Difference in levels of 255 without padding: mean, 99th percentile, maximum; mean and p99 of the worst")
     for name, d in result["pixels"].items():
         print(f"{name:>28}  {d['mean']:.3f} {d['p99']} {d['max']}   {d['worst_mean']:.3f} {d['worst_p99']}")
 
@@ -140,7 +140,7 @@ def _photographs(folder: Path | None) -> Iterator[Image.Image]:
 
 
 def _picture(photograph: Image.Image, size: Size) -> Picture:
-    """A JPEG of this size: reduced and cut, or enlarged a little and continued by its mirror image."""
+    """Return a JPEG of this size: the photograph reduced and cropped, or enlarged and continued as in a mirror."""
     cover = max(size.height / photograph.height, size.width / photograph.width)
     scale = min(cover, ENLARGE_AT_MOST)
     width, height = (math.ceil(side * scale) for side in photograph.size)
@@ -153,7 +153,7 @@ def _picture(photograph: Image.Image, size: Size) -> Picture:
 
 
 def _tilers() -> dict[str, Tiler]:
-    """Bytes and plan to (T, 3, S, S). Everything is set to one thread, in this process, for good."""
+    """Return functions from bytes and plan to (T, 3, S, S). Sets this process to one thread for good."""
     import cv2
     import torch
     from torchvision.io import decode_image
@@ -172,18 +172,18 @@ def _tilers() -> dict[str, Tiler]:
     }
     pil, torchvision = LlavaNextImageProcessorPil(**options), LlavaNextImageProcessor(**options)
 
-    def behind(processor: Any, decode: Callable[[bytes], Any]) -> Tiler:
+    def stock(processor: Any, decode: Callable[[bytes], Any]) -> Tiler:
         return lambda data, plan: np.asarray(processor(images=decode(data))["pixel_values"][0])
 
     def from_torchvision(data: bytes) -> torch.Tensor:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", DeprecationWarning)  # of the decoder, which is still the fastest one
+            warnings.simplefilter("ignore", DeprecationWarning)  # of the decoder, which is still the fastest
             return decode_image(torch.frombuffer(bytearray(data), dtype=torch.uint8))
 
     return {
-        "torchvision": behind(torchvision, from_torchvision),
-        "torchvision_pillow": behind(torchvision, lambda data: Image.open(BytesIO(data))),
-        "pil": behind(pil, lambda data: Image.open(BytesIO(data))),
+        "torchvision": stock(torchvision, from_torchvision),
+        "torchvision_pillow": stock(torchvision, lambda data: Image.open(BytesIO(data))),
+        "pil": stock(pil, lambda data: Image.open(BytesIO(data))),
         "exact": partial(_ours, "exact"),
         "fast": partial(_ours, "fast"),
     }
@@ -194,7 +194,7 @@ def _ours(mode: Any, data: bytes, plan: TilePlan) -> Tiles:
 
 
 def _measure(tilers: dict[str, Tiler], pictures: list[Picture], rounds: int) -> dict[str, list[list[float]]]:
-    """CPU ms of each picture in the rounds behind one that warms up."""
+    """Return the CPU ms of each picture in each round, after one round of warm-up."""
     times: dict[str, list[list[float]]] = {name: [[] for _ in pictures] for name in tilers}
     for _ in range(rounds + 1):
         for index, picture in enumerate(pictures):
@@ -226,7 +226,7 @@ def _ratios_by_round(ms: dict[str, list[float]]) -> dict[str, list[float]]:
 
 
 def _differences(tilers: dict[str, Tiler], pictures: list[Picture]) -> dict[str, Any]:
-    """Of each of our modes to each of transformers' processors, padding left out."""
+    """Return the differences between each of our modes and each processor of transformers, without padding."""
     counts: dict[str, list[NDArray[np.int64]]] = {}
     for picture in pictures:
         inside = _inside(picture.plan)
@@ -255,7 +255,7 @@ def _summary(count: NDArray[np.int64]) -> dict[str, Any]:
 
 
 def _inside(plan: TilePlan) -> NDArray[np.bool_]:
-    """Which pixels of the tiles show the image, (T, S, S)."""
+    """Return a mask of the pixels that show the image. (T, S, S)."""
     canvas = np.zeros((plan.canvas.height, plan.canvas.width), bool)
     canvas[plan.top : plan.top + plan.resized.height, plan.left : plan.left + plan.resized.width] = True
     grid = rearrange(canvas, "(r h) (c w) -> (r c) h w", r=plan.grid.rows, c=plan.grid.cols)

@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
-"""Greedy generation beside stock `LlavaNextForConditionalGeneration.generate`: same weights, same prompts, one run.
+"""Greedy generation, compared with stock `LlavaNextForConditionalGeneration.generate`: same weights and prompts.
 
     tools/bench/decoding.py                    both shapes: one 2x2 image, and a batch of different prompts
     tools/bench/decoding.py --shape like_7b --json
 
-`one image` is a 672x672 image (2,928 positions) with a short question; `batch` has images of several shapes and text
-alone, which stock reads with padding on the left. Tokens/s are new tokens over everything: encoder, prompt, decoding.
-The two take turns; the tokens must be equal; times are medians of CPU time. fp32 with one thread.
+`one image` is a 672x672 image (2,928 positions) with a short question. `batch` has images of several shapes and prompts
+without an image, which stock pads on the left. Tokens/s are new tokens divided by the time of encoder, prompt and
+decoding. The two alternate and must generate the same tokens. Times are medians of CPU time, in fp32 with one thread.
 """
 
 from __future__ import annotations
@@ -67,14 +67,14 @@ class Shape:
 
 
 SHAPES = {
-    "like_7b": Shape(512, 1376, 12, 8, 4096, 256, 6),  # proportions of a 7B
-    "wide_vocab": Shape(256, 688, 6, 4, 32064, 192, 6),  # the head weighs most
+    "like_7b": Shape(512, 1376, 12, 8, 4096, 256, 6),  # the proportions of a 7B model
+    "wide_vocab": Shape(256, 688, 6, 4, 32064, 192, 6),  # most of the work is in the head
 }
 
 
 @dataclass(frozen=True)
 class Prompts:
-    """The same prompts as either takes them."""
+    """The same prompts in the form that each of the two models takes."""
 
     lengths: list[int]
     packed: Tensor  # (1, L)
@@ -117,7 +117,7 @@ def run(shapes: Sequence[str], rounds: int, new_tokens: int) -> dict[str, Any]:
 def show(figures: dict[str, Any]) -> None:
     """Print what `run` returned."""
     print(
-        f"{figures['new_tokens']} new tokens a prompt, fp32, one thread, "
+        f"{figures['new_tokens']} new tokens per prompt, fp32, one thread, "
         f"medians of {figures['rounds']} alternating rounds, tokens equal"
     )
     print(f"{'shape':<12}{'prompts':<11}{'positions':>10}{'stock':>9}{'ours':>9}{'ratio':>7}   first token: stock ours")
@@ -128,7 +128,7 @@ def show(figures: dict[str, Any]) -> None:
 
 
 def build(shape: Shape) -> tuple[VisionLanguageModel, LlavaNextForConditionalGeneration]:
-    """Our model with random weights, and stock's with the same ones."""
+    """Return our model with random weights, and the stock model with the same weights."""
     torch.manual_seed(0)
     vision = CLIPVisionConfig(
         hidden_size=shape.encoder_width,
@@ -145,7 +145,7 @@ def build(shape: Shape) -> tuple[VisionLanguageModel, LlavaNextForConditionalGen
         num_attention_heads=shape.heads,
         vocab_size=shape.vocabulary,
         max_position_embeddings=4096,
-        initializer_range=0.06,  # so that answers do not hang on the rounding of almost equal words
+        initializer_range=0.06,  # so that no two tokens are almost equally likely, where rounding would decide
         eos_token_id=None,
     )
     encoder = ClipEncoder(CLIPVisionModel(vision), -2, OPENAI_CLIP_MEAN, OPENAI_CLIP_STD)
@@ -167,7 +167,7 @@ def build(shape: Shape) -> tuple[VisionLanguageModel, LlavaNextForConditionalGen
 
 
 def make_prompts(model: VisionLanguageModel, sizes: Sequence[tuple[int, Size | None]], vocabulary: int) -> Prompts:
-    """Random words behind a random image each, or alone."""
+    """Return prompts of random words, each with or without a random image."""
     generator = torch.Generator().manual_seed(1)
     rows, tiles, plans = [], [], []
     for words, size in sizes:
@@ -197,7 +197,7 @@ def compare(
     new_tokens: int,
     rounds: int,
 ) -> dict[str, Any]:
-    """Rates and their ratio. Stock's first token is a generation of one."""
+    """Return the rates and their ratio. The time to the first token is that of generating one token."""
 
     def answer(count: int = new_tokens) -> list[list[int]]:
         answers: list[list[int]] = [[] for _ in prompts.lengths]
@@ -220,12 +220,12 @@ def compare(
     }
     times: dict[str, list[float]] = {name: [] for name in timed}
     for _ in range(rounds):
-        said = {}
+        generated = {}
         for name, call in timed.items():
             start = time.process_time()
-            said[name] = call()
+            generated[name] = call()
             times[name].append(time.process_time() - start)
-        assert said["ours"] == said["stock"], "ours and stock's say the same"
+        assert generated["ours"] == generated["stock"], "both models generate the same tokens"
     seconds = {name: statistics.median(values) for name, values in times.items()}
     count = new_tokens * len(prompts.lengths)
     return {

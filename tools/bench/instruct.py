@@ -1,10 +1,11 @@
 #!/usr/bin/env python3
-"""Requests a second of `anyres instruct generate` against a local server that answers at once.
+"""Requests per second of `anyres instruct generate` against a local server that answers immediately.
 
     python tools/bench/instruct.py [--items 6000] [--concurrency 32]
 
-The server is the tests' own, a process beside the client's, so that both share the machine's cores. The rate is that
-between the first and the last answer; processor time is the whole command's: start, input, requests, data set, report.
+The server is that of the tests, in a process of its own on the same machine, so both share the cores. The rate is
+measured between the first and the last answer. CPU time is that of the whole command: start, input, requests, data set
+and report.
 """
 
 from __future__ import annotations
@@ -41,11 +42,11 @@ def main() -> None:
     seconds = used.ru_utime + used.ru_stime
     print(f"{len(times) / (times[-1] - times[0]):,.0f} requests/s over {len(times):,} requests")
     load = os.getloadavg()[0]
-    print(f"{1000 * seconds / len(times):.1f} ms of processor time a request; load of the machine {load:.1f}")
+    print(f"{1000 * seconds / len(times):.1f} ms of CPU time per request; load of the machine {load:.1f}")
 
 
 def generate(folder: Path, port: str, scenes: int, concurrency: int) -> None:
-    """Run the command on so many scenes, each of them of all three kinds."""
+    """Run the command on this many scenes, each with all three kinds."""
     with (folder / "scenes.jsonl").open("w") as stream:
         for number in range(scenes):
             captions = [f"Dog number {number} runs over a meadow, seen from place {view}." for view in range(5)]

@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
-"""Start-up: medians over fresh processes of what a person types first, beside Python doing nothing.
+"""Start-up time of common commands, compared with Python doing nothing: medians over fresh processes.
 
-Runs alternate, so that other load on the machine meets all commands alike. CPU time is user and system time of the
-process and its children; on a busy machine it says more than the wall clock.
+Runs alternate, so that other load on the machine affects all commands equally. CPU time is user and system time of the
+process and its children; on a busy machine it is more reliable than the wall clock.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from typing import Any
 from common import add_quick, of_peer
 
 ROOT = Path(__file__).resolve().parents[2]
-HELP_LIMIT_S, COUNT_LIMIT_S = 0.4, 0.25  # of the wall clock, on a machine with a core to spare
+HELP_LIMIT_S, COUNT_LIMIT_S = 0.4, 0.25  # wall clock, on a machine with an idle core
 
 
 def commands(image: Path) -> dict[str, tuple[list[str], float | None]]:
-    """What is started under which name, and the most seconds that it may take."""
+    """Return the commands by name, each with its time limit in seconds."""
     return {
         "python -c pass": ([sys.executable, "-c", "pass"], None),
         "anyres --help": ([sys.executable, "-m", "anyres_vlm", "--help"], HELP_LIMIT_S),
@@ -39,7 +39,7 @@ def commands(image: Path) -> dict[str, tuple[list[str], float | None]]:
 
 
 def measure(command: Sequence[str]) -> tuple[float, float]:
-    """Wall and CPU seconds of one process. Raises `CalledProcessError` if it fails."""
+    """Return wall and CPU seconds of one process. Raises `CalledProcessError` if it fails."""
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     before, started = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env={**os.environ, "PYTHONPATH": path})
@@ -48,9 +48,10 @@ def measure(command: Sequence[str]) -> tuple[float, float]:
 
 
 def run(runs: int, image: Path) -> dict[str, Any]:
-    """`commands`: median and least wall and CPU seconds; the first process of each fills caches and is not counted.
+    """Return `commands`, with median and least wall and CPU seconds, and `ratios`.
 
-    `ratios`: the CPU time of Python doing nothing to theirs, a value a round.
+    The first process of each command fills caches and is not counted. `ratios` has the CPU time of Python doing nothing
+    divided by that of the command, one value per round.
     """
     table = commands(image)
     taken: dict[str, list[tuple[float, float]]] = {name: [] for name in table}
@@ -73,17 +74,17 @@ def run(runs: int, image: Path) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Print the table, or with `--json` one object."""
+    """Print a table, or with `--json` one object."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--runs", type=int, default=9, help="processes of each command")
-    parser.add_argument("--image", type=Path, help="image to count; without it, a JPEG of 640x480 made for the purpose")
+    parser.add_argument("--runs", type=int, default=9, help="processes per command")
+    parser.add_argument("--image", type=Path, help="image to count (default: a generated JPEG of 640x480)")
     parser.add_argument("--json", action="store_true", help="print the figures as one JSON object")
     add_quick(parser, {"runs": 5})
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         image = arguments.image
         if image is None:
-            from PIL import Image  # here alone
+            from PIL import Image  # only used here
 
             image = Path(folder) / "image.jpg"
             Image.new("RGB", (640, 480)).save(image)

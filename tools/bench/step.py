@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
-"""Benchmarks of the training step, each side by side with what it is compared with, in one run.
+"""Benchmarks of the training step; each runs in turn with what it is compared with.
 
-    tools/bench/step.py pass              forward and backward of stage 2, against stock LlavaNext padded and packed
-    tools/bench/step.py loss              head and loss alone, against logits for every position
-    tools/bench/step.py --loop            the loop's own share of a step, and the wait for data, at the embedded default
+    tools/bench/step.py pass              forward and backward of stage 2, compared with stock LlavaNext
+    tools/bench/step.py loss              head and loss only, compared with logits for every position
+    tools/bench/step.py --loop            time of the loop itself and of waiting for data, embedded default
 
-`--json` prints the figures as one object; each has its own options, see `tools/bench/step.py pass --help`.
+`--json` prints the figures as one object. Every benchmark has its own options: `tools/bench/step.py pass --help`.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""What the training loop itself costs beside forward, backward and optimizer, and how long steps wait for data.
+"""Time of the training loop apart from forward, backward and optimizer, and time that steps wait for data.
 
-Mounted as `tools/bench/step.py loop`, also `--loop`. Both stages of a real run of the embedded default: counts, logs,
-metrics and checkpoints are the loop's. Targets: the loop takes 2% of the time, waiting 1%.
+Run as `tools/bench/step.py loop` or `--loop`: both stages of a real run of the embedded default. The loop's own work is
+counts, logs, metrics and checkpoints. Targets: the loop takes 2% of the time, waiting 1%.
 """
 
 from __future__ import annotations
@@ -20,25 +20,25 @@ from anyres_vlm.train.options import RunOptions
 from anyres_vlm.train.run import train
 
 QUICK = {"steps": 20}
-WARM_UP = 5  # steps that are not counted: the first ones allocate
+WARM_UP = 5  # steps that are not counted, as the first ones allocate memory
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of this measurement."""
-    parser.add_argument("--steps", type=int, default=150, help=f"optimizer steps a stage, the first {WARM_UP} apart")
+    """Add the options of this benchmark."""
+    parser.add_argument("--steps", type=int, default=150, help=f"steps per stage; the first {WARM_UP} do not count")
     parser.add_argument(
-        "--set", dest="settings", action="append", default=[], metavar="KEY=VALUE", help="of the config"
+        "--set", dest="settings", action="append", default=[], metavar="KEY=VALUE", help="override a key of the config"
     )
 
 
 class Clock:
-    """Adds up the time inside the functions it wraps."""
+    """Adds up the time spent in the functions that it wraps."""
 
     def __init__(self) -> None:
         self.seconds = 0.0
 
     def around(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """The same function, timed."""
+        """Return the same function, timed."""
 
         def timed(*arguments: Any, **options: Any) -> Any:
             start = time.perf_counter()
@@ -51,7 +51,7 @@ class Clock:
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Train both stages and share out their time."""
+    """Train both stages and split their time into work, waiting and the loop."""
     samples = [f"stage{stage}.data.samples={18 * arguments.steps}" for stage in (1, 2)]
     config = load_config(shipped_config("tiny"), [*samples, *arguments.settings])
     clock, marks = Clock(), {}
@@ -67,9 +67,9 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def _shares(rows: list[tuple[float, float, float]]) -> dict[str, float]:
-    """Behind the first row: steps, seconds of one, and the shares of work, waiting and the rest."""
-    (start, work_before, _), (end, work_behind, _) = rows[0], rows[-1]
-    total, work, wait = end - start, work_behind - work_before, sum(wait for _, _, wait in rows[1:])
+    """Return steps, seconds per step, and the shares of work, waiting and the rest, all after the first row."""
+    (start, work_before, _), (end, work_after, _) = rows[0], rows[-1]
+    total, work, wait = end - start, work_after - work_before, sum(wait for _, _, wait in rows[1:])
     return {
         "steps": len(rows) - 1,
         "step_s": total / (len(rows) - 1),
@@ -80,8 +80,8 @@ def _shares(rows: list[tuple[float, float, float]]) -> dict[str, float]:
 
 
 def show(figures: dict[str, Any]) -> None:
-    """Print a line a stage."""
-    print("stage   steps  s a step  forward, backward, optimizer  wait for data  loop; targets: wait 1%, loop 2%")
+    """Print one line per stage."""
+    print("stage   steps    s/step  forward, backward, optimizer  wait for data  loop; targets: wait 1%, loop 2%")
     for stage, row in figures["stages"].items():
         shares = f"{row['work']:28.2%}  {row['wait']:13.2%}  {row['loop']:4.2%}"
         print(f"{stage}  {row['steps']:5}  {row['step_s']:8.3f}  {shares}")

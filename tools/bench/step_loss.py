@@ -1,8 +1,8 @@
-"""Head and loss alone: ours at the supervised positions in chunks, against logits for every position.
+"""Head and loss only: ours on the supervised positions in chunks, compared with logits for every position.
 
-Mounted as `tools/bench/step.py loss`. The dense way is the usual one: head over all positions, `float()`,
-cross-entropy that ignores the unsupervised ones, backward to the hidden states and to the head's weight. Peak memory is
-the growth of the resident set of a process of its own, gradients included.
+Run as `tools/bench/step.py loss`. The dense method is the usual one: head over all positions, `float()`, cross-entropy
+that ignores unsupervised positions, backward to the hidden states and to the weight of the head. Peak memory is the
+growth of the resident set of a separate process, gradients included.
 """
 
 from __future__ import annotations
@@ -26,17 +26,17 @@ ATOL = 1e-5  # of loss and gradients, relative to their largest entry
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of this measurement."""
+    """Add the options of this benchmark."""
     parser.add_argument("--tokens", type=int, default=8192)
     parser.add_argument("--words", type=int, default=32_064)
     parser.add_argument("--hidden", type=int, default=256, help="width of the hidden states")
     parser.add_argument("--supervised", type=float, default=0.15, help="share of the tokens")
-    parser.add_argument("--runs", type=int, default=5, help="alternating runs, of which the medians are compared")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of torch, for both")
+    parser.add_argument("--runs", type=int, default=5, help="alternating runs; medians are compared")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="torch threads, for both methods")
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Equality first, then time, then memory."""
+    """Check that both methods are equal, then measure time and memory."""
     torch.set_num_threads(arguments.threads)
     problem = Problem(arguments)
     differs = problem.difference()
@@ -63,7 +63,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 class Problem:
-    """Random hidden states of one sequence, its labels and a head."""
+    """Random hidden states of one sequence, with labels and a head."""
 
     def __init__(self, arguments: argparse.Namespace) -> None:
         generator = torch.Generator().manual_seed(0)
@@ -75,7 +75,7 @@ class Problem:
         nn.init.normal_(self.head.weight, std=0.02, generator=generator)
 
     def backward(self, name: str) -> tuple[Tensor, ...]:
-        """The loss and its gradients by one of the ways."""
+        """Return the loss and its gradients by one of the methods."""
         self.hidden.grad = self.head.weight.grad = None
         loss = self._dense() if name == "dense" else summed_loss(self.hidden, self.labels, self.ends, self.head)
         loss.backward()
@@ -88,7 +88,7 @@ class Problem:
         return F.cross_entropy(self.head(self.hidden)[0].float(), targets, ignore_index=IGNORE_INDEX, reduction="sum")
 
     def difference(self) -> float:
-        """The largest difference of loss and gradients, relative to the largest entry. Fails above the tolerance."""
+        """Return the largest relative difference of loss and gradients. Fails above the tolerance."""
         pairs = zip(self.backward("anyres"), self.backward("dense"), strict=True)
         found = max(float((mine - theirs).abs().max() / theirs.abs().max()) for mine, theirs in pairs)
         assert found < ATOL, f"loss or gradients differ by {found}"

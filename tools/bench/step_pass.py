@@ -1,8 +1,8 @@
-"""Forward and backward of one stage-2 pass, beside stock LlavaNext padded and packed.
+"""Forward and backward of one stage-2 pass, compared with stock LlavaNext, padded and packed.
 
-Mounted as `tools/bench/step.py pass`. fp32 on the CPU, encoder frozen; the ways alternate in one process and their
-medians are compared. Peak memory is measured in a process of its own for each way: the growth of the resident set over
-the loaded model and its batches, gradients included, with freed blocks returned to the system at once.
+Run as `tools/bench/step.py pass`, in fp32 on the CPU with the encoder frozen. The methods alternate in one process and
+their medians are compared. Peak memory is measured in a separate process for each method: the growth of the resident
+set over the loaded model and its batches, gradients included, with freed blocks returned to the system at once.
 """
 
 from __future__ import annotations
@@ -17,22 +17,22 @@ import torch
 from common import of_peer, peak_mb
 from step_ways import OURS, SHAPES, STOCK, Pass, Ways
 
-LOSS_RTOL, GRADIENT_RTOL = 1e-5, 1e-4  # relative; a gradient to its largest entry
+LOSS_RTOL, GRADIENT_RTOL = 1e-5, 1e-4  # relative; for a gradient, to its largest entry
 QUICK = {"samples": 8, "runs": 3}
 TARGETS = {"wide_vocab": (5.0, 6.0, 5.0), "like_7b": (1.25, 1.6, 2.0)}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of this measurement."""
-    parser.add_argument("--shape", choices=sorted(SHAPES), action="append", help="only this one; may be repeated")
+    """Add the options of this benchmark."""
+    parser.add_argument("--shape", choices=sorted(SHAPES), action="append", help="only this shape; may be repeated")
     parser.add_argument("--samples", type=int, default=48, help="samples of the pass, a multiple of 8")
-    parser.add_argument("--runs", type=int, default=5, help="alternating runs, of which the medians are compared")
-    parser.add_argument("--seed", type=int, default=0, help="of the samples")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of torch, for every way")
+    parser.add_argument("--runs", type=int, default=5, help="alternating runs; medians are compared")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the samples")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="torch threads, for every method")
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Every shape: equality first, then time, then memory."""
+    """Check for each shape that all methods are equal, then measure time and memory."""
     torch.set_num_threads(arguments.threads)
     shapes = {name: _measure(name, arguments) for name in arguments.shape or SHAPES}
     settings = {key: getattr(arguments, key) for key in ("samples", "runs", "seed", "threads")}
@@ -40,7 +40,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def _ratios(shapes: dict[str, Any]) -> dict[str, list[float]]:
-    """Time of a round and peak memory, of every way beside ours."""
+    """Return the ratios of time per round and of peak memory, of every method to ours."""
     found = {}
     for shape, result in shapes.items():
         ours = result["ways"][OURS]
@@ -54,7 +54,7 @@ def _ratios(shapes: dict[str, Any]) -> dict[str, list[float]]:
 def _measure(shape: str, arguments: argparse.Namespace) -> dict[str, Any]:
     names = [OURS, *STOCK]
     ways = Ways(shape, arguments.samples, arguments.seed, names)
-    rows = differences(ways, names)  # warms up, too
+    rows = differences(ways, names)  # also warms up
     seconds: dict[str, list[float]] = {name: [] for name in names}
     for _ in range(arguments.runs):
         for name in names:
@@ -82,13 +82,13 @@ def _measure(shape: str, arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def differences(ways: Ways, names: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """How far each way's loss and gradients are from ours. Fails above the tolerances."""
+    """Return how far loss and gradients of each method are from ours. Fails above the tolerances."""
     loss, gradients = ways.passes[OURS](), ways.gradients(OURS)
     found = {}
     for name in names:
         other = ways.passes[name]()
         theirs = ways.gradients(name)
-        assert theirs.keys() == gradients.keys(), f"{name} trains {sorted(theirs.keys() ^ gradients.keys())[:3]} apart"
+        assert theirs.keys() == gradients.keys(), f"{name} differs in {sorted(theirs.keys() ^ gradients.keys())[:3]}"
         furthest = max(float((theirs[key] - value).abs().max() / value.abs().max()) for key, value in gradients.items())
         found[name] = {"loss": other, "loss_differs": abs(other / loss - 1), "gradients_differ": furthest}
         assert abs(other / loss - 1) < LOSS_RTOL, f"{name}: loss {other}, ours {loss}"
@@ -102,7 +102,7 @@ def _prepare(name: str, shape: str, samples: int, seed: int, threads: int) -> Pa
 
 
 def show(result: dict[str, Any]) -> None:
-    """Print a table a shape."""
+    """Print one table per shape."""
     print(
         f"{result['samples']} samples, medians of {result['runs']} alternating runs, {result['threads']} threads, "
         f"fp32, torch {result['torch']}"
@@ -112,7 +112,7 @@ def show(result: dict[str, Any]) -> None:
             f"\n{shape}: {found['tokens']:,} tokens, {found['visual_share']:.1%} visual, "
             f"{found['supervised_share']:.1%} supervised"
         )
-        print("way                      tokens/s   anyres is  target  peak MB  loss differs  gradients differ")
+        print("method                   tokens/s   anyres is  target  peak MB  loss differs  gradients differ")
         for name, row in found["ways"].items():
             print(
                 f"{name:24} {row['tokens_per_s']:8,.0f}  {row['ratio']:8.2f} x  {row['target']:6.2f}  "

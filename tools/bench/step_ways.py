@@ -1,7 +1,7 @@
-"""Four ways through a stage-2 pass over the same samples: ours, stock LlavaNext padded (grouped or not), stock packed.
+"""Four methods for a stage-2 pass over the same samples: ours, and stock LlavaNext padded (grouped or not) and packed.
 
-A way is a function that runs forward and backward over all its batches, leaves the gradients in its model and returns
-the loss in nats a supervised token. Batches are made beforehand, as a loader's workers would.
+A method is a function that runs forward and backward over all of its batches, leaves the gradients in its model and
+returns the loss in nats per supervised token. Batches are made in advance, as the workers of a loader do.
 """
 
 from __future__ import annotations
@@ -31,15 +31,15 @@ from anyres_vlm.model.encoder import ClipEncoder
 from anyres_vlm.model.vlm import VisionLanguageModel
 from anyres_vlm.schema import IGNORE_INDEX, Batch, Sample
 
-TILE, PATCH, SHRINK = 84, 14, 4  # pixels, pixels, and the factor between real images' sides and these
+TILE, PATCH, SHRINK = 84, 14, 4  # pixels, pixels, and the factor by which these images are smaller than real ones
 MEAN, STD = (0.48, 0.46, 0.41), (0.27, 0.26, 0.28)
 IMAGE_TOKEN_ID, FIRST_WORD = 3, 4
-SUPERVISED = 0.4  # of the text: the answers' part
+SUPERVISED = 0.4  # share of the text that is answers
 
 
 @dataclass(frozen=True)
 class Shape:
-    """A language model: Llama-like, its encoder a quarter as wide and three quarters as deep, as CLIP-L is to a 7B."""
+    """A Llama-like model; its encoder is a quarter as wide and three quarters as deep, as CLIP-L is for a 7B model."""
 
     hidden: int
     layers: int
@@ -50,7 +50,7 @@ SHAPES = {"wide_vocab": Shape(256, 6, 32_064), "like_7b": Shape(512, 12, 4096)}
 
 
 def make_samples(count: int, words: int, seed: int) -> list[Loaded]:
-    """Samples with their tiles: 8% text only, the others with one image, one in ten of them with a second."""
+    """Return samples with their tiles: 8% text only, the others with one image, and one in ten of those with two."""
     rng = np.random.default_rng(seed)
     return [_sample(rng, str(number), words) for number in range(count)]
 
@@ -81,17 +81,17 @@ def _size(rng: np.random.Generator, kind: int) -> Size:
 
 
 def tiling() -> Tiling:
-    """How images are cut: LLaVA-NeXT's set of canvases, with small tiles."""
+    """Return the tiling of images: the canvases of LLaVA-NeXT, with small tiles."""
     return model_config().tiling(TILE, PATCH)
 
 
 def model_config() -> ModelConfig:
-    """The recipe's model; its parts are generated."""
+    """Return the model configuration of the recipe; its parts are generated."""
     return ModelConfig(llm="generated", encoder=EncoderConfig(name="generated"), template="vicuna_v1")
 
 
 def make_ours(shape: Shape) -> VisionLanguageModel:
-    """A random model for stage 2: the encoder frozen."""
+    """Return a random model for stage 2, with the encoder frozen."""
     torch.manual_seed(0)
     encoder = ClipEncoder(CLIPVisionModel(_vision(shape)), -2, MEAN, STD)
     model = VisionLanguageModel(model_config(), encoder, LlamaForCausalLM(_text(shape)), IMAGE_TOKEN_ID)
@@ -100,7 +100,7 @@ def make_ours(shape: Shape) -> VisionLanguageModel:
 
 
 def make_stock(shape: Shape, ours: VisionLanguageModel) -> LlavaNextForConditionalGeneration:
-    """transformers' model with the same weights, its encoder frozen as well, with its best attention for the CPU."""
+    """Return the model of transformers with the same weights, encoder frozen, and its fastest attention on the CPU."""
     config: Any = LlavaNextConfig(
         vision_config=_vision(shape),
         text_config=_text(shape),
@@ -116,7 +116,7 @@ def make_stock(shape: Shape, ours: VisionLanguageModel) -> LlavaNextForCondition
 
 
 def stock_name(name: str) -> str:
-    """What stock calls one of our parameters once it is loaded."""
+    """Return the name of one of our parameters in the loaded stock model."""
     if name == "language_model.lm_head.weight":
         return "lm_head.weight"
     name = name.replace("language_model.model.", "language_model.")
@@ -147,13 +147,13 @@ def _vision(shape: Shape) -> CLIPVisionConfig:
     )
 
 
-BATCH, CAPACITY = 8, 2048  # samples of a padded batch; tokens of a pack: 16,384 at the width of a 7B
+BATCH, CAPACITY = 8, 2048  # samples per padded batch; tokens per pack, which correspond to 16,384 for a 7B model
 
 Pass = Callable[[], float]
 
 
 class Ways:
-    """Both models and the batches of every way."""
+    """Both models and the batches of every method."""
 
     def __init__(self, shape: str, count: int, seed: int, names: Sequence[str]) -> None:
         self.samples = make_samples(count, SHAPES[shape].words, seed)
@@ -165,11 +165,11 @@ class Ways:
             self.passes |= {name: self._stock_pass(STOCK[name](self.samples)) for name in names if name != OURS}
 
     def model(self, name: str) -> nn.Module:
-        """The model that a way leaves its gradients in."""
+        """Return the model in which a method leaves its gradients."""
         return self.ours if name == OURS else self.stock
 
     def gradients(self, name: str) -> dict[str, torch.Tensor]:
-        """The gradients that a way left, under stock's names."""
+        """Return the gradients of a method, under the names of the stock model."""
         rename = stock_name if name == OURS else str
         parameters = self.model(name).named_parameters()
         return {rename(key): value.grad.clone() for key, value in parameters if value.grad is not None}
@@ -191,7 +191,7 @@ class Ways:
         return run
 
     def _stock_loss(self, batch: dict[str, Any]) -> torch.Tensor:
-        # With a cache, stock takes no notice of positions that start anew: a pack would be one document.
+        # With a cache, the stock model ignores positions that restart: a pack would be one document.
         loss: torch.Tensor = self.stock(**batch, use_cache=False, num_items_in_batch=self.supervised).loss
         return loss
 
@@ -202,7 +202,7 @@ def _step(loss: torch.Tensor) -> float:
 
 
 def first_fit(samples: Sequence[Loaded]) -> list[list[Loaded]]:
-    """Packs of at most `CAPACITY` tokens, the longest samples first."""
+    """Return packs of at most `CAPACITY` tokens, filled with the longest samples first."""
     packs: list[list[Loaded]] = []
     for sample in sorted(samples, key=_length, reverse=True):
         for pack in packs:
@@ -219,12 +219,12 @@ def _length(sample: Loaded) -> int:
 
 
 def length_grouped(samples: Sequence[Loaded]) -> list[dict[str, Any]]:
-    """Padded batches of neighbours in length: over the whole pass, where a sampler groups within windows."""
+    """Return padded batches of samples of similar length, sorted over the whole pass; samplers only sort in windows."""
     return _padded(sorted(samples, key=_length, reverse=True))
 
 
 def randomly(samples: Sequence[Loaded]) -> list[dict[str, Any]]:
-    """Padded batches in random order."""
+    """Return padded batches in random order."""
     return _padded(random.Random(0).sample(list(samples), len(samples)))
 
 
@@ -247,7 +247,7 @@ def _stock_inputs(group: Sequence[Loaded]) -> dict[str, Any]:
 
 
 def packed_by_positions(samples: Sequence[Loaded]) -> list[dict[str, Any]]:
-    """Our packs as stock understands them: positions that start anew, no label where nothing precedes it."""
+    """Return our packs in the form of the stock model: positions restart, and first tokens have no label."""
     batches = []
     for pack in first_fit(samples):
         row = collate(pack, TILE, IMAGE_TOKEN_ID)
@@ -259,7 +259,7 @@ def packed_by_positions(samples: Sequence[Loaded]) -> list[dict[str, Any]]:
 
 
 def _stock_images(rows: Sequence[Batch]) -> dict[str, Any]:
-    """Pixels as the processor gives them: normalised, a row of tiles an image, filled up to the longest."""
+    """Return pixels in the form of the processor: normalised, one row of tiles per image, padded to the longest row."""
     plans = [plan for row in rows for plan in row.plans]
     if not plans:
         return {}

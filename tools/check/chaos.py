@@ -1,12 +1,12 @@
-"""Kill training at random moments, during saves too, and compare its end with that of an undisturbed run, to the bit.
+"""Kill training at random moments, also during saves, and compare the result bit for bit with an undisturbed run.
 
-    python tools/check/chaos.py --kills 20                       # on 1 and on 2 ranks, the whole model on every rank
+    python tools/check/chaos.py --kills 20                       # on 1 and on 2 ranks, each with the whole model
     python tools/check/chaos.py --kills 20 --ranks 2 --deepspeed zero2
 
-Both stages run on rendered pictures with tiny random models, at a few seconds a life; every rank is a process of its
-own that runs the command. SIGKILL hits one rank at random; the others have to end
-by themselves, no launcher helps them. Every second kill waits for a checkpoint that is being written. Prints one table
-a number of ranks and exits with 1 where weights or losses differ.
+Both stages run on rendered pictures with tiny random models, a few seconds per start. Every rank is a process that runs
+the command, without a launcher. SIGKILL hits one rank at random, and the others must end by themselves. Every second
+kill waits until a checkpoint is being written. Prints one table per number of ranks; the exit status is 1 if weights or
+losses differ.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM
 
-import anyres_vlm.train.run  # noqa: F401  # so that no life imports it again
+import anyres_vlm.train.run  # noqa: F401  # imported once, before the runs are forked
 from anyres_vlm.checkpoints.bases import load_tokenizer
 from anyres_vlm.cli.main import main as main_command
 from anyres_vlm.train.checkpoint import PREFIX
@@ -50,25 +50,25 @@ SETTINGS = [
     "stage2.epochs=4",
     "save_every=2",
 ]
-LIFE_S = 600  # a life that neither ends nor comes to its kill for so long is stuck
-END_S = 120  # in which the ranks that live on have to end
-FORK = get_context("fork")  # a life begins with the imports done, in a second
+LIFE_S = 600  # a run that neither ends nor reaches its kill within this time is stuck
+END_S = 120  # time in which the remaining ranks must end
+FORK = get_context("fork")  # a forked run has all imports done and starts within a second
 
 
 @dataclass(frozen=True)
 class Kill:
-    """Where one was hit, as its files say afterwards, and what the next life went on from."""
+    """Where a run was killed, according to its files, and from where it had resumed."""
 
     rank: int
     stage: str
-    step: int  # the last one that was finished
+    step: int  # last finished step
     saving: bool
-    ended_s: float  # until the other ranks had ended
+    ended_s: float  # time until the other ranks ended
     resumed: str
 
 
 def live(words: Sequence[str], launch: dict[str, str], log: Path) -> None:
-    """The body of one rank's process."""
+    """Run the command in the process of one rank."""
     os.environ.update(launch)
     torch.set_num_threads(1)
     with log.open("wb") as file:
@@ -78,13 +78,13 @@ def live(words: Sequence[str], launch: dict[str, str], log: Path) -> None:
 
 
 class Lives:
-    """The lives of one training run in an output folder, all of its ranks started by hand."""
+    """The starts of one training run in an output folder; all ranks are started without a launcher."""
 
     def __init__(self, output: Path, ranks: int, settings: Sequence[str], more: Sequence[str]) -> None:
         self.output, self.ranks, self.settings, self.more = output, ranks, settings, more
 
     def start(self) -> list[BaseProcess]:
-        """All ranks of a new life, each speaking into its log."""
+        """Start all ranks, each with its own log."""
         sets = [word for setting in self.settings for word in ("--set", setting)]
         words = ["train", "--output", str(self.output), *sets, *self.more]
         with socket.socket() as free:
@@ -104,45 +104,45 @@ class Lives:
         return processes
 
     def log(self, rank: int) -> Path:
-        """What a rank of the newest life said."""
+        """Return the log of a rank of the newest start."""
         return self.output.with_name(f"{self.output.name}-{rank}.log")
 
     def finish(self) -> None:
-        """One life without a disturbance. Raises `RuntimeError` where it fails."""
+        """Run to the end without a kill. Raises `RuntimeError` if the run fails."""
         for rank, process in enumerate(self.start()):
             process.join(LIFE_S)
             if process.exitcode != 0:
                 raise RuntimeError(f"rank {rank} failed: {self.log(rank).read_text()[-2000:]}")
 
     def resumed(self) -> str:
-        """What the newest life went on from."""
+        """Return the stage and step from which the newest start resumed."""
         stage = re.search(r"(stage\d): .* parameters trained(?:, resumed after step (\d+))?", self.log(0).read_text())
         return f"{stage[1]} step {stage[2] or 0}" if stage else "-"
 
     def trains(self, stage: str) -> bool:
-        """Whether the newest life has come to a stage: what older ones left there is cut back then."""
+        """Return whether the newest start has reached a stage; the files of earlier starts are cut back by then."""
         return f"{stage}: " in self.log(0).read_text()
 
     def finished(self, stage: str) -> int:
-        """The last step of a stage that is recorded."""
+        """Return the last recorded step of a stage."""
         path = self.output / stage / METRICS_FILE
         rows = read_metrics(path) if path.exists() else []
         return int(rows[-1]["step"]) if rows else 0
 
     def saving(self, stage: str) -> list[tuple[Path, int]]:
-        """Checkpoints of a stage that are not whole, told apart by inode: a later save begins its folder anew."""
+        """Return the incomplete checkpoints of a stage with their inodes; a later save creates its folder again."""
         found = []
         for path in (self.output / stage / "checkpoints").glob(f".{PREFIX}*.partial"):
-            with suppress(FileNotFoundError):  # it has just become whole
+            with suppress(FileNotFoundError):  # the checkpoint was just completed
                 found.append((path, path.stat().st_ino))
         return found
 
     def saves_now(self, stage: str) -> bool:
-        """Whether the newest life has such a checkpoint of its own."""
+        """Return whether the newest start is writing a checkpoint."""
         return bool(set(self.saving(stage)) - self.old_saves[stage])
 
     def wait_until(self, is_there: Callable[[], bool], process: BaseProcess) -> bool:
-        """Whether the moment came before the process ended. Raises `RuntimeError` for one that is stuck."""
+        """Wait for a moment; return False if the process ended first. Raises `RuntimeError` if the process is stuck."""
         deadline = time.monotonic() + LIFE_S
         while not is_there():
             if not process.is_alive():
@@ -154,7 +154,7 @@ class Lives:
 
 
 def disturbed(lives: Lives, kills: int, steps: dict[str, int], rng: random.Random) -> list[Kill]:
-    """Kill a run so many times over both stages, then let it end."""
+    """Kill a run this many times over both stages, then let it finish."""
     moments = [(stage, step) for stage in STAGES for step in range(1, steps[stage] - 2)]
     done: list[Kill] = []
     for number, (stage, step) in enumerate(sorted(rng.choices(moments, k=kills))):
@@ -169,14 +169,14 @@ def disturbed(lives: Lives, kills: int, steps: dict[str, int], rng: random.Rando
         if not lives.wait_until(is_there, processes[0]):
             raise RuntimeError(f"the run ended before kill {number + 1}: {lives.log(0).read_text()[-2000:]}")
         time.sleep(rng.uniform(0, 0.002 if wants_save else 0.3))
-        rank = 0 if wants_save else rng.randrange(lives.ranks)  # which writes; the others do nothing meanwhile
+        rank = 0 if wants_save else rng.randrange(lives.ranks)  # rank 0 writes; the others do nothing meanwhile
         processes[rank].kill()
         processes[rank].join()
         killed = time.monotonic()
         for process in processes:
             process.join(END_S)
             if process.exitcode is None:
-                raise RuntimeError(f"kill {number + 1}: a rank lives on, {END_S} s after the other's end")
+                raise RuntimeError(f"kill {number + 1}: a rank still runs {END_S} s after the other was killed")
         ended_s = time.monotonic() - killed
         now = STAGES[(lives.output / "stage1" / "model").exists() and (lives.output / "stage2").exists()]
         done.append(Kill(rank, now, lives.finished(now), lives.saves_now(now), ended_s, lives.resumed()))
@@ -186,7 +186,7 @@ def disturbed(lives: Lives, kills: int, steps: dict[str, int], rng: random.Rando
 
 
 def write_bases(folder: Path) -> list[str]:
-    """Small random base models, for short lives; returns the settings that name them."""
+    """Write small random base models, for fast starts; return the settings that name them."""
     torch.manual_seed(0)
     tokenizer = load_tokenizer("embedded:tiny-lm")
     shape = {"hidden_size": 96, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -197,7 +197,7 @@ def write_bases(folder: Path) -> list[str]:
 
 
 def differences(found: Path, expected: Path) -> list[str]:
-    """What of two runs is not equal to the bit: weights and losses of both stages."""
+    """Return the weights and losses of both stages that are not bit-exact."""
     unequal = []
     for stage in STAGES:
         ours, theirs = (load_file(run / stage / "model" / "model.safetensors") for run in (found, expected))
@@ -210,25 +210,25 @@ def differences(found: Path, expected: Path) -> list[str]:
 
 
 def show(ranks: int, kills: Sequence[Kill], unequal: Sequence[str], seconds: float) -> None:
-    """One Markdown table."""
+    """Print one Markdown table."""
     print(f"\n{ranks} rank{'s' * (ranks > 1)}: {len(kills)} kills in {seconds / 60:.0f} minutes\n")
-    print("| kill | life had begun at | rank killed behind | during a save | other ranks ended |")
+    print("| kill | resumed from | rank and last step | during a save | other ranks ended |")
     print("|---|---|---|---|---|")
     for number, kill in enumerate(kills, start=1):
         others = f"after {kill.ended_s:.1f} s" if ranks > 1 else "-"
         where = f"{kill.rank} {kill.stage} step {kill.step}"
         print(f"| {number} | {kill.resumed} | {where} | {'yes' if kill.saving else 'no'} | {others} |")
-    verdict = f"DIFFERENT: {'; '.join(unequal)}" if unequal else "equal to the bit"
-    print(f"\nweights and losses of both stages beside an undisturbed run: {verdict}", flush=True)
+    verdict = f"DIFFERENT: {'; '.join(unequal)}" if unequal else "bit-exact"
+    print(f"\nweights and losses of both stages compared with an undisturbed run: {verdict}", flush=True)
 
 
 def main() -> int:
-    """Run as the command line says; 1 where a run ended differently."""
+    """Run what the command line names. Returns 1 if a result differs."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kills", type=int, default=20, help="for each number of ranks")
+    parser.add_argument("--kills", type=int, default=20, help="kills for each number of ranks")
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2])
-    parser.add_argument("--deepspeed", help="a preset; without it every rank has the whole model")
-    parser.add_argument("--seed", type=int, default=0, help="of the moments")
+    parser.add_argument("--deepspeed", help="DeepSpeed preset; without one every rank has the whole model")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the moments")
     arguments = parser.parse_args()
     more = ["--deepspeed", arguments.deepspeed] if arguments.deepspeed else []
     failed = False

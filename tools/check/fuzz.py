@@ -1,12 +1,13 @@
 #!/usr/bin/env python
-"""Feed hostile input to everything that reads files, and count what became of it.
+"""Feed hostile input to everything that reads files, and count the outcomes.
 
-    python tools/check/fuzz.py --examples 20000                 # of each target, or as many as 60 s allow
+    python tools/check/fuzz.py --examples 20000                 # per target, or as many as fit into 60 s
     python tools/check/fuzz.py --only JPEG --seconds 600 --json
 
-The targets are those of tests/hostile: each module there with `TARGETS` takes part. Hypothesis makes the inputs; where
-a parser of our own reads bytes and the extra `fuzz` is installed, libFuzzer (atheris) goes on in a process of its own,
-with inputs that reach new branches. Exits with 1 where a target fails, and prints the first input of each fault.
+The targets are those of tests/hostile: every module there that defines `TARGETS`. Hypothesis makes the inputs. If the
+project's own parser reads the bytes and the extra `fuzz` is installed, libFuzzer (atheris) continues in a separate
+process with inputs that reach new branches. Prints the first input of each fault; the exit status is 1 if a target
+fails.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from target import Tally, Target, explore  # noqa: E402
 
 
 def find_targets() -> dict[str, Target]:
-    """Of all modules, by name."""
+    """Return the targets of all modules by name."""
     targets: dict[str, Target] = {}
     for path in sorted(HOSTILE.glob("*.py")):
         if not path.stem.startswith("test_"):
@@ -39,7 +40,7 @@ def find_targets() -> dict[str, Target]:
 
 
 def cover(name: str, seconds: float) -> Tally:
-    """What libFuzzer found of a target in a child process."""
+    """Run libFuzzer on a target in a child process and return its tally."""
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "tally.json"
         command = [sys.executable, __file__, "--child", name, "--seconds", str(seconds), "--report", str(report)]
@@ -50,7 +51,7 @@ def cover(name: str, seconds: float) -> Tally:
 
 
 def be_child(target: Target, seconds: float, report: Path) -> None:
-    """Fuzz one target for a while, guided by the branches of the project's modules; write the tally."""
+    """Fuzz one target, guided by the branches of the project's modules, and write the tally."""
     import atheris
 
     tally, end = Tally(), time.monotonic() + seconds
@@ -61,7 +62,7 @@ def be_child(target: Target, seconds: float, report: Path) -> None:
                 atheris.instrument_func(value)
 
     def try_one(data: bytes) -> None:
-        with tally.counting(data) as outcome:  # libFuzzer itself watches time and memory
+        with tally.counting(data) as outcome:  # libFuzzer limits time and memory itself
             outcome.append(target.check(data, folder))
         if time.monotonic() > end:
             report.write_text(json.dumps(asdict(tally)), encoding="utf-8")
@@ -78,7 +79,7 @@ def be_child(target: Target, seconds: float, report: Path) -> None:
 
 
 def show(tallies: dict[str, Tally], seconds: float) -> None:
-    """The table, then the faults."""
+    """Print the table, then the faults."""
     print(f"{'target':<34}{'inputs':>10}{'rejected':>10}{'accepted':>10}{'failures':>10}")
     for name, tally in tallies.items():
         print(f"{name:<34}{tally.tried:>10,}{tally.rejected:>10,}{tally.accepted:>10,}{tally.failures:>10,}")
@@ -90,16 +91,16 @@ def show(tallies: dict[str, Tally], seconds: float) -> None:
 
 
 def main() -> int:
-    """Fuzz the chosen targets one after the other."""
+    """Fuzz the chosen targets one after the other. Returns 1 if one fails."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--examples", type=int, default=1000, help="inputs a target from Hypothesis")
-    parser.add_argument("--seconds", type=float, default=60.0, help="time a target, and as much again for libFuzzer")
-    parser.add_argument("--only", default="", help="targets whose name holds this")
+    parser.add_argument("--examples", type=int, default=1000, help="inputs from Hypothesis per target")
+    parser.add_argument("--seconds", type=float, default=60.0, help="time per target, and the same again for libFuzzer")
+    parser.add_argument("--only", default="", help="only targets whose name contains this")
     parser.add_argument("--json", action="store_true", help="print the figures as one JSON object")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     parser.add_argument("--report", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    logging.disable(logging.WARNING)  # what is left out is counted here
+    logging.disable(logging.WARNING)  # rejects are counted here instead
     targets = find_targets()
     if args.child is not None:
         be_child(targets[args.child], args.seconds, args.report)
@@ -114,7 +115,7 @@ def main() -> int:
         if target.coverage and find_spec("atheris"):
             tallies[f"{name}, by coverage"] = cover(name, args.seconds)
     if not tallies:
-        parser.error(f"no target's name holds {args.only!r}; there are {', '.join(targets)}")
+        parser.error(f"--only {args.only!r}: no target has it in its name; the targets are {', '.join(targets)}")
     if args.json:
         print(json.dumps({name: asdict(tally) for name, tally in tallies.items()}, indent=2))
     else:

@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
-"""The memory that `anyres estimate` predicts beside that of really running steps, in one table.
+"""Compare the memory that `anyres estimate` predicts with that of real training steps, in one table.
 
-    tools/check/memory.py            every case: three sizes, both precisions, plain and ZeRO-1, 2, 3, 1 and 2 ranks
+    tools/check/memory.py            three sizes, both precisions, plain and ZeRO-1, 2 and 3, 1 and 2 ranks
     tools/check/memory.py --quick    one case
 
-Small random models train two optimizer steps on the CPU over gloo; every byte that torch's allocator gives out is
-counted. Bytes are rank 0's. `activations` include what ZeRO-3 has gathered; `peak` is the most that the second
-step holds.
+Small random models train two optimizer steps on the CPU over gloo, and every byte that torch's allocator hands out is
+counted on rank 0. `activations` include the weights that ZeRO-3 has gathered; `peak` is the maximum of the second
+step.
 """
 
 from __future__ import annotations
@@ -26,19 +26,19 @@ os.environ.setdefault("DS_ACCELERATOR", "cpu")
 from memory_case import case_config, run_case
 from transformers import CLIPVisionConfig, LlamaConfig
 
-import anyres_vlm.train.engine.zero  # noqa: F401 - once, not in every rank
+import anyres_vlm.train.engine.zero  # noqa: F401 - imported once, not in every rank
 from anyres_vlm.preflight.estimate.activations import PackSize, micro_step_bytes, stage_skeleton
 from anyres_vlm.preflight.estimate.memory import count_parameters, numbers_of, rank_memory, read_sharding
 from anyres_vlm.train.engine.deepspeed_settings import find_preset
 
 COLUMNS = ("weights", "optimizer", "gradients", "activations", "peak")
-# width, layers, vocabulary, and the words and documents of a pack
+# width, layers, vocabulary, words per document, documents per pack
 SIZES = {"narrow": (128, 8, 1000, 40, 6), "middle": (192, 6, 2000, 60, 6), "wide": (320, 3, 4000, 90, 8)}
-BUCKET = 200_000  # elements: at the shipped sizes, buckets would be nearly all that these models hold
+BUCKET = 200_000  # elements; with the shipped sizes, buckets would be most of the memory of these models
 
 
 def write_bases(folder: Path, size: str) -> dict[str, str]:
-    """A language model and an encoder as configurations alone; the settings that name them."""
+    """Write a language model and an encoder as configurations only; return the settings that name them."""
     width, layers, vocabulary, *_ = SIZES[size]
     LlamaConfig(
         hidden_size=width,
@@ -55,7 +55,7 @@ def write_bases(folder: Path, size: str) -> dict[str, str]:
 
 
 def write_preset(folder: Path, name: str) -> str:
-    """A shipped preset with small buckets."""
+    """Write a shipped preset with small buckets; return its path."""
     content = json.loads(find_preset(name).read_text(encoding="utf-8"))
     zero = content["zero_optimization"]
     for key in ("reduce_bucket_size", "allgather_bucket_size", "stage3_prefetch_bucket_size"):
@@ -71,7 +71,7 @@ def write_preset(folder: Path, name: str) -> str:
 def make_case(
     folder: Path, size: str, precision: str, preset: str | None, *, recompute: bool, stage: str = "stage2"
 ) -> dict[str, Any]:
-    """What `run_case` and `predict` take."""
+    """Return a case, as `run_case` and `predict` take it."""
     *_, words, documents = SIZES[size]
     settings = write_bases(folder, size) | {"precision": precision, f"{stage}.activation_checkpointing": recompute}
     return {
@@ -85,7 +85,7 @@ def make_case(
 
 
 def predict(case: dict[str, Any], ranks: int, pack: PackSize) -> dict[str, float]:
-    """What `anyres estimate` says of a case, without a device's fused optimizer."""
+    """Return the prediction of `anyres estimate` for a case, without the fused optimizer of a GPU."""
     config, stage = case_config(case)
     sharding = read_sharding(case["preset"])
     numbers = numbers_of(sharding, config.precision)
@@ -102,9 +102,9 @@ def predict(case: dict[str, Any], ranks: int, pack: PackSize) -> dict[str, float
 
 
 def compare(case: dict[str, Any], ranks: int) -> dict[str, tuple[float, float]]:
-    """Bytes predicted and measured, by what they are for."""
+    """Return predicted and measured bytes by kind."""
     found = run_case(case, ranks)
-    # Not here: after a backward pass, a process cannot be forked into one that makes another.
+    # In a child process: after a backward pass, this one could not be forked again for the next case.
     with multiprocessing.get_context("fork").Pool(1) as pool:
         predicted = pool.apply(predict, (case, ranks, PackSize(**found["pack"])))
     found["optimizer"] = found["masters"] + found["moments"]
@@ -112,7 +112,7 @@ def compare(case: dict[str, Any], ranks: int) -> dict[str, tuple[float, float]]:
 
 
 def all_cases(folder: Path) -> Iterator[tuple[dict[str, Any], int]]:
-    """Each with its ranks. Checkpointing takes turns over them; in stage 1 the language model is frozen."""
+    """Yield all cases with their number of ranks. Checkpointing alternates; stage 1 has a frozen language model."""
     for size in SIZES:
         for precision in ("fp32", "bf16"):
             for number, preset in enumerate((None, "zero1", "zero2", "zero3")):
@@ -123,12 +123,12 @@ def all_cases(folder: Path) -> Iterator[tuple[dict[str, Any], int]]:
 
 
 def few_cases(folder: Path) -> Iterator[tuple[dict[str, Any], int]]:
-    """The most divided."""
+    """Yield the one case that is split the most."""
     yield make_case(folder, "middle", "bf16", "zero3", recompute=True), 2
 
 
 def rows(quick: bool) -> Iterator[dict[str, Any]]:
-    """Each case in words, with `bytes` predicted and measured."""
+    """Yield each case in words, with predicted and measured `bytes`."""
     with tempfile.TemporaryDirectory() as folder:
         for case, ranks in (few_cases if quick else all_cases)(Path(folder)):
             config, stage = case_config(case)
@@ -157,11 +157,11 @@ def main() -> None:
     for row in rows(arguments.quick):
         line = f"{row['size']:6} {row['stage']:6} {row['precision']:7} {row['preset']:6} {row['ranks']:5} "
         line += f"{row['recompute']:9}"
-        for name, (said, seen) in row["bytes"].items():
-            line += f"{said / 1e6:9.2f}/{seen / 1e6:6.2f} {said / seen:6.3f}"
-            worst[name] = max(worst[name], abs(said / seen - 1))
+        for name, (predicted, measured) in row["bytes"].items():
+            line += f"{predicted / 1e6:9.2f}/{measured / 1e6:6.2f} {predicted / measured:6.3f}"
+            worst[name] = max(worst[name], abs(predicted / measured - 1))
         print(line, flush=True)
-    print("furthest: " + ", ".join(f"{name} {error:.1%}" for name, error in worst.items()))
+    print("largest error: " + ", ".join(f"{name} {error:.1%}" for name, error in worst.items()))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""Memory that a really running step takes, by the allocator's own count.
+"""Memory of a real training step, counted by the allocator.
 
-Each case trains a small random model for two optimizer steps of two packs, on the CPU, through the project's engine.
-Every allocation and release is counted by torch's profiler.
+Each case trains a small random model for two optimizer steps of two packs on the CPU, through the project's engine.
+Torch's profiler counts every allocation and release.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ MICRO_STEPS = 2
 
 
 def case_config(case: dict[str, Any]) -> tuple[RunConfig, StageName]:
-    """The run that a case is about."""
+    """Return the configuration and stage of a case."""
     return load_config(shipped_config("tiny"), [f"{key}={value}" for key, value in case["set"].items()]), case["stage"]
 
 
 def document(model: VisionLanguageModel, rng: random.Random, words: int) -> Loaded:
-    """An image of random size and so many words, half of them supervised."""
+    """Return a sample of one image of random size and this many words, half of them supervised."""
     plan = plan_tiles(Size(height=rng.randint(60, 200), width=rng.randint(60, 200)), model.tiling)
     ids = np.full(words, 5, np.int32)
     ids[1] = model.image_token_id
@@ -55,7 +55,7 @@ def make_pack(model: VisionLanguageModel, case: dict[str, Any], seed: str) -> Ba
 
 
 def pack_size(batch: Batch) -> PackSize:
-    """What the prediction knows of a pack."""
+    """Return what the prediction knows about a pack."""
     return PackSize(batch.input_ids.numel(), len(batch.cu_seqlens) - 1, len(batch.tiles), batch.num_supervised)
 
 
@@ -65,7 +65,7 @@ def mark(name: str) -> None:
 
 
 def measure(engine: Engine, case: dict[str, Any]) -> dict[str, Any]:
-    """Bytes of one case on this rank."""
+    """Return the bytes of one case on this rank."""
     config, stage = case_config(case)
     torch.manual_seed(0)
     gc.collect()
@@ -94,13 +94,13 @@ def measure(engine: Engine, case: dict[str, Any]) -> dict[str, Any]:
         gc.collect()
         mark("end")
         static = static_bytes(engine, model)
-    del engine._backend  # else it would be released in the midst of the next case
+    del engine._backend  # otherwise it would be released during the next case
     found = read(profiler) | static
     return found | {"gradients": gradients[-1], "pack": vars(pack_size(batches[-1]))}
 
 
 def static_bytes(engine: Engine, model: VisionLanguageModel) -> dict[str, int]:
-    """Unique storages of weights, masters and moments between steps."""
+    """Return the bytes of weights, masters and moments between steps; shared storages count once."""
     backend = engine._backend
     adamw = optimizer_of(backend)
     weights = [tensor for p in model.parameters() for tensor in (p.data, getattr(p, "ds_tensor", None))]
@@ -115,7 +115,7 @@ def static_bytes(engine: Engine, model: VisionLanguageModel) -> dict[str, int]:
 
 
 def gradient_bytes(engine: Engine, model: VisionLanguageModel) -> int:
-    """Unique storages of what has been accumulated, wherever a backend keeps it."""
+    """Return the bytes of accumulated gradients, wherever the backend keeps them; shared storages count once."""
     zero = getattr(engine._backend, "_zero", None)
     kept = [getattr(zero, "grad_partitions_flat_buffer", None), *getattr(zero, "fp32_groups_gradients_flat", [])]
     for by_group in ("averaged_gradients", "all_grad_tensors"):
@@ -138,7 +138,7 @@ def unique_bytes(tensors: list[Tensor | None], known: set[int]) -> int:
 
 
 def read(profiler: Any) -> dict[str, int]:
-    """Levels at the marks and highest levels between them, of all bytes that the allocator has given out."""
+    """Return the bytes allocated at the marks, and the peaks between them."""
     events = [
         (event.start_ns(), event.name(), event.nbytes())
         for event in profiler.profiler.kineto_results.events()
@@ -156,7 +156,7 @@ def read(profiler: Any) -> dict[str, int]:
         peaks.setdefault(last, []).append(peak)
         last, peak = name.removeprefix("mark "), level
         levels.setdefault(last, []).append(level)
-    second = slice(MICRO_STEPS, None)  # of the forward passes: those of the second step
+    second = slice(MICRO_STEPS, None)  # forward passes of the second step
     return {
         "activations": levels["loss"][-1] - levels["forward"][-1],
         "peak": max(peaks["second"] + peaks["forward"][second] + peaks["loss"][second]),
@@ -164,7 +164,7 @@ def read(profiler: Any) -> dict[str, int]:
 
 
 def run_case(case: dict[str, Any], ranks: int) -> dict[str, Any]:
-    """Measure one case on so many ranks, in processes that are made for it and leave nothing behind. Rank 0's bytes."""
+    """Measure one case in new processes, one per rank. Returns the bytes of rank 0."""
     context = multiprocessing.get_context("fork")
     results = context.SimpleQueue()
     with socket.socket() as free:

@@ -1,12 +1,13 @@
 #!/usr/bin/env python3
-"""Mutation testing: small faults put into a module one by one, and whether the module's own tests see them.
+"""Mutation testing: plant small faults in a module, one at a time, and check whether its tests find them.
 
-    tools/check/mutate.py loss                  every fault, in the module of the loss
-    tools/check/mutate.py packing --sample 200  so many, drawn by a seed, of the planner's modules
+    tools/check/mutate.py loss                  all faults in the module of the loss
+    tools/check/mutate.py packing --sample 200  this many faults in the modules of the planner, drawn by a seed
 
-Faults are cosmic-ray's (extra mutation), where an operator becomes one of + - * //; those in type annotations, which
-no run can meet, are left out. No file is changed: every fault is imported from memory in a process of its own, forked
-where the libraries are loaded already, with an empty cache for what numba compiles. Prints the score and what survived.
+Faults come from cosmic-ray (extra mutation); operators are only replaced by + - * //, and faults in type annotations
+are left out, as they change nothing at run time. No file is changed: every fault is imported from memory in a separate
+process, forked when the libraries are already loaded, with an empty cache for numba. Prints the score and the
+survivors.
 """
 
 from __future__ import annotations
@@ -32,26 +33,26 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 DATA = "tests/unit/data"
-TARGETS = {  # modules, and the tests that they have to themselves
+TARGETS = {  # modules, and their tests
     "geometry": (["anyres_vlm/geometry.py"], ["tests/unit/test_geometry.py"]),
     "labels": (
         ["anyres_vlm/data/conversation.py"],
         [f"{DATA}/test_{name}.py" for name in ("conversation", "templates", "chat_template")],
     ),
     "packing": (
-        [f"anyres_vlm/data/packing/{name}.py" for name in "bound cost even fill gather plan shuffle spread".split()],
+        [f"anyres_vlm/data/packing/{name}.py" for name in "balance bound cost fill plan".split()],
         [f"{DATA}/test_packing_{name}.py" for name in ("cost", "bound", "plan")],
     ),
     "loss": (["anyres_vlm/model/loss.py"], ["tests/unit/model/test_loss.py"]),
 }
-ARITHMETIC = ("_Add", "_Sub", "_Mul", "_FloorDiv")  # what operators become; <<, ** and others are too easily seen
+ARITHMETIC = ("_Add", "_Sub", "_Mul", "_FloorDiv")  # replacements; others, such as **, are found too easily
 MODELS = ("transformers.models.clip.modeling_clip", "transformers.models.llama.modeling_llama")
-LIBRARIES = ("hypothesis", "numba", "pyarrow.parquet", "torchvision", *MODELS)  # what tests wait for, loaded once
+LIBRARIES = ("hypothesis", "numba", "pyarrow.parquet", "torchvision", *MODELS)  # loaded once for all tests
 SURVIVED, KILLED, TIMED_OUT = "survived", "killed", "timed out"
 
 
 def mutants(source: str) -> Iterator[str]:
-    """Each changed source once, without those that run the same."""
+    """Yield every changed source once, without those that run the same code."""
     from cosmic_ray.ast import ast_nodes, get_ast
     from cosmic_ray.mutating import mutate_code
     from cosmic_ray.operators.provider import OperatorProvider
@@ -70,7 +71,7 @@ def mutants(source: str) -> Iterator[str]:
 
 
 def _runnable(source: str) -> str:
-    """What runs: the syntax tree without annotations. Source that is no Python is returned as it is."""
+    """Return the syntax tree without annotations, as text. Source that is not valid Python is returned unchanged."""
     try:
         tree = ast.parse(source)
     except SyntaxError:
@@ -92,16 +93,16 @@ class Mutant(importlib.machinery.SourceFileLoader):
         self.source = source
 
     def find_spec(self, name: str, *_: Any) -> importlib.machinery.ModuleSpec | None:
-        """As a finder on `sys.meta_path`."""
+        """Find the module, as a finder on `sys.meta_path`."""
         return importlib.util.spec_from_file_location(name, self.path, loader=self) if name == self.module else None
 
     def get_code(self, fullname: str) -> CodeType:
-        """Not from the file."""
+        """Return the code of the changed source instead of the file."""
         return compile(self.source, self.path, "exec")
 
 
 def test(path: str, source: str, tests: list[str], limit_s: float) -> str:
-    """Run the tests on the changed module in a process of its own."""
+    """Run the tests on the changed module in a separate process. Returns the outcome."""
     with tempfile.TemporaryDirectory() as cache:
         process = multiprocessing.get_context("fork").Process(target=_pytest, args=(path, source, tests, cache))
         process.start()
@@ -116,17 +117,17 @@ def test(path: str, source: str, tests: list[str], limit_s: float) -> str:
 def _pytest(path: str, source: str, tests: list[str], cache: str) -> None:
     import numba
 
-    numba.config.CACHE_DIR = cache  # the usual one knows a function by its file's time
+    numba.config.CACHE_DIR = cache  # the usual cache identifies a function by the time of its file
     sys.meta_path.insert(0, Mutant(path, source))
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, 1)
-    os.dup2(nowhere, 2)
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, 1)
+    os.dup2(null, 2)
     status = pytest.main(["-x", "-q", "-p", "no:cacheprovider", *tests])
     os._exit(int(status))
 
 
 def run(target: str, sample: int | None, seed: int) -> dict[str, Any]:
-    """Test the mutants of a target. Raises `SystemExit` where its tests fail as it is."""
+    """Test the mutants of a target. Raises `SystemExit` if its tests fail without a fault."""
     modules, tests = TARGETS[target]
     sources = {path: (ROOT / path).read_text(encoding="utf-8") for path in modules}
     started = time.monotonic()
@@ -149,17 +150,17 @@ def run(target: str, sample: int | None, seed: int) -> dict[str, Any]:
 
 
 def _difference(path: str, source: str, changed: str) -> str:
-    """The lines that differ, behind file and line."""
+    """Return file, line and the changed lines."""
     lines = list(difflib.unified_diff(source.splitlines(), changed.splitlines(), n=0, lineterm=""))
     return "\n".join([f"{path} {lines[2]}", *lines[3:]])
 
 
 def main() -> None:
-    """Print a line a target."""
+    """Print one line per target."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("target", nargs="*", choices=[[], *TARGETS], help="all of them without one")
-    parser.add_argument("--sample", type=int, metavar="N", help="N faults of each target, not all")
-    parser.add_argument("--seed", type=int, default=0, help="of the sample")
+    parser.add_argument("target", nargs="*", choices=[[], *TARGETS], help="default: all")
+    parser.add_argument("--sample", type=int, metavar="N", help="N faults of each target instead of all")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the sample")
     parser.add_argument("--json", action="store_true", help="print the figures as one JSON list")
     given = parser.parse_args()
     os.chdir(ROOT)

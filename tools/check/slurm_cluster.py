@@ -1,4 +1,4 @@
-"""A Slurm cluster on one machine: a controller and nodes, each node in namespaces of its own with its own address."""
+"""A Slurm cluster on one machine: a controller and nodes, each node in its own namespaces with its own address."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ import time
 from pathlib import Path
 from textwrap import dedent
 
-NETWORK = "10.77.0"  # of the private network namespace, so it may exist on the machine as well
+NETWORK = "10.77.0"  # inside a private network namespace, so the machine may use it as well
 CONTROLLER = "controller"
 START_S, GRACE_S = 60, 120
-# SlurmdTimeout: seconds until a silent node counts as dead. cred_expire: a requeued job waits for so long.
+# SlurmdTimeout: seconds until a silent node counts as dead. cred_expire: seconds that a requeued job waits.
 CONFIG = """
     ClusterName=toy
     SlurmctldHost={controller}({network}.1)
@@ -43,7 +43,7 @@ CONFIG = """
 
 
 class SlurmCluster:
-    """Starts in `folder`, in the private namespaces that its process must run in; with these all of it goes away."""
+    """A cluster with its files in `folder`, whose process runs in private namespaces; everything ends with these."""
 
     def __init__(self, folder: Path, num_nodes: int) -> None:
         self.folder = folder
@@ -52,7 +52,7 @@ class SlurmCluster:
         os.environ["SLURM_CONF"] = str(folder / "slurm.conf")
 
     def start(self) -> None:
-        """Start everything; raises `RuntimeError` if the nodes are not idle after a minute."""
+        """Start controller and nodes. Raises `RuntimeError` if the nodes are not idle after a minute."""
         self._configure()
         run("ip", "link", "set", "lo", "up")
         run("ip", "link", "add", "bridge", "type", "bridge")
@@ -77,11 +77,11 @@ class SlurmCluster:
             time.sleep(1)
 
     def start_node(self, node: str) -> None:
-        """Start a node, unless it runs."""
+        """Start a node unless it is running."""
         if node in self._running:
             return
         address = f"{NETWORK}.{10 + self.nodes.index(node)}"
-        # The shell is the first process of the node: it takes on orphans, and all die with it.
+        # The shell is the first process of the node: it adopts orphans, and all processes end with it.
         setup = f"mount -t tmpfs tmpfs /dev/shm; hostname {node}"
         linked = "until ip address show up dev eth0 | grep -q inet; do sleep 0.1; done"
         unshare = ["unshare", "--net", "--uts", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc"]
@@ -103,11 +103,11 @@ class SlurmCluster:
         self._running.pop(node).wait()
 
     def submit(self, *words: str) -> str:
-        """Submit a job; returns its number."""
+        """Submit a job and return its number."""
         return run("sbatch", "--parsable", *words).strip()
 
     def job(self, number: str) -> dict[str, str]:
-        """What the controller says of a job, by key."""
+        """Return what the controller reports about a job, by key."""
         words = run("scontrol", "show", "job", "--oneliner", number).split()
         return dict(word.split("=", 1) for word in words if "=" in word)
 
@@ -116,7 +116,7 @@ class SlurmCluster:
 
     def _configure(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.folder.chmod(0o755)  # munged refuses a folder that others may write to
+        self.folder.chmod(0o755)  # munged refuses a folder that others can write to
         for name in ("state", *(f"spool-{node}" for node in self.nodes)):
             (self.folder / name).mkdir()
         (self.folder / "munge.key").write_bytes(os.urandom(1024))
@@ -127,7 +127,7 @@ class SlurmCluster:
         names = ",".join(self.nodes)
         text = CONFIG.format(controller=CONTROLLER, network=NETWORK, folder=self.folder, nodes=names, grace=GRACE_S)
         (self.folder / "slurm.conf").write_text(dedent(text))
-        run("mknod", str(self.folder / "gpu0"), "c", "1", "3")  # stands for a GPU: Slurm then sets what it sets for one
+        run("mknod", str(self.folder / "gpu0"), "c", "1", "3")  # stands for a GPU, so Slurm sets the same variables
         (self.folder / "gres.conf").write_text(f"NodeName={names} Name=gpu File={self.folder}/gpu0\n")
 
     def _daemon(self, name: str, *command: str) -> subprocess.Popen[bytes]:
@@ -137,7 +137,7 @@ class SlurmCluster:
 
 
 def run(*command: str) -> str:
-    """A command's output; raises `RuntimeError` with its own words where it fails."""
+    """Return the output of a command. Raises `RuntimeError` with its error message if it fails."""
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"{' '.join(command)}: {done.stderr.strip() or done.stdout.strip()}")

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
-"""The project's own sbatch script on a toy Slurm cluster: what interrupts a job, and whether its result stays the same.
+"""Run the project's sbatch script on a small Slurm cluster, interrupt it, and check that the result stays the same.
 
-Started by tools/check/slurm, which makes the private namespaces that this must run in.
+Started by tools/check/slurm, which makes the private namespaces that it must run in.
 """
 
 from __future__ import annotations
@@ -26,35 +26,35 @@ SETTINGS = {
     "stage1.data.samples": "640",
     "stage1.max_length": "512",
     "stage1.capacity": "512",
-    "stage1.packs_per_step": "6",  # for 2 and 3 ranks alike
+    "stage1.packs_per_step": "6",  # divisible by 2 and 3 ranks
     "save_every": "10",
-    "workers": "1",  # loader processes get the job's signals too
+    "workers": "1",  # loader processes get the signals of the job, too
 }
 TIMEOUT_S = 1200
-LOOK_S = 30  # Slurm looks at time limits so often
-# Ranks of another number add the same fp32 numbers in another order, and AdamW carries it on. Seen: 1.1e-6.
+LOOK_S = 30  # interval at which Slurm checks time limits
+# Another number of ranks adds the same fp32 numbers in another order, and AdamW propagates it. Measured: 1.1e-6.
 ATOL = 1e-5
 
 
 @dataclass(frozen=True)
 class Scenario:
-    """A job on `nodes` nodes, what is done to it in the middle, and how it must end."""
+    """A job on `nodes` nodes, how it is disturbed, and how it must end."""
 
     name: str
     nodes: int
     disturb: Callable[[SlurmCluster, str], None] = lambda cluster, job: None
     requeued: int = 0
-    resumed: int = 1  # by Slurm's requeue, or within the job by torchrun
+    resumed: int = 1  # by a requeue of Slurm, or within the job by torchrun
     state: str = "COMPLETED"
-    is_equal: bool = True  # to the bit; else within ATOL
+    is_equal: bool = True  # bit-exact; otherwise within ATOL
     environment: tuple[str, ...] = ()
 
 
 def near_time_limit(cluster: SlurmCluster, job: str) -> None:
-    """Bring the limit so near that Slurm warns at its next look, and allow an hour again when it has."""
+    """Lower the time limit so that Slurm warns at its next check, then raise it to an hour again."""
     run("scontrol", "update", f"JobId={job}", f"TimeLimit={minutes_run(cluster, job) + 2}")
-    trainers = ("--full", "--", "-u -m anyres_vlm train")  # of this process namespace
-    run("pkill", "-STOP", *trainers)  # else the few steps that are left would be done before
+    trainers = ("--full", "--", "-u -m anyres_vlm train")  # only in this process namespace
+    run("pkill", "-STOP", *trainers)  # otherwise the remaining steps would finish before the check
     time.sleep(LOOK_S + 1)
     run("pkill", "-CONT", *trainers)
     wait(lambda: cluster.job(job)["Restarts"] == "1", f"job {job} is requeued")
@@ -62,12 +62,12 @@ def near_time_limit(cluster: SlurmCluster, job: str) -> None:
 
 
 def preempt(cluster: SlurmCluster, job: str) -> None:
-    """Submit a job that is worth more and needs every node."""
+    """Submit a job of higher priority that needs every node."""
     cluster.submit("--partition=urgent", f"--nodes={len(cluster.nodes)}", "--output=/dev/null", "--wrap=sleep 1")
 
 
 def preempt_at_once(cluster: SlurmCluster, job: str) -> None:
-    """Preempt where the partition grants no time."""
+    """Preempt on a partition without a grace time."""
     run("scontrol", "update", "PartitionName=normal", "GraceTime=0")
     preempt(cluster, job)
 
@@ -78,12 +78,12 @@ def kill_first_node(cluster: SlurmCluster, job: str) -> None:
 
 
 def kill_last_node(cluster: SlurmCluster, job: str) -> None:
-    """Kill a node that only trains."""
+    """Kill a node that only runs trainers."""
     cluster.kill_node(nodes_of(cluster, job)[-1])
 
 
 def kill_and_replace(cluster: SlurmCluster, job: str) -> None:
-    """Kill a node that cannot be done without, and start it again when the job waits for it."""
+    """Kill a node that the job needs, and start it again when the job waits for it."""
     killed = nodes_of(cluster, job)[-1]
     cluster.kill_node(killed)
     wait(lambda: cluster.job(job)["Restarts"] == "1", f"job {job} is requeued")
@@ -91,7 +91,7 @@ def kill_and_replace(cluster: SlurmCluster, job: str) -> None:
 
 
 def cancel(cluster: SlurmCluster, job: str) -> None:
-    """Cancel the job, as its user does."""
+    """Cancel the job, as a user does."""
     run("scancel", job)
 
 
@@ -116,7 +116,7 @@ def main() -> int:
     parser.add_argument("--folder", type=Path, help="where logs and runs go; without it a temporary folder")
     arguments = parser.parse_args()
     if "slurm_scenarios" not in Path("/proc/1/cmdline").read_text():
-        parser.error("outside of its own namespaces it would change this machine: run tools/check/slurm")
+        parser.error("without private namespaces it would change this machine's network: run tools/check/slurm")
     folder = (arguments.folder or Path(mkdtemp(prefix="slurm-"))).resolve()
     chosen = [s for s in SCENARIOS[1:] if not arguments.only or any(word in s.name for word in arguments.only)]
     print(f"logs and runs are in {folder}", flush=True)
@@ -143,7 +143,7 @@ def main() -> int:
 
 
 def play(cluster: SlurmCluster, scenario: Scenario, folder: Path, undisturbed: Path) -> list[str]:
-    """Run one scenario; raises `AssertionError` or `RuntimeError` where it does not end as it must."""
+    """Run one scenario. Raises `AssertionError` or `RuntimeError` if it does not end as it must."""
     folder.mkdir(parents=True)
     job, log = submit(cluster, scenario, folder), folder / "job.log"
     metrics = folder / "run" / "stage1" / "metrics.jsonl"
@@ -159,14 +159,14 @@ def play(cluster: SlurmCluster, scenario: Scenario, folder: Path, undisturbed: P
     weights = "-"
     if scenario.state == "COMPLETED":
         difference = furthest(folder / "run", undisturbed)
-        assert difference <= (0 if scenario.is_equal else ATOL), f"the furthest weight is {difference:.1e} off"
+        assert difference <= (0 if scenario.is_equal else ATOL), f"weights differ by up to {difference:.1e}"
         weights = f"differ by {difference:.1e} at most" if difference else "equal"
         weights = "compared with" if folder / "run" == undisturbed else weights
     return [", then ".join(ranks), found["Restarts"], str(resumed), found["JobState"], weights]
 
 
 def submit(cluster: SlurmCluster, scenario: Scenario, folder: Path) -> str:
-    """Submit the project's script as a user does, with the toy's sizes in place of a real cluster's."""
+    """Submit the project's script as a user does, with sizes for this small cluster."""
     os.environ.update(OUTPUT=str(folder / "run"), VENV=sys.prefix, OMP_NUM_THREADS="1")
     sizes = (f"--nodes={scenario.nodes}", "--gpus-per-node=1", "--cpus-per-task=1", "--time=60", "--signal=B:USR1@120")
     more = (f"--export={','.join(('ALL', *scenario.environment))}", f"--output={folder}/job.log")
@@ -176,7 +176,7 @@ def submit(cluster: SlurmCluster, scenario: Scenario, folder: Path) -> str:
 
 
 def ended(cluster: SlurmCluster, job: str) -> bool:
-    """Whether a job has ended for good: a requeued one ends for a moment too."""
+    """Return whether a job has ended for good; a requeued job also ends for a moment."""
     for _ in range(3):
         if cluster.job(job)["JobState"] in ("PENDING", "RUNNING", "COMPLETING", "REQUEUED", "PREEMPTED", "NODE_FAIL"):
             return False
@@ -185,30 +185,30 @@ def ended(cluster: SlurmCluster, job: str) -> bool:
 
 
 def count_lines(path: Path) -> int:
-    """Lines of a file that may not be there yet."""
+    """Return the number of lines of a file, 0 if it does not exist yet."""
     return path.read_text().count("\n") if path.exists() else 0
 
 
 def furthest(found: Path, expected: Path) -> float:
-    """The largest difference between two runs' final weights."""
+    """Return the largest difference between the final weights of two runs."""
     ours, theirs = (load_file(run / "stage1" / "model" / "model.safetensors") for run in (found, expected))
     assert ours.keys() == theirs.keys()
     return max(float((ours[name] - tensor).abs().max()) for name, tensor in theirs.items())
 
 
 def nodes_of(cluster: SlurmCluster, job: str) -> list[str]:
-    """The nodes a job runs on, the first one first."""
+    """Return the nodes of a job in order."""
     return run("scontrol", "show", "hostnames", cluster.job(job)["NodeList"]).split()
 
 
 def minutes_run(cluster: SlurmCluster, job: str) -> int:
-    """Whole minutes since a job began."""
+    """Return the whole minutes since a job started."""
     hours, minutes, _ = cluster.job(job)["RunTime"].split(":")
     return int(hours) * 60 + int(minutes)
 
 
 def wait(is_reached: Callable[[], bool], what: str) -> None:
-    """Look every second; raises `RuntimeError` after twenty minutes."""
+    """Wait for a condition, checked every second. Raises `RuntimeError` after twenty minutes."""
     deadline = time.monotonic() + TIMEOUT_S
     while not is_reached():
         if time.monotonic() > deadline:

@@ -1,14 +1,14 @@
 #!/usr/bin/env python3
-"""A long run of two ranks, watched from outside: memory, open files and step time stay as they are, nothing is left.
+"""A long run on two ranks, observed from outside: memory, open files and step time stay constant, no process is left.
 
-    tools/check/soak.py                     2,000 steps of stage 2 of the embedded default, behind a short stage 1
-    tools/check/soak.py --steps 60          a look at it
+    tools/check/soak.py                     2,000 steps of stage 2 of the embedded default, after a short stage 1
+    tools/check/soak.py --steps 60          a short trial
 
-`torchrun` starts the real command with its loader workers, metrics and checkpoints; steps are small. Once a second, the
-resident memory, the open files and the CPU time of each rank with its workers are read from /proc. Behind the warm-up
-tenths are compared: memory of the last with the first, CPU time a step by the slope through all ten; the wall clock,
-which other work on the machine stretches, is printed beside it. Exit status 1 where memory grows by more than 2%, steps
-cost 5% more, files stay open or processes are left.
+`torchrun` starts the real command with its loader workers, metrics and checkpoints; the steps are small. Resident
+memory, open files and CPU time of each rank and its workers are read from /proc every second. The steps after the
+warm-up are split into tenths: memory is compared between the last and the first, CPU time per step by the slope through
+all ten. Wall clock times are only printed, as other work on the machine affects them. The exit status is 1 if memory
+grows by more than 2%, steps cost 5% more, files stay open or processes are left.
 """
 
 from __future__ import annotations
@@ -34,18 +34,18 @@ from anyres_vlm.train.metrics import METRICS_FILE, read_metrics
 
 ROOT = Path(__file__).resolve().parents[2]
 RANKS = 2
-MEMORY_LIMIT, TIME_LIMIT = 0.02, 0.05  # growth from the first tenth to the last
-LENGTH = 512  # tokens of a pack, two packs a step: a sixth of the default's
-STEP_SAMPLES = 5  # of which about so many fit into a step
+MEMORY_LIMIT, TIME_LIMIT = 0.02, 0.05  # allowed growth from the first tenth to the last
+LENGTH = 512  # tokens per pack, two packs per step: a sixth of the default
+STEP_SAMPLES = 5  # samples per step, approximately
 STAGE1_STEPS = 5
 EVERY_S = 1.0
 
 
 @dataclass(frozen=True)
 class Sample:
-    """What one rank with its workers holds, read once."""
+    """One reading of a rank and its workers."""
 
-    step: int  # of stage 2, that were finished
+    step: int  # finished steps of stage 2
     rank: int
     mb: float
     files: int
@@ -53,38 +53,38 @@ class Sample:
 
 
 def tenths(series: Sequence[float]) -> list[float]:
-    """Medians of ten parts of equal length. Raises `ValueError` for fewer than ten values."""
+    """Return the medians of ten parts of equal length. Raises `ValueError` for fewer than ten values."""
     if len(series) < 10:
-        raise ValueError(f"{len(series)} values behind the warm-up, 10 are needed: take more --steps")
+        raise ValueError(f"{len(series)} values after the warm-up, 10 are needed: raise --steps")
     edges = [len(series) * part // 10 for part in range(11)]
     return [statistics.median(series[start:end]) for start, end in pairwise(edges)]
 
 
 def growth(series: Sequence[float]) -> float:
-    """By which share the last tenth's median is above the first's."""
+    """Return the relative growth from the median of the first tenth to that of the last."""
     medians = tenths(series)
     return medians[-1] / medians[0] - 1
 
 
 def drift(series: Sequence[float]) -> float:
-    """Growth over the whole series by the median slope through its tenths: other load in some of them does no harm."""
+    """Return the relative growth by the median slope through the tenths, which tolerates other load in some of them."""
     medians = tenths(series)
     slopes = [(medians[b] - medians[a]) / (b - a) for a, b in combinations(range(10), 2)]
     return 9 * statistics.median(slopes) / statistics.median(medians)
 
 
 def cpu_tenths(samples: Sequence[Sample]) -> list[float]:
-    """CPU seconds a step in ten parts of the steps. Raises `ValueError` where a part has no two steps."""
+    """Return CPU seconds per step in ten parts. Raises `ValueError` if a part has fewer than two steps."""
     first, last = samples[0].step, samples[-1].step
     edges = [bisect_left(samples, first + (last - first) * part / 10, key=lambda one: one.step) for part in range(11)]
     parts = [(samples[start], samples[end]) for start, end in pairwise(edges)]
     if any(start.step == end.step for start, end in parts):
-        raise ValueError(f"steps {first} to {last} are too few for ten parts: take more --steps")
+        raise ValueError(f"steps {first} to {last} are too few for ten parts: raise --steps")
     return [(end.cpu_s - start.cpu_s) / (end.step - start.step) for start, end in parts]
 
 
 def judge(samples: Sequence[Sample], step_s: Sequence[float], warm_up: int, left: int) -> dict[str, Any]:
-    """The figures and what fails. `step_s` has a value a step, from the first; `left` processes outlived the run."""
+    """Return the figures and the failures. `step_s` has one value per step; `left` processes outlived the run."""
     failures, ranks = [], []
     for rank in sorted({sample.rank for sample in samples}):
         own = [sample for sample in samples if sample.rank == rank and sample.step >= warm_up]
@@ -95,10 +95,10 @@ def judge(samples: Sequence[Sample], step_s: Sequence[float], warm_up: int, left
         if ranks[-1]["growth"] > MEMORY_LIMIT:
             failures.append(f"rank {rank}: memory grew by {growth(memory):.1%}, {MEMORY_LIMIT:.0%} are allowed")
         if tenths(files)[-1] > tenths(files)[0]:
-            failures.append(f"rank {rank}: {tenths(files)[0]:g} files were open and then {tenths(files)[-1]:g}")
+            failures.append(f"rank {rank}: {tenths(files)[0]:g} files open at first, {tenths(files)[-1]:g} at the end")
         if ranks[-1]["drift"] > TIME_LIMIT:
             failures.append(
-                f"rank {rank}: a step's CPU time grew by {ranks[-1]['drift']:.1%}, {TIME_LIMIT:.0%} are allowed"
+                f"rank {rank}: CPU time per step grew by {ranks[-1]['drift']:.1%}, {TIME_LIMIT:.0%} are allowed"
             )
     counted = step_s[warm_up:]
     if left:
@@ -108,14 +108,14 @@ def judge(samples: Sequence[Sample], step_s: Sequence[float], warm_up: int, left
 
 
 def read_ranks(launcher: psutil.Process, step: int) -> list[Sample]:
-    """One look at the launcher's children; none where one of them is just starting or ending."""
+    """Read the children of the launcher. Returns nothing if one of them is starting or ending."""
     try:
         found = []
         for process in launcher.children():
             tree = [process, *process.children(recursive=True)]
             held = sum(each.memory_info().rss for each in tree) / 1e6
             rank = int(process.environ()["RANK"])
-            ended_s = sum(process.cpu_times()[2:4])  # of loader workers of earlier epochs
+            ended_s = sum(process.cpu_times()[2:4])  # loader workers of earlier epochs
             cpu_s = ended_s + sum(sum(each.cpu_times()[:2]) for each in tree)
             found.append(Sample(step, rank, held, sum(each.num_fds() for each in tree), cpu_s))
         return found
@@ -124,7 +124,7 @@ def read_ranks(launcher: psutil.Process, step: int) -> list[Sample]:
 
 
 def command(folder: Path, steps: int, stage: int) -> list[str]:
-    """The run of one stage."""
+    """Return the command that runs one stage."""
     sets = {
         "max_length": LENGTH,
         "capacity": LENGTH,
@@ -139,7 +139,7 @@ def command(folder: Path, steps: int, stage: int) -> list[str]:
 
 
 def soak(folder: Path, steps: int) -> tuple[list[Sample], list[float], int]:
-    """Run both stages; samples, seconds of each step, and how many processes are left. Raises `CalledProcessError`."""
+    """Run both stages; return samples, seconds per step and processes left. Raises `CalledProcessError`."""
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     environment = {"OMP_NUM_THREADS": "1", **os.environ, "PYTHONPATH": path}
     subprocess.run(command(folder, STAGE1_STEPS, 1), check=True, env=environment)
@@ -161,8 +161,8 @@ def soak(folder: Path, steps: int) -> tuple[list[Sample], list[float], int]:
 
 
 def show(figures: dict[str, Any]) -> None:
-    """Print a line a series, of ten medians, and the verdict."""
-    print(f"{figures['steps']:,} steps, the first {figures['warm_up']} apart; medians of tenths, and growth")
+    """Print one line of ten medians per series, and the verdict."""
+    print(f"{figures['steps']:,} steps, {figures['warm_up']} of warm-up not counted; medians of tenths, and growth")
     for rank in figures["ranks"]:
         name = f"rank {rank['rank']}"
         print(f"{name}, MB    " + "".join(f"{mb:8.0f}" for mb in rank["mb"]) + f"{rank['growth']:+9.2%}")
@@ -170,14 +170,14 @@ def show(figures: dict[str, Any]) -> None:
             f"{name}, files " + "".join(f"{files:8.0f}" for files in rank["files"]) + f"  at most {rank['most_files']}"
         )
         print(f"{name}, CPU ms" + "".join(f"{1e3 * cpu_s:8.1f}" for cpu_s in rank["cpu_s"]) + f"{rank['drift']:+9.2%}")
-    print("a step, ms    " + "".join(f"{1e3 * step:8.1f}" for step in figures["step_s"]) + f"{figures['drift']:+9.2%}")
+    print("step, ms      " + "".join(f"{1e3 * step:8.1f}" for step in figures["step_s"]) + f"{figures['drift']:+9.2%}")
     print("\n".join(figures["failures"]) or f"passed; {figures['left']} processes left")
 
 
 def main() -> None:
-    """Soak, print, and say by the exit status whether it passed."""
+    """Run, print, and exit with 1 if it failed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=2000, help="of stage 2; a tenth of them are the warm-up")
+    parser.add_argument("--steps", type=int, default=2000, help="steps of stage 2; the first tenth is the warm-up")
     parser.add_argument("--json", action="store_true", help="print the figures as one JSON object")
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:

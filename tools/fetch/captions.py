@@ -1,25 +1,25 @@
-"""Captions of fetched pictures: from a stamp's description, an emoji's Unicode name, and our own for photographs."""
+"""Captions of fetched pictures: from descriptions of stamps and Unicode names of emoji, and our own for photographs."""
 
 from __future__ import annotations
 
 import re
 import unicodedata
 
-# Plain marks for typographic ones: the same word should be the same tokens.
+# Plain marks replace typographic ones, so that the same word has the same tokens.
 PLAIN_MARKS = str.maketrans(
     {"\u2018": "'", "\u2019": "'", "\u201c": '"', "\u201d": '"', "\u2013": "-", "\u2014": " - "}
 )
 DETERMINERS = "A|An|The|Some|Our|One|Two|Three|Four|Five"
-# Where a stamp's text stops naming its picture and starts telling about it.
+# Where the text of a stamp stops naming the picture and starts to describe its subject.
 NEWS = re.compile(r" - |, (?=also|from|a )| (?:is|are|was|were|means|lets|gets|carry|carries|resembles)\b")
-# Their text says something true that does not name what is drawn.
+# Stamps whose text is true but does not name what is drawn.
 UNNAMED_STAMPS = frozenset({"explosion", "menorah", "old_naval_shell", "recycle"})
 
-# Names of characters that are writing, not pictures.
+# Words in the names of characters that are writing, not pictures.
 WRITING = re.compile(
     r"\b(?:CJK|KATAKANA|IDEOGRAPH|SQUARED|LATIN CAPITAL|MODIFIER|REGIONAL INDICATOR|COPYRIGHT|REGISTERED|TRADE MARK)\b"
 )
-# In most Unicode names "black" and "white" mean filled and outlined; on these they are the colours one sees.
+# In most Unicode names, "black" and "white" mean filled and outlined; in these they are the visible colours.
 REALLY_COLOURED = re.compile(r"(?:SQUARE|CIRCLE|HEART|FLAG)$")
 RENAMED = {"HEAVY BLACK HEART": "red heart", "WHITE FLOWER": "flower stamp", "T-REX": "T-Rex dinosaur"}
 POSSESSIVES = {"mans": "man's", "womans": "woman's", "mens": "men's", "womens": "women's"}
@@ -50,9 +50,9 @@ PHOTOGRAPHS = {
 
 
 def stamp_caption(stem: str, text: str) -> str | None:
-    """A stamp's description as a sentence that only names it; None if its text does not.
+    """Return a sentence that only names a stamp, from its description; None if the description does not name it.
 
-    `stem` is the file's name without its ending, `text` the file beside it, whose first line is English.
+    `stem` is the name of the file without its suffix, `text` the text file next to it, whose first line is English.
     """
     line = text.partition("\n")[0].translate(PLAIN_MARKS)
     line = re.sub(r"\s*\([^)]*\)", "", line).strip()
@@ -66,9 +66,10 @@ def stamp_caption(stem: str, text: str) -> str | None:
 
 
 def emoji_caption(stem: str) -> str | None:
-    """`1f354` -> `The hamburger emoji.`; None for sequences of characters, for writing and for unnamed characters.
+    """Return a sentence for an emoji: `1f354` -> `The hamburger emoji.`
 
-    `stem` lists code points in hexadecimal; `fe0f` only asks for the coloured form.
+    Returns None for sequences of characters, writing and characters without a name. `stem` lists code points in
+    hexadecimal; `fe0f` only selects the coloured form.
     """
     points = [part for part in stem.split("-") if part != "fe0f"]
     name = unicodedata.name(chr(int(points[0], 16)), "") if len(points) == 1 else ""
@@ -83,7 +84,7 @@ def emoji_caption(stem: str) -> str | None:
 
 
 def shows(caption: str) -> str:
-    """The caption as an answer: `A frog.` -> `The picture shows a frog.`; others, such as `Santa Claus.`, stay."""
+    """Return a caption as an answer: `A frog.` -> `The picture shows a frog.`; `Santa Claus.` stays as it is."""
     first, _, rest = caption.partition(" ")
     if rest and re.fullmatch(DETERMINERS, first):
         return f"The picture shows {first.lower()} {rest}"

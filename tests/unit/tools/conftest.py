@@ -4,4 +4,4 @@ import sys
 from pathlib import Path
 
 TOOLS = Path(__file__).resolve().parents[3] / "tools"
-sys.path[:0] = [str(TOOLS), *(str(TOOLS / folder) for folder in ("bench", "check", "fetch"))]
+sys.path[:0] = [str(TOOLS), *(str(TOOLS / folder) for folder in ("bench", "check", "fetch", "pretrain"))]

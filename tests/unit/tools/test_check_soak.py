@@ -36,8 +36,8 @@ def test_noise_and_what_shrinks_pass(steady: dict[str, float]) -> None:
     ("fault", "said"),
     [
         ({"leak_mb": 40}, "rank 1: memory grew by 3."),
-        ({"slower": 0.1}, "rank 0: a step's CPU time grew by "),
-        ({"lost_files": 3}, "rank 0: 40 files were open and then 42"),
+        ({"slower": 0.1}, "rank 0: CPU time per step grew by "),
+        ({"lost_files": 3}, "rank 0: 40 files open at first, 42 at the end"),
         ({"left": 2}, "2 processes outlived the run"),
     ],
 )
@@ -46,7 +46,7 @@ def test_what_grows_is_named(fault: dict[str, float], said: str) -> None:
 
 
 def test_a_short_run_is_refused() -> None:
-    with pytest.raises(ValueError, match="9 values behind the warm-up, 10 are needed"):
+    with pytest.raises(ValueError, match="9 values after the warm-up, 10 are needed"):
         soak.tenths([1.0] * 9)
 
 

@@ -124,7 +124,7 @@ def test_tokenizer_that_splits_the_marks_is_refused(tiny_tokenizer: PreTrainedTo
 
 
 def test_tokenizer_with_another_end_is_refused(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
-    with pytest.raises(DataError, match="the tokenizer's end is </s>"):
+    with pytest.raises(DataError, match="the end token is </s>"):
         check_tokenizer(chat_tokenizer(tiny_tokenizer))
 
 
