@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 import torch
 from transformers import CLIPVisionConfig, LlamaConfig
@@ -9,6 +12,7 @@ from transformers import CLIPVisionConfig, LlamaConfig
 from anyres_vlm.data.packing.cost import forward_flops
 from anyres_vlm.train.engine.engine import StepResult
 from anyres_vlm.train.metrics import Throughput, device_peak
+from anyres_vlm.train.steps import model_flops
 
 LANGUAGE = LlamaConfig(vocab_size=32_064)  # 7B
 VISION = CLIPVisionConfig(
@@ -83,3 +87,10 @@ def test_a_cpu_has_no_known_peak() -> None:
     if torch.cuda.is_available():
         pytest.skip("this machine has a GPU")
     assert device_peak() is None
+
+
+def test_a_transformer_of_timm_may_have_any_width() -> None:
+    """A ViT-L's 1,024 are no multiple of the heads that transformers assumes."""
+    tower = SimpleNamespace(width=2 * 1024, layers=(12, 23), tile=336, patch=14)
+    model: Any = SimpleNamespace(vision_tower=tower, language_model=SimpleNamespace(config=LANGUAGE))
+    assert model_flops(model) == forward_flops(LANGUAGE, VISION, (12, 23))
