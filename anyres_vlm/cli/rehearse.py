@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import signal
 import sys
 import tempfile
 import warnings
@@ -55,11 +56,19 @@ def rehearse(
         else:
             yield from Rehearsal(run_config, output or Path("runs") / path.stem, work).run()
 
-    with redirect_stdout(sys.stderr), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # libraries print and warn about themselves
-        for one in everything():
-            tried.append(one)
-            print(f"{one.finding.level:<5} {one.finding.check} ({one.seconds:.1f} s)", file=sys.stderr, flush=True)
+    # A batch system's SIGTERM must end the training processes as well, as Ctrl-C does.
+    before = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+    try:
+        with redirect_stdout(sys.stderr), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # libraries print and warn about themselves
+            for one in everything():
+                tried.append(one)
+                print(f"{one.finding.level:<5} {one.finding.check} ({one.seconds:.1f} s)", file=sys.stderr, flush=True)
+    except BaseException:  # interrupted: nobody looks for its files
+        shutil.rmtree(work, ignore_errors=True)
+        raise
+    finally:
+        signal.signal(signal.SIGTERM, before)
     _print(tried)
     failures = [one.finding for one in tried if one.finding.level == "fail"]
     for failure in failures:

@@ -175,10 +175,11 @@ def _check_unasked(one: Prepared, places: set[int], reason: str = "") -> None:
     if len(places) > MAX_UNASKED * len(one.questions):
         unasked = [str(one.questions[place].id) for place in sorted(places)]
         shown = ", ".join(unasked[:SHOWN]) + (", ..." if len(unasked) > SHOWN else "")
+        too_long = "; lower the checkpoint's grid or use --no-ocr-tokens" if "context limit" in reason else ""
         raise DataError(
             f"{one.task.title}: {len(unasked)} of {len(one.questions)} questions cannot be asked ({shown}; see the "
-            f"warnings), at most {MAX_UNASKED:.0%} may: {reason or 'the warnings of the run that found them say why'}; "
-            "if prompts are too long, lower the checkpoint's grid or use --no-ocr-tokens"
+            f"warnings), at most {MAX_UNASKED:.0%} may: {reason or 'the warnings of the run that found them say why'}"
+            f"{too_long}"
         )
 
 

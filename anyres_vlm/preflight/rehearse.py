@@ -224,7 +224,7 @@ class Rehearsal:
         if self.described is None:
             raise NotTried("it needs the tokenizer and its templates")
         model, tiling, tokenizer = self.described
-        conversation = ConversationTokenizer(settings.template or model.template, tokenizer)
+        conversation = ConversationTokenizer(settings.template or model.template, tokenizer, data.image_position)
         yield from self._judge(stage, source, IndexSettings(conversation, tiling, settings.max_length))
 
     def _judge(self, stage: StageName, source: Source, index: IndexSettings) -> Iterator[Finding]:

@@ -313,7 +313,7 @@ def _entries(source: Source, rows: list[int], folder: Path) -> Iterator[dict[str
             continue
         names = [_place(image, folder / f"{row}-{number}") for number, image in enumerate(record.images)]
         messages = [{"role": turn.role, "content": turn.text} for turn in record.turns]
-        yield {"id": record.id, "images": names, "messages": messages}
+        yield {"id": record.id, "images": names, "system": record.system, "messages": messages}
 
 
 def _place(image: ImageRef, path: Path) -> str:

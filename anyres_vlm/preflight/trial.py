@@ -34,7 +34,7 @@ STAGES: tuple[StageName, ...] = get_args(StageName)
 STEPS = 6  # optimizer steps of a stage
 SAVE_EVERY = 3  # of them
 KILL_AFTER = 5  # so that steps 4 and 5 are repeated: the second of them depends on the restored optimizer
-PATIENCE_S = 600  # for a training process
+PATIENCE_S = 600  # for the next line of a training process
 GRACE_S = 2  # after one rank has failed
 REPLAYED = ("train/loss", "train/grad_norm")  # equal to the last digit when a step is repeated
 DEVICE_RTOL = 1e-3  # on a GPU, whose attention adds up gradients in no fixed order
@@ -70,7 +70,7 @@ class Trial:
             yield self._failure("train")
             return
         if len(self.before) < KILL_AFTER:
-            yield Finding("train", "fail", f"no step {KILL_AFTER} of stage 2 within {PATIENCE_S} s", self._log_hint())
+            yield Finding("train", "fail", f"nothing was logged for {PATIENCE_S} s", self._log_hint())
             return
         self.is_trained = True
         shutil.rmtree(self._run / "stage2" / "model", ignore_errors=True)  # of a run that was faster than the kill
@@ -199,9 +199,11 @@ class Trial:
                 subprocess.Popen(words, env=environment, stdout=log, stderr=log, start_new_session=True)
                 for environment in self._rank_environments()
             ]
-        deadline = time.monotonic() + PATIENCE_S
+        length, deadline = 0, time.monotonic() + PATIENCE_S
         try:
             while any(rank.poll() is None for rank in ranks) and not is_enough() and time.monotonic() < deadline:
+                if (logged := self._log.stat().st_size) > length:
+                    length, deadline = logged, time.monotonic() + PATIENCE_S
                 if any(rank.poll() not in (None, 0) for rank in ranks):
                     time.sleep(GRACE_S)  # the others may still have to say what they know
                     break

@@ -193,6 +193,8 @@ def _with_defaults(settings: dict[str, Any]) -> dict[str, Any]:
     kind = CheckpointConfig if "checkpoint" in model else ModelConfig
     try:
         filled = StageConfig.model_validate(own).model_dump(mode="json", exclude=NOT_DECISIVE)
+        if "image_position" not in settings.get("data", {}):
+            del filled["data"]["image_position"]  # it was as_is, which `stage_settings` leaves out
         return {**settings, **filled, "model": kind.model_validate(model).model_dump(mode="json")}
     except ValidationError:  # keys that this version no longer has: compared as they are
         return settings

@@ -49,6 +49,8 @@ def train(config: RunConfig, options: RunOptions, progress: Progress) -> bool:
                 _warn_of_earlier_stage_1(options)
             if done is not None and not may_ask_for_more(done, config, options, stage):
                 logger.info("%s is finished after %d steps: %s", stage, done.steps, model_folder(options.output, stage))
+                if options.max_steps is not None and options.max_steps > done.steps:
+                    logger.info("%s: its data has no more steps: raise %s.epochs (now %d)", stage, stage, done.epochs)
                 continue
             _check_start(config, options, stage)
             train_stage(engine, config, options, stage, deepspeed[stage], done, progress)

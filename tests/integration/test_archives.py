@@ -269,5 +269,15 @@ def test_prompts_that_do_not_fit_are_refused_before_the_first_question(checkpoin
     path = tmp_path / "pope" / "coco" / "coco_pope_random.json"
     path.write_text(path.read_text().replace("in the image?", "in the image? " + "please " * 3000))
     assert evaluate(checkpoint, "gqa pope", tmp_path, tmp_path / "out") == 1
-    assert "pope: 4 of 12 questions cannot be asked (10000001, 10000002, 10000003, ...; see" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "pope: 4 of 12 questions cannot be asked (10000001, 10000002, 10000003, ...; see" in said
+    assert "lower the checkpoint's grid" in said
     assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_a_template_that_the_checkpoint_cannot_write_is_not_blamed_on_the_grid(checkpoint, tmp_path, capsys) -> None:
+    benchmark_files.gqa(tmp_path / "gqa")
+    assert evaluate(checkpoint, "gqa", tmp_path / "gqa", tmp_path / "out", "--template", "llama_3") == 1
+    said = capsys.readouterr().err
+    assert "which is not a token of this llm" in said
+    assert "grid" not in said

@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -99,6 +104,18 @@ def test_every_shipped_config_is_green(
     out = capsys.readouterr().out
     assert status == 0, out
     assert {"train", "resume", "answers", "export", "model card"} <= lines(out).keys()
+
+
+def test_a_terminated_rehearsal_leaves_no_process_and_no_file(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "anyres_vlm", "rehearse", "--output", str(tmp_path / "run")]
+    rehearsal = subprocess.Popen(command, env={**os.environ, "TMPDIR": str(tmp_path)}, stderr=subprocess.DEVNULL)
+    while rehearsal.poll() is None and not any(tmp_path.glob("anyres-rehearse-*/run/stage1")):
+        time.sleep(0.1)
+    rehearsal.terminate()
+    assert rehearsal.wait(timeout=60) == 128 + signal.SIGTERM
+    assert not any(tmp_path.glob("anyres-rehearse-*"))
+    processes = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True).stdout
+    assert str(tmp_path / "anyres-rehearse-") not in processes
 
 
 def test_every_config_with_a_model_is_tried() -> None:

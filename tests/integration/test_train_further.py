@@ -103,7 +103,8 @@ def test_more_epochs_train_on_and_all_steps_are_the_end(tiny_bases, tmp_path, ca
     run(tiny_bases, tmp_path)
     count = len(rows(tmp_path))
     run(tiny_bases, tmp_path, steps=1000)
-    assert f"stage1 is finished after {count} steps" in caplog.messages[-1]
+    assert f"stage1 is finished after {count} steps" in caplog.messages[-2]
+    assert caplog.messages[-1] == "stage1: its data has no more steps: raise stage1.epochs (now 1)"
     run(tiny_bases, tmp_path, "stage1.epochs=2", steps=count + 1)
     assert len(rows(tmp_path)) == count + 1
     run(tiny_bases, tmp_path, "stage1.epochs=2")

@@ -31,6 +31,8 @@ REFUSED_KEYS: dict[str, RejectKind] = {
     "audios": "audio",
     "tools": "tools",
     "functions": "tools",
+    "tool_calls": "tools",
+    "function_call": "tools",
 }
 REFUSED_TAGS: dict[str, RejectKind] = {"<video>": "video", "<audio>": "audio"}
 REFUSED_PARTS: dict[str, RejectKind] = {
@@ -41,8 +43,6 @@ REFUSED_PARTS: dict[str, RejectKind] = {
 }
 TURN_KEYS: dict[str, RejectKind] = {
     **REFUSED_KEYS,
-    "tool_calls": "tools",
-    "function_call": "tools",
     "image": "image_count",
     "images": "image_count",
 }

@@ -76,6 +76,8 @@ def read(folder: Path, kind: str, content: dict[str, Any]) -> Record | DataError
         ({"audios": ["a.wav"]}, "audio"),
         ({"tools": [{"name": "search"}]}, "tools"),
         ({"tools": '[{"name": "search"}]'}, "tools"),
+        ({"tool_calls": [{"name": "search"}]}, "tools"),
+        ({"function_call": {"name": "search"}}, "tools"),
         ({"conversations": said(("human", "<video>\nQ"), ("gpt", "A"))}, "video"),
         ({"conversations": said(("human", "Q"), ("gpt", "A"), ("human", "and <audio>?"), ("gpt", "A"))}, "audio"),
         ({"conversations": said(("human", "Q"), ("function_call", "f()"), ("gpt", "A"))}, "tools"),

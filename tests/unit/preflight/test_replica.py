@@ -134,6 +134,13 @@ def test_written_records_are_those_of_the_source(tmp_path: Path, monkeypatch: py
             assert one.path.read_bytes() == other.path.read_bytes()
 
 
+def test_written_records_keep_their_system_text(tmp_path: Path) -> None:
+    turns = [{"from": "human", "value": "Which?"}, {"from": "gpt", "value": "One."}]
+    (tmp_path / "data.json").write_text(json.dumps([{"system": "Be brief.", "conversations": turns}]))
+    path = write_records(open_source(tmp_path / "data.json"), [0], tmp_path / "chosen")
+    assert open_source(path).record(0).system == "Be brief."
+
+
 def test_vicuna_keeps_its_generation_settings(tmp_path: Path) -> None:
     build_replica(VICUNA_7B, tmp_path / "llm")
     build_replica(CLIP, tmp_path / "clip")

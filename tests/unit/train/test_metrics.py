@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 import torch
 
 from anyres_vlm.data.packing.cost import Flops
 from anyres_vlm.train.engine.engine import StepResult
 from anyres_vlm.train.metrics import Throughput, device_peak
+from anyres_vlm.train.steps import model_flops
 
 STEP = StepResult(
     loss=1.0, grad_norm=1.0, supervised_tokens=100, tokens=3000, pairs=10**6, tiles=10, samples=1, rejects=0,
@@ -54,3 +58,10 @@ def test_a_cpu_has_no_known_peak() -> None:
     if torch.cuda.is_available():
         pytest.skip("this machine has a GPU")
     assert device_peak() is None
+
+
+def test_a_transformer_of_timm_may_have_any_width() -> None:
+    """A ViT-L's 1,024 are no multiple of the heads that transformers assumes."""
+    tower = SimpleNamespace(width=2 * 1024, layers=(12, 23), tile=336, patch=14)
+    model: Any = SimpleNamespace(vision_tower=tower, language_model=SimpleNamespace(config=LANGUAGE))
+    assert model_flops(model) == forward_flops(LANGUAGE, VISION, (12, 23))

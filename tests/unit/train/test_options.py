@@ -8,6 +8,8 @@ import pytest
 import yaml
 
 from anyres_vlm.config import RunConfig, load_config, shipped_config
+from anyres_vlm.errors import UsageError
+from anyres_vlm.train.checkpoint import require_same_settings
 from anyres_vlm.train.options import CONFIG_FILE, RunOptions, as_begun, stage_settings
 
 
@@ -53,3 +55,16 @@ def test_alpha_is_the_one_that_the_run_began_with(tmp_path: Path) -> None:
     chosen = resumed(tmp_path, "stage2.lora.rank=8", "stage2.lora.alpha=16").stage2.lora
     assert chosen is not None
     assert chosen.alpha == 16
+
+
+@pytest.mark.parametrize("forget", [True, False])
+def test_images_left_where_they_are_are_no_change_of_the_settings(tmp_path: Path, forget: bool) -> None:
+    """Neither for a run of a release without the key nor for one of today that sets it."""
+    override = "stage2.data.image_position=as_is"
+    begin(tmp_path, override, forget=forget)
+    config = resumed(tmp_path) if forget else resumed(tmp_path, override)
+    settings = stage_settings(config, "stage2")
+    require_same_settings(tmp_path, "stage2", settings, settings)
+    chosen = stage_settings(resumed(tmp_path, "stage2.data.image_position=front"), "stage2")
+    with pytest.raises(UsageError, match="image_position: None before, 'front' now"):
+        require_same_settings(tmp_path, "stage2", settings, chosen)
