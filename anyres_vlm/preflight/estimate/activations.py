@@ -18,7 +18,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from anyres_vlm.checkpoints.bases import describe_bases, skeleton
+from anyres_vlm.checkpoints.bases import skeleton
+from anyres_vlm.checkpoints.describe import describe_bases
 from anyres_vlm.config import RunConfig, StageName
 from anyres_vlm.model.attention import Documents
 from anyres_vlm.model.lora import add_lora

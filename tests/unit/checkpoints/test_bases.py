@@ -14,9 +14,10 @@ import torch
 from sentencepiece import SentencePieceProcessor
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from anyres_vlm.checkpoints.bases import build_model, load_encoder, load_tokenizer
-from anyres_vlm.checkpoints.describe import read_tensors
+from anyres_vlm.checkpoints.bases import build_model, load_encoder
 from anyres_vlm.checkpoints.load_save import clean_generation_config
+from anyres_vlm.checkpoints.tokenizer import load_tokenizer
+from anyres_vlm.checkpoints.weights import read_tensors
 from anyres_vlm.cli.main import main
 from anyres_vlm.config import EncoderConfig, ModelConfig
 from anyres_vlm.data.templates import TEMPLATES
