@@ -314,15 +314,16 @@ def _image_processor(folder: Path, whole: Any) -> Any:
         "rescale_factor": (processor.rescale_factor, 1 / 255),
         "size": (size.height or size.shortest_edge, side),
         "crop_size": (crop.height if crop else side, side),
-        "image_grid_pinpoints": (
-            [*map(list, processor.image_grid_pinpoints)],
-            [*map(list, whole.image_grid_pinpoints)],
-        ),
+        "image_grid_pinpoints": (_pairs(processor.image_grid_pinpoints), _pairs(whole.image_grid_pinpoints)),
     }
     for name, (got, expected) in wanted.items():
         if got != expected:
             raise DataError(f"{path}: {name} is {got}, expected {expected}: the model would see other tiles than here")
     return processor
+
+
+def _pairs(pinpoints: Any) -> list[list[int]]:
+    return [list(pair) for pair in pinpoints]
 
 
 def _timm_settings(config: EncoderConfig) -> dict[str, Any]:

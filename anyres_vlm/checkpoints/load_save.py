@@ -37,8 +37,8 @@ from anyres_vlm.model.vlm import VisionLanguageModel
 logger = logging.getLogger(__name__)
 
 STOCK_NAMES: Renamings = (
-    # Released files and ours have `vision_tower.vision_model.` and `language_model.model.`. Files of transformers 5 lack
-    # the former; the names that its models have in memory start with `model.` and lack the latter.
+    # Released files and ours have `vision_tower.vision_model.` and `language_model.model.`. Files of transformers 5
+    # lack the former; the names that its models have in memory start with `model.` and lack the latter.
     (r"(?:model\.)?vision_tower\.(?:vision_model\.)?", "vision_tower.vision_model."),
     (r"(?:model\.)?(multi_modal_projector\.|image_newline$)", r"\1"),
     (r"model\.language_model\.", "language_model.model."),
@@ -52,7 +52,7 @@ IGNORED = ("transformers_version", "_from_model_config", "_commit_hash", "_origi
 def load_pretrained(
     name: Path | str, template: TemplateName | None = None, dtype: torch.dtype | None = torch.float32
 ) -> tuple[VisionLanguageModel, PreTrainedTokenizerFast]:
-    """Load a model and its tokenizer from a folder or hub id: one of `save_pretrained`, or a stock LlavaNext checkpoint.
+    """Load a model and its tokenizer from a folder or hub id, saved by `save_pretrained` or a stock LlavaNext model.
 
     `template` replaces the folder's own; with `dtype=None` each weight keeps the dtype of its file. Raises `DataError`
     that names what is missing, broken or not supported.

@@ -1,7 +1,7 @@
 """Load checkpoints in the original LLaVA-NeXT layout, in which its authors publish them.
 
-The configuration keys (`mm_*`, `image_*`) and weight names are those of LLaVA's training code. Settings that this package
-does not support are refused. Pinpoints are pairs (width, height) in that layout, hence the dialect `llava`.
+The configuration keys (`mm_*`, `image_*`) and weight names are those of LLaVA's training code. Settings that this
+package does not support are refused. Pinpoints are pairs (width, height) in that layout, hence the dialect `llava`.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ ROWS = ("language_model.model.embed_tokens.weight", HEAD)
 def load_original(
     name: str | Path, template: TemplateName | None, encoder: str | None = None
 ) -> tuple[VisionLanguageModel, PreTrainedTokenizerFast]:
-    """Load a model and its tokenizer; each weight keeps its dtype, and the encoder's come from the folder if it has any.
+    """Load a model and its tokenizer; each weight keeps its dtype. Encoder weights in the folder, if any, are used.
 
     `encoder` replaces the tower that the configuration names. Raises `DataError` for a folder that is broken or not
     supported, `UsageError` without a template.
@@ -157,8 +157,8 @@ def _original_tensors(
 ) -> Iterator[tuple[str, Tensor]]:
     """Yield the folder's weights under this package's names, and those that it lacks.
 
-    The rows of new tokens, such as `<image>`, are the mean of all rows, which is never the most likely token. The layout
-    `flat` has no newline; the parameter exists but is not used, and is zero.
+    The rows of new tokens, such as `<image>`, are the mean of all rows, which is never the most likely token. The
+    layout `flat` has no newline; the parameter exists but is not used, and is zero.
     """
     dtypes: dict[str, torch.dtype] = {}
     for original, tensor in read_tensors(folder):

@@ -112,7 +112,7 @@ def _is_generic(name: Path | str) -> bool:
 
 
 def _file_fault(folder: Path) -> str | None:
-    """Return what is wrong with a folder's files; transformers would name packages for formats that it tried instead."""
+    """Return what is wrong with a folder's files; transformers may blame a package for another format instead."""
     if (folder / FAST_FILE).exists():
         return None
     path = folder / SENTENCEPIECE_FILE

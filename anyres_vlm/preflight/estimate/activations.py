@@ -84,7 +84,7 @@ def micro_step_bytes(
     config: RunConfig, stage: StageName, packs: Sequence[PackSize], numbers: Numbers
 ) -> list[StepBytes]:
     """Trace packs, one by one, through forward and backward of a stage."""
-    layers: int = describe_bases(config.model).text.num_hidden_layers
+    layers: int = describe_bases(config.model).text_config.num_hidden_layers
     more = FEW_LAYERS[-1]
     if layers <= more:
         return _trace(config, stage, packs, numbers, layers)

@@ -9,7 +9,7 @@ import pytest
 import start
 from PIL import Image
 
-HEAVY = "torch transformers numpy pandas pyarrow numba cv2 accelerate deepspeed timm matplotlib rich huggingface_hub"
+HEAVY = "torch transformers numpy pandas pyarrow numba cv2 accelerate deepspeed timm matplotlib rich huggingface_hub pydantic yaml"
 
 
 @pytest.mark.parametrize("command", ["anyres --help", "tools/count_tokens.py IMAGE"])
