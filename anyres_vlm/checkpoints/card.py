@@ -1,4 +1,4 @@
-"""The model card, `README.md` of a checkpoint folder: what the model is, how it was made and how to load it."""
+"""Write the model card, `README.md` of a checkpoint folder: what the model is, how it was made and how to load it."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import yaml
 
-from anyres_vlm.checkpoints.describe import HUB_ID, read_json
+from anyres_vlm.checkpoints.folders import HUB_ID, read_json
 from anyres_vlm.checkpoints.stock import stock_obstacle
 from anyres_vlm.errors import DataError
 from anyres_vlm.geometry import Grid, Tiling
@@ -104,11 +104,12 @@ def _scores(folder: Path) -> str:
 
 
 def _accuracies(folder: Path) -> str:
+    """Return the accuracies on held-out questions as a table, or an empty string."""
     results: dict[str, dict[str, float]] = {}
     for path in sorted(folder.glob("*.json")):
         try:
             content = read_json(path)
-        except DataError:  # other JSON files may be there
+        except DataError:  # the folder may hold other JSON files
             continue
         accuracy = content.get("scores" if content.get("benchmark") == "heldout" else "accuracy")
         if isinstance(accuracy, dict):

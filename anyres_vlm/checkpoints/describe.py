@@ -1,207 +1,116 @@
-"""Files of a checkpoint folder and what they describe: configuration, parts, geometry, pixel statistics.
+"""Models without their weights: configuration, geometry and tokenizer, of base models or of a checkpoint folder.
 
-Tensors are read from safetensors. If there are none, torch's own files, `pytorch_model*.bin`, are read. They are
-pickle: torch's weights-only loader makes tensors of them and refuses any other object.
+Tile, patch and tokenizer of most models are read from JSON files, so that commands like `anyres index` start without
+torch, which takes seconds to import. timm and the configuration classes of transformers import it; so they are imported
+only in the functions that need them.
 """
 
 from __future__ import annotations
 
-import json
-import pickle
-import re
-import zipfile
-from collections.abc import Container, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import cache, cached_property
+from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, get_args
 
-import torch
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, StrictDataclassError
+import yaml
+from huggingface_hub.errors import StrictDataclassError
 from pydantic import TypeAdapter, ValidationError
-from safetensors import SafetensorError, safe_open
-from torch import Tensor
-from transformers import AutoConfig, CLIPVisionConfig, LlavaNextConfig, LlavaNextImageProcessor
-from transformers.utils import cached_file
+from transformers import PreTrainedTokenizerFast
 
-from anyres_vlm.config import ImagePosition, ModelConfig, TemplateName
+from anyres_vlm.checkpoints.folders import base_file, checkpoint_folder, parsing, read_json, resolve, unavailable
+from anyres_vlm.checkpoints.tokenizer import build_tokenizer, load_tokenizer
+from anyres_vlm.config import CheckpointConfig, EncoderConfig, ImagePosition, ModelConfig, TemplateName
 from anyres_vlm.errors import DataError, UsageError
 from anyres_vlm.geometry import Tiling
+from anyres_vlm.schema import IMAGE_TOKEN
 
-HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")  # not ./folder
-HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
-PICKLED = "pytorch_model*.bin"  # not training_args.bin and the like
-SHARD = re.compile(r"[^/\\\0]+\.(safetensors|bin)")
-WHOLE_FILES = ("model.safetensors", "pytorch_model.bin")
-# What reading published models raises: files that are missing or cut off, of other shapes, of other formats.
-BROKEN = (OSError, ValueError, RuntimeError, EOFError, SafetensorError, pickle.UnpicklingError)
-
-
-def checkpoint_folder(name: str | Path) -> Path:
-    """Return a local folder as given, or the snapshot of a hub id, downloaded if needed. Raises `DataError`."""
-    folder = Path(name).expanduser()
-    if folder.is_dir() or not HUB_ID.fullmatch(str(name)):
-        return folder
-    try:
-        folder = Path(snapshot_download(str(name), allow_patterns=HUB_FILES))
-        if not any(folder.glob("*.safetensors")):
-            snapshot_download(str(name), allow_patterns=[PICKLED])
-        return folder
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise DataError(f"checkpoint {name}: no such folder, and the download from the hub failed: {reason}") from None
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object. Raises `DataError` for anything else."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise DataError(f"{path}: no such file; expected a checkpoint folder") from None
-    except (OSError, ValueError, RecursionError) as error:  # also too deep nesting, too long numbers
-        raise DataError(f"{path}: not readable JSON: {error}") from None
-    if not isinstance(content, dict):
-        raise DataError(f"{path}: expected a JSON object, got {type(content).__name__}")
-    return content
-
-
-@contextmanager
-def parsing(where: Path, what: str) -> Iterator[None]:
-    """Turn any exception that a library raises for an untrusted file into a `DataError`."""
-    try:
-        yield
-    except (DataError, UsageError):
-        raise
-    except Exception as error:
-        reason = " ".join(str(error).split())[:500]
-        raise DataError(f"{where}: {what} cannot be used ({type(error).__name__}: {reason})") from error
-
-
-def load_fault(error: Exception) -> str:
-    """Why a library could not load a model, in one line."""
-    text = str(error).strip()
-    if isinstance(error, pickle.UnpicklingError):  # torch's own words advise to load it nevertheless
-        if "Unsupported" in text and "Unsupported operand" not in text:
-            return "its weights hold other Python objects than tensors, which are never loaded: use safetensors"
-        return "its weights are cut off, or a file of another kind: fetch them again"
-    return text.splitlines()[0] if text else type(error).__name__
-
-
-def base_file(name: Path | str, file: str) -> str | None:
-    """The path of a small file of a folder or hub id; None where it is not there or cannot be fetched."""
-    if Path(name).is_dir():
-        path = Path(name) / file
-        return str(path) if path.is_file() else None
-    try:
-        found: str | None = cached_file(str(name), file, _raise_exceptions_for_missing_entries=False)
-    except (OSError, ValueError):
-        return None
-    return found
-
-
-def weight_bytes(folder: Path) -> int:
-    """Return the total size of the weight files. Raises `DataError` for a missing shard."""
-    with parsing(folder, "its weights"):
-        return sum(path.stat().st_size for path in weight_files(folder))
-
-
-def read_tensors(folder: Path, names: Container[str] | None = None) -> Iterator[tuple[str, Tensor]]:
-    """Yield all tensors of a folder, or those with the given names, from the shards in its index if it has one.
-
-    Raises `DataError` for a shard that is missing or broken, or holds anything but tensors.
-    """
-    for path in weight_files(folder):
-        try:
-            if path.suffix == ".bin":
-                for name, tensor in read_pickled(path).items():
-                    if names is None or name in names:
-                        yield name, tensor
-                continue
-            with safe_open(path, framework="pt") as file:
-                for name in file.keys():  # noqa: SIM118
-                    if names is None or name in names:
-                        yield name, file.get_tensor(name)
-        except (OSError, SafetensorError) as error:
-            raise DataError(f"{path}: its weights cannot be read ({error}); use a complete checkpoint folder") from None
-
-
-def read_pickled(path: Path) -> dict[str, Tensor]:
-    """The tensors of one of torch's own files, mapped from disk. Raises `DataError` for anything else in it."""
-    if not path.is_file():
-        raise DataError(f"{path}: no such file; use a complete checkpoint folder")
-    if not zipfile.is_zipfile(path):  # from before torch 1.6, whose reader takes the file's word for what to allocate
-        raise DataError(
-            f"{path}: not a file of torch.save, or one from before torch 1.6: only pickle of tensors in a zip archive "
-            "is read; use a complete checkpoint folder, with safetensors if there are any"
-        )
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:  # a broken pickle raises whatever its instructions run into
-        reason = load_fault(error)
-        raise DataError(f"{path}: pickle can run any code, only tensors are read from it ({reason})") from None
-    if not isinstance(content, dict):
-        raise DataError(f"{path}: expected tensors by name, got {type(content).__name__}")
-    for name, tensor in content.items():
-        is_plain = isinstance(tensor, Tensor) and tensor.layout == torch.strided and tensor.device.type == "cpu"
-        if not isinstance(name, str) or not is_plain or tensor.nbytes > path.stat().st_size:
-            raise DataError(f"{path}: {str(name)[:80]!r} is not a plain tensor with a name")
-    return content
-
-
-def weight_files(folder: Path) -> list[Path]:
-    """The files of a folder's weights: safetensors, or where there are none torch's own. Raises `DataError`."""
-    for whole in WHOLE_FILES:
-        index = folder / f"{whole}.index.json"
-        if index.exists():
-            return _indexed(index, Path(whole).suffix)
-        if (folder / whole).exists():  # an adapter may lie beside it
-            return [folder / whole]
-        pattern = PICKLED if whole.endswith(".bin") else "*.safetensors"
-        if shards := sorted(folder.glob(pattern)):
-            return shards
-    raise DataError(f"{folder}: no *.safetensors and no {PICKLED} in it; use a complete checkpoint folder")
-
-
-def _indexed(index: Path, suffix: str) -> list[Path]:
-    places = read_json(index).get("weight_map")
-    if not isinstance(places, dict):
-        raise DataError(f"{index}: no weight_map in it; use a complete checkpoint folder")
-    for name in places.values():
-        if not isinstance(name, str) or not SHARD.fullmatch(name) or not name.endswith(suffix):
-            raise DataError(f"{index}: {name!r}: expected a *{suffix} file of this folder")
-    return [index.parent / name for name in sorted(set(places.values()))]
-
+if TYPE_CHECKING:
+    from transformers import CLIPVisionConfig, PreTrainedConfig
 
 OWN_MODEL_TYPE = "anyres_vlm"
 STOCK_MODEL_TYPE = "llava_next"
 EXTRAS_FILE = "anyres.json"
+SIZES_FILE = "architectures.yaml"
 BICUBIC = 3
 
 
 @dataclass(frozen=True)
 class Description:
-    """A model without its weights. `vision` is a CLIP configuration of transformers, or timm's name and tile side."""
+    """A model without its weights.
+
+    `vision` and `text` are configurations of transformers, or the settings to make them from. The `vision` of an
+    encoder of timm is a dictionary with timm's name for it, tile and patch.
+    """
 
     config: ModelConfig
     vision: CLIPVisionConfig | dict[str, Any]
-    text: Any
+    text: PreTrainedConfig | dict[str, Any]
     image_token_id: int
     mean: list[float]
     std: list[float]
     projector_bias: bool = True
-    image_position: ImagePosition = "as_is"  # in the questions of its training
+    image_position: ImagePosition = "as_is"  # in the questions it was trained on
 
     @property
     def tiling(self) -> Tiling:
         """How the model cuts images."""
-        if isinstance(self.vision, dict):
-            return self.config.tiling(self.vision["image_size"], self.vision["patch_size"])
-        return self.config.tiling(self.vision.image_size, self.vision.patch_size)
+        return self.config.tiling(_setting(self.vision, "image_size"), _setting(self.vision, "patch_size"))
+
+    @property
+    def vocab_size(self) -> int:
+        """The number of rows of the word embeddings."""
+        return _setting(self.text, "vocab_size")
+
+    @cached_property
+    def vision_config(self) -> CLIPVisionConfig | None:
+        """The configuration of a CLIP encoder; None for an encoder of timm."""
+        if self.config.encoder.kind == "timm":
+            return None
+        return _clip_config(self.vision) if isinstance(self.vision, dict) else self.vision
+
+    @cached_property
+    def text_config(self) -> Any:
+        """The configuration of the language model."""
+        return _text_config(self.text) if isinstance(self.text, dict) else self.text
+
+
+def describe_model(config: ModelConfig | CheckpointConfig) -> tuple[ModelConfig, Tiling, PreTrainedTokenizerFast]:
+    """Return what the data of a model depends on: its configuration, its tiling and its tokenizer.
+
+    They equal those of `build_model`. Raises `DataError` for a model that is broken or not available.
+    """
+    if isinstance(config, ModelConfig):
+        return config, config.tiling(*encoder_geometry(config.encoder)), load_tokenizer(config.llm)
+    folder, described = _describe_checkpoint(config)
+    return described.config, described.tiling, read_tokenizer(folder, described)
+
+
+def describe_bases(config: ModelConfig | CheckpointConfig) -> Description:
+    """Return the architecture of a model, from the configurations of its base models or of its checkpoint.
+
+    No tokenizer is read, so base models have no `image_token_id`. Raises `DataError` for a model whose configuration is
+    neither known nor available.
+    """
+    if isinstance(config, CheckpointConfig):
+        return _describe_checkpoint(config)[1]
+    from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD  # imports torch
+
+    vision: Any = _timm_settings(config.encoder) if config.encoder.kind == "timm" else _base_config(config.encoder.name)
+    text: Any = _base_config(config.llm)
+    return Description(
+        config,
+        getattr(vision, "vision_config", vision),
+        getattr(text, "text_config", text),
+        0,
+        OPENAI_CLIP_MEAN,
+        OPENAI_CLIP_STD,
+    )
 
 
 def describe(folder: Path, template: TemplateName | None = None) -> Description:
-    """Read a folder; `template` replaces its own. Raises `DataError` for what this package cannot express."""
+    """Read a checkpoint folder; `template` replaces its own. Raises `DataError` for a model that is not supported."""
     settings = read_json(folder / "config.json")
     kind = settings.get("model_type")
     if kind not in (STOCK_MODEL_TYPE, OWN_MODEL_TYPE):
@@ -209,11 +118,106 @@ def describe(folder: Path, template: TemplateName | None = None) -> Description:
         raise DataError(f"{folder / 'config.json'}: model type {kind!r}: {remedy}")
     with parsing(folder / "config.json", "the model that it describes"):
         if (folder / EXTRAS_FILE).exists() or kind == OWN_MODEL_TYPE:
-            return _own(folder, settings, template)
-        return _stock(folder, settings, template)
+            return _describe_own(folder, settings, template)
+        return _describe_stock(folder, settings, template)
 
 
-def _own(folder: Path, settings: dict[str, Any], template: TemplateName | None) -> Description:
+def encoder_geometry(config: EncoderConfig) -> tuple[int, int]:
+    """Return the encoder's tile and patch side in pixels, from its configuration alone."""
+    name = resolve(config.name)
+    try:
+        if config.kind == "timm":
+            settings = _timm_settings(config)
+            return settings["image_size"], settings["patch_size"]
+        if (path := base_file(name, "config.json")) is not None:
+            settings = read_json(Path(path))
+            if settings.get("model_type") == "clip":
+                settings = settings.get("vision_config") or {}
+            if settings.get("model_type") == "clip_vision_model" and _has(settings, "image_size", "patch_size"):
+                return settings["image_size"], settings["patch_size"]
+        from transformers import CLIPVisionConfig  # imports torch; knows the defaults of other configurations
+
+        vision: Any = CLIPVisionConfig.from_pretrained(name)
+    except (OSError, RuntimeError) as error:
+        raise unavailable("encoder", config.name, error) from error
+    return int(vision.image_size), int(vision.patch_size)
+
+
+def timm_network(config: EncoderConfig, pretrained: bool) -> Any:
+    """Return a network of timm, with or without its weights. Raises `UsageError` or `DataError` if there is none."""
+    import timm  # imports torch
+
+    name = resolve(config.name)
+    options = {} if config.tile is None else {"img_size": config.tile}
+    source = f"local-dir:{name}" if Path(name).is_dir() else name
+    try:
+        return timm.create_model(source, pretrained=pretrained, num_classes=0, **options)
+    except TypeError:  # it takes no img_size
+        raise UsageError(f"encoder {config.name}: its tile cannot be set, so it is no vision transformer") from None
+    except ValueError as error:  # a hub id without its prefix
+        raise unavailable("encoder", config.name, error) from error
+
+
+@cache
+def known_sizes() -> dict[str, dict[str, Any]]:
+    """Return the sizes of published base models by hub id; `parameters` are in billions, as published."""
+    text = (resources.files("anyres_vlm") / "assets" / SIZES_FILE).read_text(encoding="utf-8")
+    entries: dict[str, dict[str, Any]] = yaml.safe_load(text)
+    return {name: entries[entry.get("same_as", name)] for name, entry in entries.items()}
+
+
+def read_tokenizer(folder: Path, described: Description) -> PreTrainedTokenizerFast:
+    """Return the tokenizer of a checkpoint folder, with the chat template of its processor.
+
+    Raises `DataError` if it does not fit the model, or if it has no chat template and the model names none of ours.
+    """
+    tokenizer = build_tokenizer(folder, "")
+    if (found := tokenizer.get_vocab().get(IMAGE_TOKEN)) != described.image_token_id:
+        raise DataError(
+            f"{folder}: {IMAGE_TOKEN} is token {found} of its tokenizer, config.json says {described.image_token_id}"
+        )
+    if len(tokenizer) > described.vocab_size:
+        raise DataError(
+            f"{folder}: its tokenizer has {len(tokenizer)} tokens, its language model {described.vocab_size}"
+        )
+    if described.config.template != "chat_template":
+        return tokenizer
+    if (template := _processor_template(folder)) is not None:
+        tokenizer.chat_template = template
+    if tokenizer.chat_template is None:
+        names = ", ".join(get_args(TemplateName))
+        raise DataError(
+            f"{folder}: it has no chat template: name the one it was trained with (--template or model.template), one "
+            f"of {names}"
+        )
+    return tokenizer
+
+
+def _processor_template(folder: Path) -> str | None:
+    """Return the chat template of a folder's processor, looked up in the order that transformers' processors use.
+
+    None means the tokenizer's own, which includes `chat_template.jinja`.
+    """
+    for path in (folder / "processor_config.json", folder / "chat_template.json"):  # of older releases
+        found = read_json(path).get("chat_template") if path.exists() else None
+        if isinstance(found, dict):
+            found = found.get("default")
+        if found is not None and not isinstance(found, str):
+            raise DataError(f"{path}: chat_template: expected the text of a Jinja template, got {type(found).__name__}")
+        if found is not None:
+            return found
+    return None
+
+
+def _describe_checkpoint(config: CheckpointConfig) -> tuple[Path, Description]:
+    """Return the folder of a run's checkpoint, and its description with the run's own settings applied."""
+    folder = checkpoint_folder(config.checkpoint)
+    described = describe(folder, config.template)
+    return folder, replace(described, config=config.apply(described.config))
+
+
+def _describe_own(folder: Path, settings: dict[str, Any], template: TemplateName | None) -> Description:
+    """Describe a folder that this package saved."""
     extras = read_json(folder / EXTRAS_FILE)
     try:
         config = ModelConfig.model_validate(extras["model"])
@@ -222,10 +226,16 @@ def _own(folder: Path, settings: dict[str, Any], template: TemplateName | None) 
     except (KeyError, ValidationError) as error:
         raise DataError(f"{folder / EXTRAS_FILE}: not a model description of this version: {error}") from None
     vision = settings["vision_config"]
+    text = settings["text_config"] | {"tie_word_embeddings": settings["tie_word_embeddings"]}
+    # A size that is not stated is a default, which only the configuration class knows.
+    if not _has(vision, "image_size", "patch_size"):
+        if config.encoder.kind == "timm":
+            raise DataError(f"{folder / 'config.json'}: vision_config: no image_size and patch_size in pixels")
+        vision = _clip_config(vision)
     return Description(
         config if template is None else config.model_copy(update={"template": template}),
-        vision if config.encoder.kind == "timm" else CLIPVisionConfig.from_dict(vision),
-        _text_config(settings["text_config"], settings["tie_word_embeddings"]),
+        vision,
+        text if _has(text, "vocab_size") else _text_config(text),
         settings["image_token_index"],
         mean,
         std,
@@ -233,7 +243,10 @@ def _own(folder: Path, settings: dict[str, Any], template: TemplateName | None) 
     )
 
 
-def _stock(folder: Path, settings: dict[str, Any], template: TemplateName | None) -> Description:
+def _describe_stock(folder: Path, settings: dict[str, Any], template: TemplateName | None) -> Description:
+    """Describe a LlavaNext folder of another origin."""
+    from transformers import CLIPVisionConfig, LlavaNextConfig  # imports torch
+
     where = folder / "config.json"
     try:
         whole: Any = LlavaNextConfig.from_dict(settings)
@@ -247,7 +260,6 @@ def _stock(folder: Path, settings: dict[str, Any], template: TemplateName | None
     if not isinstance(whole.vision_config, CLIPVisionConfig):
         raise DataError(f"{where}: a {whole.vision_config.model_type} encoder, only clip_vision_model is supported")
     processor = _image_processor(folder, whole)
-    pinpoints = [tuple(pair) for pair in whole.image_grid_pinpoints]
     try:
         config = ModelConfig.model_validate(
             {
@@ -257,17 +269,18 @@ def _stock(folder: Path, settings: dict[str, Any], template: TemplateName | None
                     "layer": whole.vision_feature_layer,
                 },
                 "template": template or "chat_template",
-                "pinpoints": pinpoints,
+                "pinpoints": [tuple(pair) for pair in whole.image_grid_pinpoints],
             }
         )
     except ValidationError as error:
         fault = error.errors()[0]
         key = {"encoder": "vision_feature_layer", "pinpoints": "image_grid_pinpoints"}[str(fault["loc"][0])]
         raise DataError(f"{where}: {key}={fault['input']!r} is not supported: {fault['msg']}") from None
+    whole.text_config.tie_word_embeddings = whole.tie_word_embeddings or whole.text_config.tie_word_embeddings
     return Description(
         config,
         whole.vision_config,
-        _text_config(whole.text_config, whole.tie_word_embeddings or whole.text_config.tie_word_embeddings),
+        whole.text_config,
         whole.image_token_index,
         list(processor.image_mean),
         list(processor.image_std),
@@ -276,7 +289,9 @@ def _stock(folder: Path, settings: dict[str, Any], template: TemplateName | None
 
 
 def _image_processor(folder: Path, whole: Any) -> Any:
-    """Its image processor, if it does with images what this package does."""
+    """Return a folder's image processor. Raises `DataError` if it cuts or scales images differently from here."""
+    from transformers import LlavaNextImageProcessor  # imports torch
+
     files = [folder / "processor_config.json", folder / "preprocessor_config.json"]
     path = next((file for file in files if file.exists()), None)
     if path is None:
@@ -311,10 +326,59 @@ def _pairs(pinpoints: Any) -> list[list[int]]:
     return [list(pair) for pair in pinpoints]
 
 
-def _text_config(config: Any, tied: bool) -> Any:
-    """The language model's configuration with the flag that the whole model's decides."""
-    if isinstance(config, dict):
-        settings = dict(config)
-        config = AutoConfig.for_model(settings.pop("model_type"), **settings)
-    config.tie_word_embeddings = tied
+def _timm_settings(config: EncoderConfig) -> dict[str, Any]:
+    """Return timm's name for an encoder, and its tile and patch side, which only the network itself knows."""
+    import torch
+
+    from anyres_vlm.model.encoder import plain_geometry  # imports torch and timm
+
+    with torch.device("meta"):
+        network = timm_network(config, pretrained=False)
+    tile, patch = plain_geometry(network)
+    return {"architecture": network.pretrained_cfg["architecture"], "image_size": tile, "patch_size": patch}
+
+
+def _base_config(name: str) -> PreTrainedConfig:
+    """Return the configuration of a base model: a published one as it is known here, any other from its folder."""
+    from transformers import AutoConfig  # imports torch
+
+    if name in known_sizes():
+        return _for_model(known_sizes()[name]["config"])
+    try:
+        config: PreTrainedConfig = AutoConfig.from_pretrained(resolve(name), trust_remote_code=False)
+        return config
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise DataError(
+            f"no configuration of {name!r} is available ({reason}): give a folder with its config.json, or one of "
+            f"{', '.join(known_sizes())}"
+        ) from None
+
+
+def _text_config(settings: Mapping[str, Any]) -> Any:
+    config: Any = _for_model(settings)
+    config.tie_word_embeddings = settings["tie_word_embeddings"]  # some classes drop it
     return config
+
+
+def _for_model(settings: Mapping[str, Any]) -> PreTrainedConfig:
+    from transformers import AutoConfig  # imports torch
+
+    options = dict(settings)
+    config: PreTrainedConfig = AutoConfig.for_model(options.pop("model_type"), **options)
+    return config
+
+
+def _clip_config(settings: dict[str, Any]) -> CLIPVisionConfig:
+    from transformers import CLIPVisionConfig  # imports torch
+
+    return CLIPVisionConfig.from_dict(settings)
+
+
+def _has(settings: Mapping[str, Any], *names: str) -> bool:
+    """Whether these settings are stated as whole numbers."""
+    return all(type(settings.get(name)) is int for name in names)
+
+
+def _setting(part: Any, name: str) -> int:
+    return int(part[name] if isinstance(part, dict) else getattr(part, name))

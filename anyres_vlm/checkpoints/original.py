@@ -1,7 +1,7 @@
-"""The original LLaVA-NeXT layout, as its authors publish checkpoints, read into a model of this package.
+"""Load checkpoints in the original LLaVA-NeXT layout, in which its authors publish them.
 
-Source: the configuration keys (`mm_*`, `image_*`) and weight names of LLaVA's training code. What they say and this
-package cannot do is refused, and pinpoints keep the meaning (width, height) that they have there: dialect `llava`.
+The configuration keys (`mm_*`, `image_*`) and weight names are those of LLaVA's training code. Settings that this
+package does not support are refused. Pinpoints are pairs (width, height) in that layout, hence the dialect `llava`.
 """
 
 from __future__ import annotations
@@ -14,17 +14,14 @@ from typing import Any, cast
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
-from transformers import (
-    CONFIG_MAPPING,
-    AutoModelForCausalLM,
-    PreTrainedModel,
-    PreTrainedTokenizerFast,
-)
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 from transformers.initialization import no_init_weights
 
-from anyres_vlm.checkpoints.bases import image_token_id, load_encoder, load_tokenizer
-from anyres_vlm.checkpoints.describe import checkpoint_folder, parsing, read_json, read_tensors
-from anyres_vlm.checkpoints.load_save import Renamings, clean_generation_config, load_weights, renamed, require_weights
+from anyres_vlm.checkpoints.bases import load_encoder
+from anyres_vlm.checkpoints.folders import checkpoint_folder, parsing, read_json
+from anyres_vlm.checkpoints.load_save import clean_generation_config
+from anyres_vlm.checkpoints.tokenizer import image_token_id, load_tokenizer
+from anyres_vlm.checkpoints.weights import HEAD, Renamings, load_weights, read_tensors, renamed, require_weights
 from anyres_vlm.config import EncoderConfig, ModelConfig, TemplateName
 from anyres_vlm.errors import DataError, UsageError
 from anyres_vlm.geometry import TILE_RANGE
@@ -41,16 +38,16 @@ NAMES: Renamings = (
     (r"model\.", "language_model.model."),
     (r"lm_head\.", "language_model.lm_head."),
 )
-ROWS = ("language_model.model.embed_tokens.weight", "language_model.lm_head.weight")
+ROWS = ("language_model.model.embed_tokens.weight", HEAD)
 
 
 def load_original(
     name: str | Path, template: TemplateName | None, encoder: str | None = None
 ) -> tuple[VisionLanguageModel, PreTrainedTokenizerFast]:
-    """A model and its tokenizer, each weight in its own dtype. The encoder's weights are the folder's if it has any.
+    """Load a model and its tokenizer; each weight keeps its dtype. Encoder weights in the folder, if any, are used.
 
-    `encoder` replaces the tower that the configuration names. Raises `DataError` for a folder that is broken or does
-    what this package does not, `UsageError` without a template.
+    `encoder` replaces the tower that the configuration names. Raises `DataError` for a folder that is broken or not
+    supported, `UsageError` without a template.
     """
     folder = checkpoint_folder(name)
     where = folder / "config.json"
@@ -72,8 +69,8 @@ def load_original(
     with parsing(where, "the model that it describes"):
         require_weights([text], build, folder)
         model = VisionLanguageModel(config, vision_tower, build(), image_token_id(tokenizer))
-        model.image_position = "front"  # as the original training code has it
-    load_weights(model, _tensors(folder, rows, model, settings), folder, None)
+        model.image_position = "front"  # as in the original training code
+    load_weights(model, _original_tensors(folder, rows, model, settings), folder, None)
     if (folder / "generation_config.json").exists():
         generation = read_json(folder / "generation_config.json")
         model.language_model.generation_config = clean_generation_config(generation, str(folder))
@@ -81,7 +78,7 @@ def load_original(
 
 
 def _text_config(settings: dict[str, Any], where: Path) -> Any:
-    """The language model's part: the keys that the family's configuration has, LLaVA's own left out."""
+    """Return the language model's configuration: the keys that its family has, without LLaVA's own."""
     architecture = (settings.get("architectures") or ["?"])[0]
     if architecture not in FAMILIES or not ({"mm_vision_tower", "mm_projector_type"} & settings.keys()):
         kinds = ", ".join(FAMILIES)
@@ -105,7 +102,7 @@ def _model_config(
             raise DataError(f"{where}: {key}={value!r}: {reason}")
         return value
 
-    aspect = settings.get("image_aspect_ratio") or "square"  # what LLaVA takes where the key is missing
+    aspect = settings.get("image_aspect_ratio") or "square"  # LLaVA's default
     if aspect != "anyres":
         raise DataError(f"{where}: image_aspect_ratio={aspect!r} {_aspect_obstacle(str(aspect))}")
     projector = supported("mm_projector_type", "linear", "linear and mlp2x_gelu are supported", "linear", "mlp2x_gelu")
@@ -155,13 +152,13 @@ def _pinpoints(listed: object, where: Path) -> tuple[tuple[int, int], ...] | str
     return found
 
 
-def _tensors(
+def _original_tensors(
     folder: Path, rows: int, model: VisionLanguageModel, settings: dict[str, Any]
 ) -> Iterator[tuple[str, Tensor]]:
-    """The folder's weights under this package's names, and what it leaves out.
+    """Yield the folder's weights under this package's names, and those that it lacks.
 
-    New tokens, `<image>` above all, get the mean of all rows, which is never the likeliest. `flat` has no newline; the
-    parameter, never read, is zero then.
+    The rows of new tokens, such as `<image>`, are the mean of all rows, which is never the most likely token. The
+    layout `flat` has no newline; the parameter exists but is not used, and is zero.
     """
     dtypes: dict[str, torch.dtype] = {}
     for original, tensor in read_tensors(folder):

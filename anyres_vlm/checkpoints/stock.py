@@ -1,4 +1,4 @@
-"""What stock `LlavaNextForConditionalGeneration` can express, its configuration and its processor."""
+"""Stock `LlavaNextForConditionalGeneration`: which models it can express, its configuration and its processor."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from anyres_vlm.geometry import Size, Tiling, count_tokens
 from anyres_vlm.model.encoder import ClipEncoder, TimmEncoder
 from anyres_vlm.model.vlm import VisionLanguageModel
 
-TRIED_STEP, TRIED_LIMIT = 8, 2048  # sides in pixels of the images on which two dialects are compared
+TRIED_STEP, TRIED_LIMIT = 8, 2048  # sides in pixels of the images for which two dialects are compared
 
 
 def stock_obstacle(model: VisionLanguageModel) -> str | None:
-    """Why stock LlavaNext cannot express this model; None if it can."""
+    """Return why stock LlavaNext cannot express this model; None if it can."""
     if model.config.projector != "mlp2x_gelu":
         return f"stock LlavaNext has no {model.config.projector} projector"
     if not isinstance(model.vision_tower, ClipEncoder):
@@ -31,8 +31,8 @@ def stock_obstacle(model: VisionLanguageModel) -> str | None:
 
 
 def stock_config(model: VisionLanguageModel, dtype: torch.dtype) -> dict[str, Any]:
-    """What `config.json` says of weights of a dtype; of a model that stock cannot express, under a type of our own."""
-    # Copies: a composite config takes its parts over and resets their attention.
+    """Return the content of `config.json` for weights of a dtype; `model_type` is our own if stock cannot load it."""
+    # Copies, because LlavaNextConfig modifies the configurations that it is given: it resets their attention.
     text_config: Any = copy.deepcopy(model.language_model.config)
     text_config.dtype = dtype
     tower, layer = model.vision_tower, model.config.encoder.layer
@@ -54,7 +54,7 @@ def stock_config(model: VisionLanguageModel, dtype: torch.dtype) -> dict[str, An
         settings |= {"model_type": OWN_MODEL_TYPE, "architectures": [type(model).__name__]}
     if isinstance(tower, TimmEncoder):
         architecture = tower.vision_model.pretrained_cfg["architecture"]
-        # What a folder's config.json or the caller changed of the architecture; not kept by releases before 1.0.23.
+        # Arguments that differ from the architecture's defaults; timm before 1.0.23 does not record them.
         changes = getattr(tower.vision_model, "_model_args", {})
         settings["vision_config"] = {
             "model_type": "timm",
@@ -69,7 +69,7 @@ def stock_config(model: VisionLanguageModel, dtype: torch.dtype) -> dict[str, An
 def stock_processor(
     model: VisionLanguageModel, tokenizer: PreTrainedTokenizerFast, chat_template: str
 ) -> LlavaNextProcessor:
-    """Stock's processor: it cuts the same tiles and counts the same tokens."""
+    """Return a stock processor that cuts the same tiles and counts the same tokens."""
     tower = model.vision_tower
     images = LlavaNextImageProcessor(
         size={"shortest_edge": tower.tile},
@@ -83,16 +83,16 @@ def stock_processor(
         tokenizer=tokenizer,
         patch_size=tower.patch,
         vision_feature_select_strategy="default",
-        num_additional_image_tokens=1,  # CLS, which the strategy takes off again
+        num_additional_image_tokens=1,  # CLS, which the strategy removes again
         chat_template=chat_template,
     )
 
 
 def count_changes(tiling: Tiling) -> str | None:
-    """For which images stock keeps other tokens than the dialect says, in words; None for the dialect `hf`.
+    """Describe the images for which stock keeps a different number of tokens than the dialect; None if there are none.
 
-    Stock gets the canvases as the dialect reads them, in the same order, so it cuts the same tiles. It rounds the kept
-    rows and columns otherwise, which a sweep over sizes finds.
+    Stock gets the canvases as the dialect reads them, in the same order, so it cuts the same tiles. But it rounds the
+    rows and columns to keep differently, which is tried for many sizes.
     """
     if tiling.dialect == "hf":
         return None
@@ -112,5 +112,5 @@ def count_changes(tiling: Tiling) -> str | None:
 
 
 def pixel_statistics(statistics: Tensor) -> list[float]:
-    """A mean or deviation of pixels, one a channel."""
+    """Return a mean or deviation of pixels as a list with one number per channel."""
     return [round(value, 8) for value in statistics.flatten().tolist()]

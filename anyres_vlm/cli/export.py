@@ -30,7 +30,7 @@ def export(
     import torch
 
     from anyres_vlm.checkpoints.card import carry_card
-    from anyres_vlm.checkpoints.describe import checkpoint_folder
+    from anyres_vlm.checkpoints.folders import checkpoint_folder
     from anyres_vlm.checkpoints.load_save import load_pretrained, save_pretrained
     from anyres_vlm.checkpoints.stock import count_changes, stock_obstacle
     from anyres_vlm.config import template_name

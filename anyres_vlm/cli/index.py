@@ -43,8 +43,8 @@ def index(
 
     Example: anyres index data.json --images images --out index.parquet --report
     """
-    # Start-up time: torch and transformers take seconds to import.
-    from anyres_vlm.checkpoints.bases import describe_model
+    # Start-up time: transformers and pyarrow take a second to import.
+    from anyres_vlm.checkpoints.describe import describe_model
     from anyres_vlm.cli.progress import RowProgress
     from anyres_vlm.config import load_config, shipped_config, tiling_flags
     from anyres_vlm.data.conversation import ConversationTokenizer

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import TypeVar
@@ -11,6 +12,7 @@ import typer
 from anyres_vlm.errors import UsageError
 
 Value = TypeVar("Value", str, int, float)
+GPU_FILES = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")  # of the drivers of NVIDIA, AMD and WSL
 
 
 def init(
@@ -34,9 +36,7 @@ def init(
 
     Example: anyres init runs/mine --data data.json --images images --model mistral-7b --gpus 8 --memory-gb 80
     """
-    # Start-up time: torch takes seconds to import.
-    import torch
-
+    # Start-up time: reading data takes pyarrow.
     from anyres_vlm.geometry import Grid
     from anyres_vlm.preflight.init import MODELS, TINY, Answers, look_at, require_free, train_command, write_files
 
@@ -57,9 +57,8 @@ def init(
             f"data:   {source.path}: {source.kind}, {source.records:,} records; of {looked.looked} looked at "
             f"{looked.looked - len(looked.bad)} are good, {looked.with_images} have images"
         )
-    has_gpu = torch.cuda.is_available()
-    count = ask(gpus, "--gpus", "GPUs (0: the CPU)", torch.cuda.device_count() if has_gpu else 0)
-    memory = torch.cuda.get_device_properties(0).total_memory / 1e9 if has_gpu else 80.0
+    present, memory = (0, 80.0) if gpus is not None and memory_gb is not None else _find_gpus()
+    count = ask(gpus, "--gpus", "GPUs (0: the CPU)", present)
     answers = Answers(
         model=ask(model, "--model", f"model ({', '.join(MODELS)} or a checkpoint)", "mistral-7b" if count else TINY),
         grid=str(Grid.parse(ask(grid, "--grid", "largest grid of tiles", "2x2"))),
@@ -71,6 +70,16 @@ def init(
     print(f"check:  anyres doctor --config {config} --output {config.parent / 'run'}")
     print(f"next:   anyres rehearse --config {config} --output {config.parent / 'run'}")
     print(f"train:  {train_command(answers, config)}")
+
+
+def _find_gpus() -> tuple[int, float]:
+    """Return the number of GPUs and the memory of one in GB, or 0 and 80."""
+    if any(Path(file).exists() for file in GPU_FILES) or os.name == "nt":
+        import torch  # start-up time: takes seconds, and finds no GPU without its driver
+
+        if torch.cuda.is_available():
+            return torch.cuda.device_count(), torch.cuda.get_device_properties(0).total_memory / 1e9
+    return 0, 80.0
 
 
 def _prompt(option: str, question: str, default: Value | None) -> Value:

@@ -8,7 +8,6 @@ from typing import Literal
 import typer
 
 from anyres_vlm.geometry import Dialect, Layout
-from anyres_vlm.train.options import catch_signals
 
 
 def train(
@@ -32,7 +31,9 @@ def train(
 
     Example: anyres train --grid 2x2 --stage 2 --set stage2.learning_rate=1e-5
     """
-    with catch_signals() as signalled:  # before the imports: the first step may be minutes away
+    from anyres_vlm.train.options import catch_signals  # start-up time of other commands: imports pydantic
+
+    with catch_signals() as signalled:  # before the slow imports: the first step may be minutes away
         # Start-up time: torch and transformers take seconds to import.
         from anyres_vlm.cli.progress import StepProgress
         from anyres_vlm.config import load_config, shipped_config, tiling_flags

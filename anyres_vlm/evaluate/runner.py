@@ -13,7 +13,8 @@ from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Any
 
-from anyres_vlm.checkpoints.describe import checkpoint_folder, describe
+from anyres_vlm.checkpoints.describe import describe
+from anyres_vlm.checkpoints.folders import checkpoint_folder
 from anyres_vlm.config import TemplateName
 from anyres_vlm.data.headers import plan_image
 from anyres_vlm.data.images import open_image

@@ -145,6 +145,12 @@ class Assistant:
         """Raise what `answer_many` would raise before its first batch: for images, turns or a length it cannot use."""
         self._prompt(conversation)
 
+    def plan(self, image: Image.Image | ImageRef) -> TilePlan:
+        """Plan the tiles of an image. Raises `DataError` if it is broken or its size is out of range."""
+        if isinstance(image, ImageRef):
+            return plan_image(image, self.tiling)
+        return plan_tiles(Size(height=image.height, width=image.width), self.tiling)
+
     def _prompt(self, conversation: Conversation, number: int = 0) -> _Prompt:
         wanted = sum(turn.text.count(IMAGE_TOKEN) for turn in conversation.turns)
         if wanted != len(conversation.images):
@@ -156,12 +162,6 @@ class Assistant:
         ids = np.repeat(prompt, token_repeats(prompt, plans, self.model.image_token_id)).astype(np.int64)
         room_for_answer(self.model.language_model, len(ids), 1)  # checked before the first batch runs
         return _Prompt(number, ids, plans, conversation.images)
-
-    def plan(self, image: Image.Image | ImageRef) -> TilePlan:
-        """Plan the tiles of an image. Raises `DataError` if it is broken or its size is out of range."""
-        if isinstance(image, ImageRef):
-            return plan_image(image, self.tiling)
-        return plan_tiles(Size(height=image.height, width=image.width), self.tiling)
 
     def _tokens(
         self, prompts: Sequence[_Prompt], decoding: Decoding, watch: Watch | None = None

@@ -47,21 +47,6 @@ class Decoding:
             raise UsageError(f"seed={self.seed}: expected 0 or more")
 
 
-def room_for_answer(language_model: PreTrainedModel, length: int, wanted: int) -> int:
-    """Return how many of the wanted new tokens fit after a prompt of this length. Raises `UsageError` if none do."""
-    config: Any = language_model.config
-    limits = [getattr(config, name, None) for name in ("max_position_embeddings", "sliding_window")]
-    limit = min((limit for limit in limits if limit is not None), default=None)
-    if limit is not None and length >= limit:
-        raise UsageError(
-            f"the prompt has {length:,} tokens, the context limit is {limit:,} tokens, answer included: "
-            "use fewer images or words, or start a new conversation"
-        )
-    if length == 0:
-        raise UsageError("the prompt has no tokens: ask a question")
-    return wanted if limit is None else min(wanted, limit - length)
-
-
 @torch.inference_mode()
 def stream_tokens(
     model: VisionLanguageModel,
@@ -118,6 +103,21 @@ def generate_tokens(
             rows, tokens = [rows[place] for place in places], [tokens[place] for place in places]
         positions = [lengths[row] + step if row in unfinished else 0 for row in rows]
         hidden = _read_tokens(language_model, tokens, positions, cache, embedded.device)
+
+
+def room_for_answer(language_model: PreTrainedModel, length: int, wanted: int) -> int:
+    """Return how many of the wanted new tokens fit after a prompt of this length. Raises `UsageError` if none do."""
+    config: Any = language_model.config
+    limits = [getattr(config, name, None) for name in ("max_position_embeddings", "sliding_window")]
+    limit = min((limit for limit in limits if limit is not None), default=None)
+    if limit is not None and length >= limit:
+        raise UsageError(
+            f"the prompt has {length:,} tokens, the context limit is {limit:,} tokens, answer included: "
+            "use fewer images or words, or start a new conversation"
+        )
+    if length == 0:
+        raise UsageError("the prompt has no tokens: ask a question")
+    return wanted if limit is None else min(wanted, limit - length)
 
 
 class _Choice:

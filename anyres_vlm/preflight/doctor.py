@@ -42,7 +42,7 @@ class Case:
     @cached_property
     def described(self) -> tuple[ModelConfig, Tiling, PreTrainedTokenizerFast] | None:
         """The model's configuration, tiling and tokenizer; None where it is not at hand, which `check_models` tells."""
-        from anyres_vlm.checkpoints.bases import describe_model
+        from anyres_vlm.checkpoints.describe import describe_model
 
         try:
             require_reachable(self.config.model)
@@ -247,8 +247,7 @@ def require_reachable(model: ModelConfig | CheckpointConfig) -> None:
 
     from huggingface_hub import constants, try_to_load_from_cache
 
-    from anyres_vlm.checkpoints.bases import resolve
-    from anyres_vlm.checkpoints.describe import HUB_ID
+    from anyres_vlm.checkpoints.folders import HUB_ID, resolve
 
     names = [model.checkpoint] if isinstance(model, CheckpointConfig) else [model.llm, model.encoder.name]
     absent = [
@@ -302,8 +301,8 @@ def _weight_files(name: str) -> list[Path]:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
-    from anyres_vlm.checkpoints.bases import resolve
-    from anyres_vlm.checkpoints.describe import PICKLED, weight_files
+    from anyres_vlm.checkpoints.folders import PICKLED, resolve
+    from anyres_vlm.checkpoints.weights import weight_files
 
     folder = Path(resolve(name))
     try:
@@ -318,7 +317,7 @@ def _numbers(name: str) -> int | None:
     """How many numbers the weights of a folder or hub id have; None where none is at hand."""
     from safetensors import SafetensorError, safe_open
 
-    from anyres_vlm.checkpoints.describe import read_pickled
+    from anyres_vlm.checkpoints.weights import read_pickled
 
     total = 0
     for path in _weight_files(name):

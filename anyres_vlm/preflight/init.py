@@ -52,7 +52,7 @@ class Answers:
 
     def recipe(self) -> RunConfig:
         """The shipped configuration whose rates and batches hold. Raises `UsageError` for a model that is none."""
-        from anyres_vlm.checkpoints.describe import HUB_ID
+        from anyres_vlm.checkpoints.folders import HUB_ID
 
         if (name := MODELS.get(self.model)) is not None:
             return load_config(shipped_config(name))

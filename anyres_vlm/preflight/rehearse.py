@@ -23,8 +23,9 @@ import pyarrow.compute as pc
 import torch
 from transformers import AutoConfig, PreTrainedTokenizerFast
 
-from anyres_vlm.checkpoints.bases import build_model, describe_model, skeleton
-from anyres_vlm.checkpoints.describe import parsing
+from anyres_vlm.checkpoints.bases import build_model, skeleton
+from anyres_vlm.checkpoints.describe import describe_model
+from anyres_vlm.checkpoints.folders import parsing
 from anyres_vlm.config import CheckpointConfig, DataConfig, ModelConfig, RunConfig, StageName
 from anyres_vlm.data.conversation import ConversationTokenizer
 from anyres_vlm.data.index.rows import IndexSettings

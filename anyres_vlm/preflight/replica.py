@@ -31,8 +31,8 @@ from transformers import (
     PreTrainedConfig,
 )
 
-from anyres_vlm.checkpoints.bases import resolve, timm_network
-from anyres_vlm.checkpoints.describe import HUB_ID, describe, parsing, read_json
+from anyres_vlm.checkpoints.describe import describe, timm_network
+from anyres_vlm.checkpoints.folders import HUB_ID, parsing, read_json, resolve
 from anyres_vlm.checkpoints.load_save import empty_model
 from anyres_vlm.config import CheckpointConfig, EncoderConfig, ModelConfig
 from anyres_vlm.data.blobs import read_blob

@@ -16,7 +16,8 @@ from transformers import PreTrainedTokenizerFast
 
 from anyres_vlm.checkpoints.bases import build_model
 from anyres_vlm.checkpoints.card import write_card
-from anyres_vlm.checkpoints.load_save import end_tokens, load_parts, save_pretrained
+from anyres_vlm.checkpoints.load_save import end_tokens, save_pretrained
+from anyres_vlm.checkpoints.weights import load_parts
 from anyres_vlm.config import RunConfig, StageConfig, StageName
 from anyres_vlm.data.chat_template import chat_jinja
 from anyres_vlm.data.conversation import ConversationTokenizer

@@ -18,8 +18,9 @@ from hypothesis import strategies as st
 from target import Target
 from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM
 
-from anyres_vlm.checkpoints.bases import build_model, load_tokenizer
+from anyres_vlm.checkpoints.bases import build_model
 from anyres_vlm.checkpoints.load_save import save_pretrained
+from anyres_vlm.checkpoints.tokenizer import load_tokenizer
 from anyres_vlm.config import ModelConfig
 from anyres_vlm.data.templates import TEMPLATES
 from anyres_vlm.errors import DataError, UsageError

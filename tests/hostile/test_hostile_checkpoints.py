@@ -15,8 +15,9 @@ from configurations import replaced
 from target import explore
 from watch import watched
 
-from anyres_vlm.checkpoints.bases import describe_bases, load_tokenizer
+from anyres_vlm.checkpoints.describe import describe_bases
 from anyres_vlm.checkpoints.load_save import load_pretrained
+from anyres_vlm.checkpoints.tokenizer import load_tokenizer
 from anyres_vlm.cli.main import main
 from anyres_vlm.config import CheckpointConfig
 from anyres_vlm.data import chat_template

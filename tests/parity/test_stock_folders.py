@@ -387,7 +387,8 @@ def test_stage_2_trains_from_it_and_the_result_is_stock(folder, tmp_path, capsys
 
 def test_a_config_on_a_checkpoint(folder, tmp_path, capsys) -> None:
     """What is set replaces the checkpoint's own, and its own parts cannot be named."""
-    from anyres_vlm.checkpoints.bases import build_model, describe_model
+    from anyres_vlm.checkpoints.bases import build_model
+    from anyres_vlm.checkpoints.describe import describe_model
     from anyres_vlm.config import CheckpointConfig, load_config
     from anyres_vlm.errors import UsageError
 

@@ -26,7 +26,7 @@ from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from anyres_vlm.checkpoints.bases import load_tokenizer
+from anyres_vlm.checkpoints.tokenizer import load_tokenizer
 from anyres_vlm.data.conversation import ConversationTokenizer
 from anyres_vlm.data.headers import read_size
 from anyres_vlm.data.index.build import CHUNK, build_index

@@ -32,7 +32,7 @@ from safetensors.torch import load_file
 from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM
 
 import anyres_vlm.train.run  # noqa: F401  # imported once, before the runs are forked
-from anyres_vlm.checkpoints.bases import load_tokenizer
+from anyres_vlm.checkpoints.tokenizer import load_tokenizer
 from anyres_vlm.cli.main import main as main_command
 from anyres_vlm.train.checkpoint import PREFIX
 from anyres_vlm.train.metrics import METRICS_FILE, read_metrics

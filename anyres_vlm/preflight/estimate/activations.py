@@ -18,7 +18,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from anyres_vlm.checkpoints.bases import describe_bases, skeleton
+from anyres_vlm.checkpoints.bases import skeleton
+from anyres_vlm.checkpoints.describe import describe_bases
 from anyres_vlm.config import RunConfig, StageName
 from anyres_vlm.model.attention import Documents
 from anyres_vlm.model.lora import add_lora
@@ -83,7 +84,7 @@ def micro_step_bytes(
     config: RunConfig, stage: StageName, packs: Sequence[PackSize], numbers: Numbers
 ) -> list[StepBytes]:
     """Trace packs, one by one, through forward and backward of a stage."""
-    layers: int = describe_bases(config.model).text.num_hidden_layers
+    layers: int = describe_bases(config.model).text_config.num_hidden_layers
     more = FEW_LAYERS[-1]
     if layers <= more:
         return _trace(config, stage, packs, numbers, layers)

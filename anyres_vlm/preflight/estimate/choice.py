@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 
-from anyres_vlm.checkpoints.bases import describe_bases
+from anyres_vlm.checkpoints.describe import describe_bases
 from anyres_vlm.config import RunConfig, StageName
 from anyres_vlm.data.packing.cost import Flops, derive_cost
 from anyres_vlm.data.packing.plan import plan_epoch

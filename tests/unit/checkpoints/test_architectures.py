@@ -6,7 +6,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, CLIPVisionConfig, CLIPVisionModel
 
-from anyres_vlm.checkpoints.bases import describe_bases, known_sizes, skeleton
+from anyres_vlm.checkpoints.bases import skeleton
+from anyres_vlm.checkpoints.describe import describe_bases, known_sizes
 from anyres_vlm.config import EncoderConfig, ModelConfig, load_config, shipped_config
 from anyres_vlm.errors import DataError
 

@@ -14,9 +14,10 @@ import torch
 from sentencepiece import SentencePieceProcessor
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from anyres_vlm.checkpoints.bases import build_model, load_encoder, load_tokenizer
-from anyres_vlm.checkpoints.describe import read_tensors
+from anyres_vlm.checkpoints.bases import build_model, load_encoder
 from anyres_vlm.checkpoints.load_save import clean_generation_config
+from anyres_vlm.checkpoints.tokenizer import build_tokenizer, load_tokenizer
+from anyres_vlm.checkpoints.weights import read_tensors
 from anyres_vlm.cli.main import main
 from anyres_vlm.config import EncoderConfig, ModelConfig
 from anyres_vlm.data.templates import TEMPLATES
@@ -122,6 +123,53 @@ def test_the_files_count_whatever_class_they_name(bases: Path, tmp_path: Path, n
     expected, tokenizer = load_tokenizer(str(bases / name)), load_tokenizer(str(folder))
     for text in TEXTS[:4]:
         assert tokenizer.tokenize(text) == expected.tokenize(text), text
+
+
+@pytest.mark.parametrize(
+    ("kind", "declared"),
+    [("llava_next", None), *((kind, "PreTrainedTokenizerFast") for kind in ("llama", "llava_next", "anyres_vlm"))],
+)
+@pytest.mark.parametrize("name", replicas.LLMS)
+def test_a_tokenizer_that_needs_no_class_is_the_one_of_auto_tokenizer(
+    bases: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, kind: str, declared: str | None
+) -> None:
+    load_tokenizer(str(bases / name)).save_pretrained(tmp_path)
+    path = tmp_path / "tokenizer_config.json"
+    settings = json.loads(path.read_text())
+    path.write_text(json.dumps(settings | ({} if declared is None else {"tokenizer_class": declared})))
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": kind}))
+    expected = AutoTokenizer.from_pretrained(tmp_path)
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", None)  # it imports torch, so it must not be used
+    found = build_tokenizer(tmp_path, "")
+    assert type(found) is type(expected)
+    assert found.backend_tokenizer.to_str() == expected.backend_tokenizer.to_str()
+    for key in ("special_tokens_map", "chat_template", "padding_side", "model_max_length", "all_special_tokens"):
+        assert getattr(found, key) == getattr(expected, key), key
+    assert [found(text).input_ids for text in TEXTS] == [expected(text).input_ids for text in TEXTS]
+
+
+@pytest.mark.parametrize(
+    ("file", "settings"),
+    [
+        ("config.json", {"model_type": "qwen2"}),  # has a class that replaces the declared one
+        ("config.json", None),
+        ("tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast", "auto_map": {}}),
+        ("tokenizer_config.json", {"tokenizer_class": "LlamaTokenizer"}),
+        ("tokenizer_config.json", {}),
+    ],
+)
+def test_any_other_tokenizer_is_left_to_auto_tokenizer(
+    bases: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file: str, settings: dict[str, object] | None
+) -> None:
+    folder = copy(bases, replicas.LLAMA_3, tmp_path, "tokenizer_config.json", tokenizer_class="PreTrainedTokenizerFast")
+    (folder / file).unlink()
+    if settings is not None:
+        (folder / file).write_text(json.dumps(settings))
+    expected = PreTrainedTokenizerFast.from_pretrained(folder)
+    asked: list[str] = []
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda name, **_: asked.append(str(name)) or expected)
+    assert build_tokenizer(folder, "") is expected
+    assert asked == [str(folder)]
 
 
 def test_a_tokenizer_that_is_no_sentencepiece_model(bases: Path, tmp_path: Path) -> None:

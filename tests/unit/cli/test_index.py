@@ -15,7 +15,8 @@ import pytest
 from PIL import Image
 from transformers import CLIPVisionModel
 
-from anyres_vlm.checkpoints.bases import encoder_geometry, load_encoder
+from anyres_vlm.checkpoints.bases import load_encoder
+from anyres_vlm.checkpoints.describe import encoder_geometry
 from anyres_vlm.cli.main import main
 from anyres_vlm.config import EncoderConfig
 from anyres_vlm.errors import DataError, UsageError

@@ -36,7 +36,7 @@ from anyres_vlm.data.conversation import ConversationTokenizer
 from anyres_vlm.data.index.build import build_index
 from anyres_vlm.data.index.rows import IndexSettings
 from anyres_vlm.geometry import Grid, Tiling
-from anyres_vlm.checkpoints.bases import load_tokenizer
+from anyres_vlm.checkpoints.tokenizer import load_tokenizer
 llm, data, out = sys.argv[1:]
 settings = IndexSettings(ConversationTokenizer("vicuna_v1", load_tokenizer(llm)),
                          Tiling.from_grid(Grid(2, 2), tile=28, patch=14), 4096)

@@ -12,7 +12,8 @@ from timm.models import save_for_hf
 from torch import Tensor, nn
 from transformers import CLIPVisionModel
 
-from anyres_vlm.checkpoints.bases import build_model, encoder_geometry, load_encoder
+from anyres_vlm.checkpoints.bases import build_model, load_encoder
+from anyres_vlm.checkpoints.describe import encoder_geometry
 from anyres_vlm.checkpoints.load_save import load_pretrained, save_pretrained
 from anyres_vlm.config import EncoderConfig, ModelConfig
 from anyres_vlm.errors import DataError, UsageError

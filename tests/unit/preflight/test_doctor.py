@@ -15,7 +15,7 @@ import pytest
 import yaml
 from PIL import Image
 
-from anyres_vlm.checkpoints.bases import resolve
+from anyres_vlm.checkpoints.folders import resolve
 from anyres_vlm.cli.main import main
 from anyres_vlm.config import load_config, shipped_config
 from anyres_vlm.preflight import doctor, machine

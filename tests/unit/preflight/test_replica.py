@@ -15,7 +15,8 @@ import torch
 from huggingface_hub import snapshot_download
 from replicas import CLIP, FACTS, LLAMA_3, LLMS, NEXT_MISTRAL, VICUNA_7B, build_replica
 
-from anyres_vlm.checkpoints.bases import build_model, encoder_geometry
+from anyres_vlm.checkpoints.bases import build_model
+from anyres_vlm.checkpoints.describe import encoder_geometry
 from anyres_vlm.checkpoints.load_save import load_pretrained, save_pretrained
 from anyres_vlm.config import CheckpointConfig, EncoderConfig, ModelConfig
 from anyres_vlm.data.index.table import SCHEMA
