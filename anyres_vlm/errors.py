@@ -64,6 +64,20 @@ def did_you_mean(word: object, known: Sequence[str]) -> str:
     return f"; did you mean {near[0]}?" if near else ""
 
 
+def check_bad_records(bad: int, total: int, max_bad_fraction: float, details: str, remedy: str) -> None:
+    """Raise `DataError` if more than `max_bad_fraction` of all records are bad, or all of them.
+
+    The message contains the numbers, then `details` (which records, or of which kinds) and `remedy`.
+    """
+    if bad > max_bad_fraction * total:
+        limit = f"more than max_bad_fraction={max_bad_fraction:g}"
+    elif bad and bad == total:
+        limit = "no samples remain"
+    else:
+        return
+    raise DataError(f"{bad:,} of {total:,} records are bad ({details}), {limit}: {remedy}")
+
+
 def shortened(value: object) -> str:
     """Return the `repr` of a value, shortened for an error message."""
     try:

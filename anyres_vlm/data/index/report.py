@@ -20,6 +20,17 @@ from anyres_vlm.data.index.table import OK, Index, count_rejects, num_images, su
 from anyres_vlm.errors import UsageError
 from anyres_vlm.geometry import Size, Tiling, plan_tiles
 
+TEMPLATE = "report.html.j2"
+TITLES = {
+    "tokens": "Tokens",
+    "parts": "Text and image",
+    "tiles": "Tiles",
+    "aspects": "Aspect ratios",
+    "supervised": "Supervised share",
+    "rejects": "Rejects",
+}
+EXAMPLES = 3  # of each kind of reject
+LONGEST = 10  # records
 INK, FAINT, PAPER = "#24292f", "#d8dee4", "#ffffff"
 BLUE, ORANGE, GREEN, RED = "#2f6fb7", "#d9822b", "#3a8f5c", "#c2433d"
 GRIDS = (
@@ -34,8 +45,23 @@ GRIDS = (
 )  # the most frequent grids, the last the rest
 SIZE, DPI = (7.2, 3.9), 144  # inches, and pixels an inch
 BINS = 60
-
 Figures = dict[str, tuple[str, bytes]]  # name -> (what it shows, PNG)
+
+
+def draw_report(index: Index) -> Path:
+    """Write the page and its figures next to the index. Returns the path of the page.
+
+    Raises `UsageError` if matplotlib, an optional extra, is not installed.
+    """
+    settings = index.settings
+    pinpoints = tuple((first, second) for first, second in settings["pinpoints"])
+    tiling = Tiling(pinpoints, settings["tile"], settings["patch"], settings["layout"], settings["dialect"])
+    figures = draw_figures(index, tiling)
+    for name, (_, png) in figures.items():
+        index.path.with_name(f"{index.path.name}.report-{name}.png").write_bytes(png)
+    page = index.path.with_name(f"{index.path.name}.report.html")
+    page.write_text(_page(index, figures), encoding="utf-8")
+    return page
 
 
 def require_matplotlib() -> None:
@@ -127,6 +153,16 @@ def draw_aspects(axes: Any, index: Index, tiling: Tiling) -> str:
     return "The images' aspect ratios, and the grid of tiles that is chosen for each."
 
 
+def count_sizes(index: Index) -> Counter[Size]:
+    """How many images of the good samples have each size."""
+    chosen = pa.array(np.repeat(index.ok, num_images(index)))
+    pixels = [pc.list_flatten(index.column(name)).filter(chosen).to_numpy() for name in ("heights", "widths")]
+    sides: NDArray[np.int64] = np.stack(pixels, axis=1)
+    unique, counts = np.unique(sides, axis=0, return_counts=True)
+    pairs = zip(unique.tolist(), counts.tolist(), strict=True)
+    return Counter({Size(height=height, width=width): count for (height, width), count in pairs})
+
+
 def draw_supervised(axes: Any, index: Index, tiling: Tiling) -> str:
     """Share of a sample's tokens that count in the loss."""
     tokens = index.tokens[index.ok]
@@ -154,16 +190,6 @@ def draw_rejects(axes: Any, index: Index, tiling: Tiling) -> str:
     axes.grid(axis="y", visible=False)
     axes.xaxis.get_major_locator().set_params(integer=True)
     return "What is left out, and why; the list is in the rejects file."
-
-
-def count_sizes(index: Index) -> Counter[Size]:
-    """How many images of the good samples have each size."""
-    chosen = pa.array(np.repeat(index.ok, num_images(index)))
-    pixels = [pc.list_flatten(index.column(name)).filter(chosen).to_numpy() for name in ("heights", "widths")]
-    sides: NDArray[np.int64] = np.stack(pixels, axis=1)
-    unique, counts = np.unique(sides, axis=0, return_counts=True)
-    pairs = zip(unique.tolist(), counts.tolist(), strict=True)
-    return Counter({Size(height=height, width=width): count for (height, width), count in pairs})
 
 
 def _new_figure() -> tuple[Any, Any]:
@@ -194,35 +220,6 @@ def _png(figure: Any) -> bytes:
     buffer = BytesIO()
     figure.savefig(buffer, format="png", metadata={"Software": None})  # else matplotlib's version is in the bytes
     return buffer.getvalue()
-
-
-TITLES = {
-    "tokens": "Tokens",
-    "parts": "Text and image",
-    "tiles": "Tiles",
-    "aspects": "Aspect ratios",
-    "supervised": "Supervised share",
-    "rejects": "Rejects",
-}
-EXAMPLES = 3  # of each kind of reject
-LONGEST = 10  # records
-TEMPLATE = "report.html.j2"
-
-
-def draw_report(index: Index) -> Path:
-    """Write the page and its figures next to the index. Returns the path of the page.
-
-    Raises `UsageError` if matplotlib, an optional extra, is not installed.
-    """
-    settings = index.settings
-    pinpoints = tuple((first, second) for first, second in settings["pinpoints"])
-    tiling = Tiling(pinpoints, settings["tile"], settings["patch"], settings["layout"], settings["dialect"])
-    figures = draw_figures(index, tiling)
-    for name, (_, png) in figures.items():
-        index.path.with_name(f"{index.path.name}.report-{name}.png").write_bytes(png)
-    page = index.path.with_name(f"{index.path.name}.report.html")
-    page.write_text(_page(index, figures), encoding="utf-8")
-    return page
 
 
 def _page(index: Index, figures: Figures) -> str:

@@ -17,46 +17,15 @@ from anyres_vlm.data.packing.bound import bound_efficiency
 from anyres_vlm.data.packing.cost import CostModel
 from anyres_vlm.errors import UsageError
 
-Int = Any  # of Python or numpy; compiled code makes no difference
-Ints = NDArray[np.int64]
-
-
-@numba.njit(cache=True)  # type: ignore[untyped-decorator]
-def shuffle(count: Int, seed: np.uint64) -> NDArray[np.int32]:
-    """Shuffle by Fisher-Yates with splitmix64: the same order on every machine and with every numpy version."""
-    order = np.arange(count).astype(np.int32)
-    state = seed
-    for last in range(count - 1, 0, -1):
-        state += np.uint64(0x9E3779B97F4A7C15)
-        mixed = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        mixed ^= mixed >> np.uint64(31)
-        other = ((mixed >> np.uint64(32)) * np.uint64(last + 1)) >> np.uint64(32)
-        order[last], order[other] = order[other], order[last]
-    return order
-
-
-@numba.njit(cache=True)  # type: ignore[untyped-decorator]
-def gather(
-    order: NDArray[np.int32], tokens: Ints, tiles: Ints, square: Int, tile: Int
-) -> tuple[NDArray[np.int32], Ints]:
-    """Return lengths, and costs beyond the length in 1/1024 token, in the shuffled order.
-
-    `square` is the cost of a squared token in 2**-30 tokens, `tile` that of a tile in 1/1024 token.
-    """
-    length = np.empty(len(order), np.int32)
-    extra = np.empty(len(order), np.int64)
-    for place in range(len(order)):
-        size = tokens[order[place]]
-        length[place] = size
-        extra[place] = (size * size * square >> 20) + tiles[order[place]] * tile
-    return length, extra
-
-
-Rows = NDArray[np.int32]
-
+VERSION = 2  # of the algorithm: part of a plan's key
+LONGEST = 2**20  # tokens; keeps the fixed-point costs within 64 bits
+PILOT = 16_384  # samples on which strategies are tried
+PRICE_CLASSES = 128  # of lengths: takes 0.1 to 0.2 s
+GOOD = 0.9975  # efficiency at which the first strategy is used without computing the bound
 CAP = 32  # a missed cost goal scores at most like losing 1/32 of the capacity, so tiles cannot leave large gaps
+WEIGHT = 8  # score of a lost token
 NEAR = 0.992  # fraction of the bound at which no other strategy is tried
+WIDE = 300  # if a buffer of this width does not help, wider ones are not tried
 # Strategies to try if packs are not full: whether to use prices, then near, pairs, over, relax and width of
 # `fill.Strategy`. Each is the best for some data; a wide buffer helps if few samples fit a pack.
 STRATEGIES = (
@@ -67,13 +36,9 @@ STRATEGIES = (
     (True, 35, 8, 5, 8, 600),
     (True, 35, 8, 5, 8, 1200),
 )
-WIDE = 300  # if a buffer of this width does not help, wider ones are not tried
-WEIGHT = 8  # score of a lost token
-VERSION = 2  # of the algorithm: part of a plan's key
-PRICE_CLASSES = 128  # of lengths: takes 0.1 to 0.2 s
-PILOT = 16_384  # samples on which strategies are tried
-GOOD = 0.9975  # efficiency at which the first strategy is used without computing the bound
-LONGEST = 2**20  # tokens; keeps the fixed-point costs within 64 bits
+Int = Any  # of Python or numpy; compiled code makes no difference
+Ints = NDArray[np.int64]
+Rows = NDArray[np.int32]
 
 
 @dataclass(frozen=True)
@@ -187,17 +152,6 @@ def plan_epoch(
     return Plan(tokens, tiles, capacity, batch_size, seed, epoch, cost, packs_per_step, rows, starts, costs)
 
 
-def round_packs(exact: float) -> int:
-    """Round to the multiple of the highest power of two within a sixth, so that it divides over many rank counts."""
-    power = 1 << 30
-    while power > 1:
-        near = round(exact / power) * power
-        if near and abs(near - exact) <= exact / 6:
-            return near
-        power //= 2
-    return max(1, round(exact))
-
-
 def _check(tokens: Ints, tiles: Ints, capacity: int, batch_size: int, packs_per_step: int | None) -> None:
     if len(tokens) == 0 or len(tokens) != len(tiles):
         raise UsageError(
@@ -220,6 +174,38 @@ def _check(tokens: Ints, tiles: Ints, capacity: int, batch_size: int, packs_per_
         raise UsageError(f"capacity {capacity:,}: at most {LONGEST:,} tokens")
     if tiles.min() < 0:
         raise UsageError(f"sample {int(tiles.argmin())} has {tiles.min()} tiles: expected 0 or more")
+
+
+@numba.njit(cache=True)  # type: ignore[untyped-decorator]
+def shuffle(count: Int, seed: np.uint64) -> NDArray[np.int32]:
+    """Shuffle by Fisher-Yates with splitmix64: the same order on every machine and with every numpy version."""
+    order = np.arange(count).astype(np.int32)
+    state = seed
+    for last in range(count - 1, 0, -1):
+        state += np.uint64(0x9E3779B97F4A7C15)
+        mixed = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        mixed ^= mixed >> np.uint64(31)
+        other = ((mixed >> np.uint64(32)) * np.uint64(last + 1)) >> np.uint64(32)
+        order[last], order[other] = order[other], order[last]
+    return order
+
+
+@numba.njit(cache=True)  # type: ignore[untyped-decorator]
+def gather(
+    order: NDArray[np.int32], tokens: Ints, tiles: Ints, square: Int, tile: Int
+) -> tuple[NDArray[np.int32], Ints]:
+    """Return lengths, and costs beyond the length in 1/1024 token, in the shuffled order.
+
+    `square` is the cost of a squared token in 2**-30 tokens, `tile` that of a tile in 1/1024 token.
+    """
+    length = np.empty(len(order), np.int32)
+    extra = np.empty(len(order), np.int64)
+    for place in range(len(order)):
+        size = tokens[order[place]]
+        length[place] = size
+        extra[place] = (size * size * square >> 20) + tiles[order[place]] * tile
+    return length, extra
 
 
 def _choose(length: Rows, extra: Ints, capacity: int, per_step: int) -> tuple[fill.Strategy, Rows | None, float]:
@@ -278,3 +264,14 @@ def _strategy(
         relax=relax,
         expected=int(expected * 1024),
     )
+
+
+def round_packs(exact: float) -> int:
+    """Round to the multiple of the highest power of two within a sixth, so that it divides over many rank counts."""
+    power = 1 << 30
+    while power > 1:
+        near = round(exact / power) * power
+        if near and abs(near - exact) <= exact / 6:
+            return near
+        power //= 2
+    return max(1, round(exact))
