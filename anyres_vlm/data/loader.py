@@ -172,7 +172,7 @@ def _row(parts: Sequence[NDArray[Any]]) -> torch.Tensor:
 def _start_worker(worker: int) -> None:
     """Limit OpenCV to one thread per worker (torch does so itself), and ignore SIGTERM unless the trainer sent it."""
     cv2.setNumThreads(1)
-    # Launchers send SIGTERM to all processes of a job. The trainer then saves and exits, and needs its workers meanwhile.
+    # Launchers send SIGTERM to all processes of a job. The trainer then saves and exits; until then it needs workers.
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     threading.Thread(target=_exit_on_sigterm_of_trainer, daemon=True).start()
 

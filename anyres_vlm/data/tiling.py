@@ -1,4 +1,8 @@
-"""Seeded photometric augmentation: colours and JPEG compression, no geometric changes."""
+"""Cut images into tiles by their plan, with optional photometric augmentation.
+
+(H, W, 3) RGB -> (T, 3, S, S) uint8, the thumbnail first. Mode `exact` gives the pixels of transformers' processor. Mode
+`fast` may decode a large JPEG at half its size and scale the thumbnail from the resized image.
+"""
 
 from __future__ import annotations
 
@@ -18,9 +22,9 @@ from anyres_vlm.data.images import decode_pixels
 from anyres_vlm.errors import DataError
 from anyres_vlm.geometry import Size, TilePlan
 
-SHARED_SIDE = (
-    1.25  # smallest side, in tiles, to scale `fast` thumbnails from; worst of 9 photographs: mean 0.61 levels, p99 3
-)
+# Smallest side of the resized image, in tiles, from which `fast` scales the thumbnail. Largest difference of 9
+# photographs: mean 0.61 levels, 99th percentile 3.
+SHARED_SIDE = 1.25
 Pixels = NDArray[np.uint8]  # (H, W, 3), RGB
 
 
@@ -104,14 +108,13 @@ def _resize(pixels: Pixels, whole: Size, target: Size) -> Pixels:
 
 
 class Augmentation:
-    """Augments images depending on (run seed, epoch, sample) only: a key gives the same pixels in every process.
+    """Seeded changes of colour and JPEG compression: a key gives the same pixels in every process.
 
-    It is applied after resizing to the size that the encoder sees, so strength and cost are the same for a scan of 9
-    megapixels as for a small image.
+    Apply it after resizing, so that strength and cost do not depend on the size of the original image.
     """
 
     def __init__(self, config: AugmentConfig) -> None:
-        # Imported here to save a second without augmentation. The variable disables the online check for new releases.
+        # Imported here because it takes a second. The variable disables its online check for new releases.
         os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
         import albumentations
 

@@ -24,14 +24,15 @@ import numba
 import numpy as np
 from numpy.typing import NDArray
 
-CLASSES = 160  # of lengths: takes 0.2 to 0.5 s; many more classes change the bound by less than 0.1%
-UNITS = 1020  # of the capacity; a number with many divisors
+from anyres_vlm.data.packing.fill import Ints
+
+CLASSES = 160  # classes of lengths: takes 0.2 to 0.5 s; many more classes change the bound by less than 0.1%
+UNITS = 1020  # units of the capacity; a number with many divisors
 EDGES = np.arange(2, 7)  # classes start at these fractions of the capacity: 1/2 to 1/6
-PIVOTS = 4000  # at most
-SHARE = 0.2  # weight of the programme's prices when patterns are priced
+PIVOTS = 4000  # largest number of pivots of the simplex method
+SHARE = 0.2  # weight of the current prices of the programme in those at which patterns are priced
 GAP = 2e-4  # relative gap between the programme's value and the bound at which to stop
 Floats = NDArray[np.float64]
-Ints = NDArray[np.int64]
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,8 @@
-"""FLOPs of a LLaVA-like model per unit of work, computed from transformers configurations."""
+"""The cost model of packing, and the FLOPs of a LLaVA-like model from which it is derived.
+
+`CostModel` weighs squared tokens and tiles against tokens. `forward_flops` counts FLOPs from transformers
+configurations, without building a model.
+"""
 
 from __future__ import annotations
 
@@ -89,9 +93,9 @@ def derive_cost(flops: Flops) -> CostModel:
 
 @dataclass(frozen=True)
 class Flops:
-    """FLOPs of a forward pass. Only matrix products count, a multiplication with its addition as two."""
+    """FLOPs of a forward pass. Only matrix products count, a multiply-add as two."""
 
-    token: float  # per token, layers of the language model without attention products
+    token: float  # per token, in the layers of the language model without attention products
     head: float  # per position with logits
     pair: float  # per pair of a query and a visible key, over all layers
     encoder: float  # per tile, up to the deepest chosen layer

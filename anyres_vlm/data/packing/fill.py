@@ -19,20 +19,22 @@ from numpy.typing import NDArray
 
 UNIT = 1024  # cost units per token
 AGES = 8  # number of oldest samples to choose from by cost while a pack is far from full
-CANDIDATES = 6  # number of oldest samples that the search for the last ones tries
-LIMIT = np.int64(1) << 60
+CANDIDATES = 6  # number of oldest samples to try as the last ones of a pack
+LIMIT = np.int64(1) << 60  # above any score
 SHIFT = 32  # a key of the buffer is length << 32 | position in the shuffled order
 MASK = (1 << SHIFT) - 1
 # Indices of the state: keys in the buffer, next sample to load, oldest sample in the buffer, next sample to count for
 # the due cost, samples placed, running mean score, tokens loaded, tokens and extra cost counted, tokens and extra cost
 # placed.
 COUNT, HEAD, OLDEST, AHEAD, DONE, SCORE, FED, SEEN, SEEN_EXTRA, PLACED, PLACED_EXTRA = range(11)
-Int = Any  # of Python or numpy; compiled code makes no difference
+
+Int = Any  # an integer of Python or numpy; compiled code accepts both
 Ints = NDArray[np.int64]
+Rows = NDArray[np.int32]
 
 
 class Strategy(NamedTuple):
-    """Parameters of filling. A score is in lost tokens times `weight`; see `best_pair`."""
+    """Parameters of filling. A score is a number of lost tokens times `weight`; see `best_pair`."""
 
     width: int  # samples in the buffer
     near: int  # tenths of a mean length; with less room than this, the last samples of a pack are searched
@@ -49,16 +51,16 @@ class Strategy(NamedTuple):
 class Samples(NamedTuple):
     """In shuffled order, (N,) each: tokens, cost beyond the tokens, worth in tokens, and whether already in a pack."""
 
-    length: NDArray[np.int32]
+    length: Rows
     extra: Ints
-    value: NDArray[np.int32]
+    value: Rows
     used: NDArray[np.uint8]
 
 
 @numba.njit(cache=True)  # type: ignore[untyped-decorator]
 def fill(
-    length: NDArray[np.int32], extra: Ints, value: NDArray[np.int32], capacity: Int, per_step: Int, strategy: Strategy
-) -> tuple[NDArray[np.int32], Ints, Ints, Int, Int]:
+    length: Rows, extra: Ints, value: Rows, capacity: Int, per_step: Int, strategy: Strategy
+) -> tuple[Rows, Ints, Ints, Int, Int]:
     """Fill packs until no sample is left. `length`, `extra` and `value` (N,) are in the shuffled order.
 
     Returns the positions of the samples in the order of their packs (N,), the start of each pack in them (packs + 1,),
@@ -118,7 +120,7 @@ def due_cost(state: Ints, samples: Samples, tokens: Int, expected: Int) -> Int:
 
 @numba.njit(cache=True)  # type: ignore[untyped-decorator]
 def fill_pack(
-    state: Ints, keys: Ints, samples: Samples, capacity: Int, due: Int, strategy: Strategy, positions: NDArray[np.int32]
+    state: Ints, keys: Ints, samples: Samples, capacity: Int, due: Int, strategy: Strategy, positions: Rows
 ) -> None:
     """Fill one pack and write the shuffled positions of its samples to `positions` from `state[DONE]` on."""
     length, extra, value, used = samples
