@@ -1,7 +1,7 @@
-"""What every kind of source offers, and how one entry of any of them becomes a record.
+"""The interface of a source, and the conversion of its entries to records.
 
-Entries are read as LLaVA reads them: a leading assistant turn is dropped, and an image of `""`, null or `[]` counts as
-none. What would change a record's meaning and cannot be used (videos, audio, tools) is a reject of its own kind.
+Entries are read as LLaVA reads them: a leading assistant turn is dropped, and an image of `""`, null or `[]` means no
+image. Content that is not supported and would change the meaning of a record (video, audio, tools) causes a reject.
 """
 
 from __future__ import annotations
@@ -59,10 +59,10 @@ CHAT, LLAVA = ("role", "content"), ("from", "value")  # keys of a turn
 DROPPED_TURN = "dropped a leading assistant turn"
 
 BOM = b"\xef\xbb\xbf"
-LONGEST = 1 << 20  # bytes of a record: more than any that fits into a sample, and cheap to parse and to tokenise
+LONGEST = 1 << 20  # bytes of a record: more than fit into a sample, and still cheap to parse and to tokenise
 CHUNK = 1 << 20  # bytes searched at once for line breaks
 
-# (item of `image` or `images`, name of the record) -> where that image lies
+# (item of `image` or `images`, name of the record) -> reference to the image
 ImageFinder = Callable[[Any, str], ImageRef]
 
 # Role of a turn as one of ours, or an unknown one in lower case; the role as written; the text
@@ -70,7 +70,7 @@ Spoken = tuple[Role | str | None, Any, str]
 
 
 class Source(Protocol):
-    """Conversations by row. A source is picklable, safe to use after a fork, and keeps no row in memory for long."""
+    """Conversations by row. A source is picklable, safe to use after a fork, and does not load all rows into memory."""
 
     @property
     def name(self) -> str:
@@ -80,7 +80,7 @@ class Source(Protocol):
     def __len__(self) -> int: ...
 
     def records(self, start: int, stop: int) -> Iterator[Record | DataError]:
-        """Yield one item a row, in order; a bad row comes as its `DataError`."""
+        """Yield one item per row, in order; for a bad row, its `DataError`."""
         ...
 
     def record(self, row: int) -> Record:
@@ -88,7 +88,7 @@ class Source(Protocol):
         ...
 
     def fingerprint(self) -> str:
-        """Return a SHA-256 in hex of what decides the records; the pixels of an image folder are not part of it."""
+        """Return a SHA-256 in hex of the content of the records, without the images of an image folder."""
         ...
 
 
@@ -144,7 +144,7 @@ def _is_absent(value: Any) -> bool:
 
 
 def _image_items(entry: dict[str, Any]) -> list[Any]:
-    """The images as the entry names them, empty ones left out."""
+    """Return the images as the entry names them, without empty ones."""
     for key in ("image", "images"):
         value = entry.get(key)
         if isinstance(value, str) and value:
@@ -190,14 +190,14 @@ def _turns(spoken: Sequence[Spoken], first: int, name: str) -> tuple[Turn, ...]:
 
 
 def _refuse_tags(text: str, where: str) -> None:
-    """Raise `DataError` for a text with the place of a video or a sound."""
+    """Raise `DataError` for a text with a placeholder of video or audio."""
     for tag, kind in REFUSED_TAGS.items():
         if tag in text:
             raise DataError(f"{where}: the text contains {tag}: {REMEDIES[kind]}", kind=kind)
 
 
 def _system(entry: dict[str, Any], spoken: Sequence[Spoken], name: str) -> str:
-    """The system text, of a key or of a first turn. Raises `DataError` where two differ or it is no text."""
+    """Return the system text from a key or the first turn. Raises `DataError` if two differ or one is not text."""
     texts = []
     for key in SYSTEM_KEYS:
         if (value := entry.get(key)) is None or _is_absent(value):
