@@ -1,4 +1,4 @@
-"""Errors that end a command with one line and an exit status, and the words for what is wrong with a value."""
+"""Errors that end a command with one line and an exit status, and helpers to write their messages."""
 
 from __future__ import annotations
 
@@ -29,46 +29,57 @@ RejectKind = Literal[
     "unsupervised",
 ]
 
-
-LONGEST_LINE = 2000  # characters of an error; a library's list of all it knows may have more
+LONGEST_LINE = 2000  # characters of an error message; a library's own may list every known name
+SHOWN = 200  # characters of a value in an error message
 
 
 class UsageError(ValueError):
-    """A flag, a configuration value or a combination of them cannot work (exit status 2)."""
+    """Raised for a flag, a configuration value or a combination of them that cannot work (exit status 2)."""
 
 
 class DataError(ValueError):
-    """An input file, record or checkpoint is missing, broken or contradicts itself (exit status 1).
+    """Raised for an input file, record or checkpoint that is missing, broken or inconsistent (exit status 1).
 
-    `kind` sorts the rejects of a dataset; None where the place that catches it knows the kind. `record` is the id.
+    `kind` is the category of a rejected record; None if the caller assigns it. `record` is the record's id.
     """
 
     def __init__(self, message: str, *, kind: RejectKind | None = None, record: str | None = None) -> None:
-        line = " ".join(message.splitlines())  # whatever a file's names hold
+        line = " ".join(message.splitlines())  # names in a file may contain line breaks
         super().__init__(line if len(line) <= LONGEST_LINE else f"{line[:LONGEST_LINE]}...")
         self.kind = kind
         self.record = record
 
 
 class RankLost(ConnectionError):
-    """Another rank of the run has ended or does not answer (exit status 1)."""
+    """Raised if another rank of the run has exited or does not respond (exit status 1)."""
 
 
 class Interrupted(Exception):
-    """A signal asked a run to leave; it has saved its state and goes on when it is started again (exit status 75)."""
-
-
-SHOWN = 200  # characters of a value in an error message
+    """Raised after a signal, once the run has saved its state; rerun the command to resume (exit status 75)."""
 
 
 def did_you_mean(word: object, known: Sequence[str]) -> str:
-    """Return the end of an error message with the most similar known word, or an empty string."""
+    """Return `; did you mean WORD?` with the most similar known word, to end an error message; else an empty string."""
     near = difflib.get_close_matches(str(word), known, n=1)
     return f"; did you mean {near[0]}?" if near else ""
 
 
+def check_bad_records(bad: int, total: int, max_bad_fraction: float, details: str, remedy: str) -> None:
+    """Raise `DataError` if more than `max_bad_fraction` of all records are bad, or all of them.
+
+    The message contains the numbers, then `details` (which records, or of which kinds) and `remedy`.
+    """
+    if bad > max_bad_fraction * total:
+        limit = f"more than max_bad_fraction={max_bad_fraction:g}"
+    elif bad and bad == total:
+        limit = "no samples remain"
+    else:
+        return
+    raise DataError(f"{bad:,} of {total:,} records are bad ({details}), {limit}: {remedy}")
+
+
 def shortened(value: object) -> str:
-    """Return the representation of a value, shortened for an error message."""
+    """Return the `repr` of a value, shortened for an error message."""
     try:
         text = repr(value)
     except ValueError:  # Python prints at most 4300 digits
@@ -77,10 +88,14 @@ def shortened(value: object) -> str:
 
 
 def explain(error: ValidationError, model: type[BaseModel]) -> str:
-    """Describe the first few errors on one line, unknown keys first, as a typo may be why another key is missing."""
+    """Describe the first three validation errors on one line.
+
+    Unknown keys come first, because a misspelt key is often the reason why another one is missing.
+    """
     faults = []
-    told = [fault for fault in error.errors() if fault["type"] != "default_factory_not_called"]  # follows from another
-    for fault in sorted(told, key=lambda fault: fault["type"] != "extra_forbidden")[:3]:
+    # A factory is not called if a field it depends on is invalid, which is reported on its own.
+    listed = [fault for fault in error.errors() if fault["type"] != "default_factory_not_called"]
+    for fault in sorted(listed, key=lambda fault: fault["type"] != "extra_forbidden")[:3]:
         where = " ".join(".".join(str(part) for part in fault["loc"])[:SHOWN].split())
         if fault["type"] == "extra_forbidden":
             known = _fields(model, fault["loc"][:-1])
@@ -96,7 +111,7 @@ def explain(error: ValidationError, model: type[BaseModel]) -> str:
 
 
 def _fields(model: type[BaseModel], location: Sequence[int | str]) -> list[str]:
-    """Return the keys of the model at this location, inside models, mappings and tuples."""
+    """Return the keys of the model at a location, through nested models, mappings and tuples."""
     kind: Any = model
     for part in location:
         kind = kind.model_fields[part].annotation if hasattr(kind, "model_fields") else _entry(kind)
@@ -106,4 +121,5 @@ def _fields(model: type[BaseModel], location: Sequence[int | str]) -> list[str]:
 
 
 def _entry(kind: Any) -> Any:
+    """Return the type of the values of a mapping or tuple."""
     return get_args(kind)[1 if get_origin(kind) is dict else 0]

@@ -1,4 +1,8 @@
-"""Files that a crash never leaves half written, and YAML without surprises."""
+"""Durable writes, which survive a crash, and safe YAML.
+
+A file is either replaced as a whole (`replacing`) or appended to line by line (`append`, `LineFile`). Readers of such
+logs ignore a last line that a kill cut short (`whole_lines`).
+"""
 
 from __future__ import annotations
 
@@ -12,10 +16,14 @@ from typing import IO, Any
 
 import yaml
 
+MOST_NODES = 100_000  # keys and values of a YAML document, aliases expanded
+MOST_DIGITS = 100  # of an integer in YAML; Python refuses to print one of 5000 digits
+YAML_INTEGER = "tag:yaml.org,2002:int"
+
 
 @contextmanager
 def replacing(path: Path, mode: str = "w") -> Iterator[IO[Any]]:
-    """Open a temporary file, UTF-8 text unless mode is `wb`, that replaces `path` if the block succeeds."""
+    """Open a temporary file that replaces `path` when the block succeeds. It is UTF-8 text unless `mode` is `wb`."""
     unfinished = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         with unfinished.open(mode, encoding=None if "b" in mode else "utf-8") as file:
@@ -23,7 +31,7 @@ def replacing(path: Path, mode: str = "w") -> Iterator[IO[Any]]:
             file.flush()
             os.fsync(file.fileno())
         unfinished.replace(path)
-    except BaseException:  # above all on a full disk, which the unfinished file would keep full
+    except BaseException:  # mostly a full disk, where the unfinished file would take up space
         unfinished.unlink(missing_ok=True)
         raise
     sync(path.parent)
@@ -47,7 +55,7 @@ def sync(path: Path) -> None:
 
 
 def whole_lines(path: Path) -> Iterator[bytes]:
-    """Yield the lines of a log without a last line that a kill cut short; nothing if there is no file."""
+    """Yield the complete lines of a log, without a last one that a kill cut short; none if the file does not exist."""
     if not path.exists():
         return
     with path.open("rb") as file:
@@ -57,14 +65,14 @@ def whole_lines(path: Path) -> Iterator[bytes]:
 
 
 def cut_partial_line(path: Path) -> None:
-    """Truncate a log to its whole lines, so that the next `append` starts a line of its own."""
+    """Truncate a log to its complete lines, so that the next `append` starts a new line."""
     if path.exists():
         with path.open("rb+") as file:
             file.truncate(_end_of_lines(file.fileno()))
 
 
 class LineFile:
-    """A file of lines, open for appending by this process alone. A last line cut short by a kill is removed."""
+    """A log opened for appending by one process only. An incomplete last line is removed on opening."""
 
     def __init__(self, path: Path) -> None:
         """Raise `BlockingIOError` if another process has the file open for appending."""
@@ -77,10 +85,10 @@ class LineFile:
             raise
         self.size = _end_of_lines(self._file)
         self._cut()
-        sync(path.parent)  # a new file's name is on the disk only after this
+        sync(path.parent)  # puts the name of a new file on the disk
 
     def write(self, lines: bytes) -> None:
-        """Append complete lines, which are on the disk when this returns. On a full disk nothing is appended."""
+        """Append complete lines and flush them to disk. If that fails, as on a full disk, nothing is appended."""
         rest = memoryview(lines)
         try:
             while rest:
@@ -101,9 +109,9 @@ class LineFile:
 
 
 def _end_of_lines(descriptor: int) -> int:
-    """Return the length of an open file without a last line that a kill cut short."""
+    """Return the length in bytes of the complete lines of an open file."""
     end = os.lseek(descriptor, 0, os.SEEK_END)
-    while end:  # from the end, since a log may be large
+    while end:  # searched from the end, because a log may be large
         start = max(end - (1 << 16), 0)
         if (found := os.pread(descriptor, end - start, start).rfind(b"\n")) >= 0:
             return start + found + 1
@@ -111,13 +119,8 @@ def _end_of_lines(descriptor: int) -> int:
     return 0
 
 
-MOST_NODES = 100_000  # keys and values, aliases expanded
-MOST_DIGITS = 100  # Python refuses to print a number of 5000 digits
-INTEGER = "tag:yaml.org,2002:int"
-
-
 def parse_yaml(text: str) -> Any:
-    """Parse one YAML document. Raises `ValueError` with a reason in one line."""
+    """Parse one YAML document. Raises `ValueError` with a one-line reason, also for duplicate keys."""
     try:
         loader = yaml.SafeLoader(text)
         node = loader.get_single_node()
@@ -128,18 +131,21 @@ def parse_yaml(text: str) -> Any:
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
     except (yaml.YAMLError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
-        # PyYAML passes on what Python raises for `!!int x`, 5000 digits or the 31st of February
+        # PyYAML lets Python's own exceptions through, as for `!!int x`, 5000 digits or the 31st of February.
         raise ValueError(" ".join(str(error).split()) or type(error).__name__) from None
 
 
 def _count(node: yaml.Node, sizes: dict[int, int]) -> int:
-    """Count the nodes with aliases expanded. Raises `ValueError` for too many, cycles and duplicate keys."""
+    """Return the number of nodes with aliases expanded. Raises `ValueError` for too many, cycles and duplicate keys.
+
+    `sizes` holds the count of each node already visited, 0 while it is being counted.
+    """
     if id(node) in sizes:
         if not sizes[id(node)]:
             raise ValueError("an alias refers to a node that contains it")
         return sizes[id(node)]
     sizes[id(node)], total = 0, 1
-    if node.tag == INTEGER and len(node.value) > MOST_DIGITS:
+    if node.tag == YAML_INTEGER and len(node.value) > MOST_DIGITS:
         raise ValueError(f"a number of {len(node.value):,} digits, expected at most {MOST_DIGITS}")
     if isinstance(node, yaml.MappingNode):
         keys = Counter(key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode))

@@ -1,10 +1,12 @@
-"""What flows between the parts: a record as read, a sample as tokenised, a pack as planned, a batch as computed.
+"""The data that passes between the parts: a record as read, a sample as tokenised, a batch as tensors.
 
-Legend of shape letters, used by every docstring:
+Letters of shapes in docstrings:
 
-    T tiles            S tile side in pixels      P patches of a tile (tokens)   L positions of a packed sequence
-    N visual tokens of one image, newlines included                             K supervised positions
-    Dv width of the encoder     D width of the language model     V vocabulary   H attention heads
+    T   tiles                          L  positions of a packed sequence
+    S   tile side in pixels            K  supervised positions
+    P   patches (tokens) of a tile     N  visual tokens of an image, newlines included
+    Dv  width of the encoder           D  width of the language model
+    V   vocabulary size                H  attention heads
 """
 
 from __future__ import annotations
@@ -19,10 +21,10 @@ from numpy.typing import NDArray
 
 from anyres_vlm.geometry import TilePlan
 
-if TYPE_CHECKING:  # torch takes seconds to import and a schema needs only its names
+if TYPE_CHECKING:  # start-up time: torch takes seconds to import, and only its types are needed
     import torch
 
-IGNORE_INDEX = -100  # a label that is not supervised; the default of torch's cross-entropy
+IGNORE_INDEX = -100  # label of a position that is not supervised; the default of torch's cross-entropy
 IMAGE_TOKEN = "<image>"
 
 Role = Literal["user", "assistant"]
@@ -38,9 +40,9 @@ class Turn:
 
 @dataclass(frozen=True, slots=True)
 class ImageRef:
-    """Where an encoded image lies: a whole file, a slice of a file (a tar member), or bytes in memory (a Parquet cell).
+    """Where to read an encoded image: a file, a slice of a file (a tar member) or bytes in memory (a Parquet cell).
 
-    `name` is what messages call it. `length` is in bytes; None reads to the end of the file.
+    `name` identifies it in messages. `offset` and `length` are in bytes; a length of None is up to the end of the file.
     """
 
     name: str
@@ -54,8 +56,8 @@ class ImageRef:
 class Record:
     """One conversation as read from its source.
 
-    `task` names what a held-out question tests; `system` replaces the template's default system text; `changes` lists
-    what reading changed, for the summary of an index.
+    `task` is what a held-out question tests. `system` replaces the template's default system text. `changes` names the
+    corrections made on reading, which the summary of an index counts.
     """
 
     id: str
@@ -68,7 +70,10 @@ class Record:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Sample:
-    """A tokenised record. An image is one token in `input_ids`, and `plan.total_tokens` in the model's sequence."""
+    """A tokenised record. An image is one token in `input_ids` and `total_tokens` of its plan in the model's sequence.
+
+    `input_ids` and `labels` have the same shape; `images` and `plans` have one entry per image.
+    """
 
     id: str
     input_ids: NDArray[np.int32]
@@ -78,22 +83,22 @@ class Sample:
 
     @property
     def length(self) -> int:
-        """Positions in the language model's sequence."""
+        """Number of positions in the language model's sequence."""
         return len(self.input_ids) + sum(plan.total_tokens - 1 for plan in self.plans)
 
     @property
     def num_tiles(self) -> int:
-        """Tiles for the encoder."""
+        """Number of tiles to encode."""
         return sum(plan.num_tiles for plan in self.plans)
 
     @property
     def num_supervised(self) -> int:
-        """Positions whose prediction counts in the loss: a label at position 0 has nothing before it to predict it."""
+        """Number of labels that count in the loss. One at position 0 does not: no position before it predicts it."""
         return int(np.count_nonzero(self.labels[1:] != IGNORE_INDEX))
 
 
 def token_repeats(ids: NDArray[np.int32], plans: Sequence[TilePlan], image_token_id: int) -> NDArray[np.int64]:
-    """How often each token stands in the model's sequence: an image as often as its plan has tokens."""
+    """Return how often each token is repeated in the model's sequence: `total_tokens` for an image, else once. (n,)."""
     repeats = np.ones(len(ids), np.int64)
     repeats[ids == image_token_id] = [plan.total_tokens for plan in plans]
     return repeats
@@ -103,25 +108,25 @@ def token_repeats(ids: NDArray[np.int32], plans: Sequence[TilePlan], image_token
 class Batch:
     """One pack of documents as tensors.
 
-    `labels[i]` is the token at position i itself; the loss shifts inside each document. `cu_seqlens` holds the
-    documents' boundaries, 0 and L included; `plans` one plan an image in the order of the tiles.
+    `labels[i]` is the token at position i itself; the loss shifts them within each document. `cu_seqlens` holds the
+    boundaries of the documents, 0 and L included. `plans` has one plan per image, in the order of the tiles.
     """
 
     input_ids: torch.Tensor  # (1, L) int64
     labels: torch.Tensor  # (1, L) int64
-    position_ids: torch.Tensor  # (1, L) int64, from 0 in each document
+    position_ids: torch.Tensor  # (1, L) int64, restarting at 0 in each document
     cu_seqlens: torch.Tensor  # (documents + 1,) int32
     tiles: torch.Tensor  # (T, 3, S, S) uint8
     plans: tuple[TilePlan, ...]
     sample_ids: tuple[str, ...]
-    rejects: tuple[str, ...] = ()  # why samples of this pack were left out
+    rejects: tuple[str, ...] = ()  # one reason per sample that was left out of this pack
 
     def to(self, device: torch.device) -> Batch:
-        """The same batch with its tensors on a device."""
+        """Return the batch with its tensors on a device."""
         return self._each(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pin_memory(self) -> Batch:
-        """The same batch in page-locked memory, from which copies to a GPU overlap with work."""
+        """Return the batch in page-locked memory, from which copies to a GPU overlap with computation."""
         return self._each(lambda tensor: tensor.pin_memory())
 
     def _each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Batch:
@@ -136,13 +141,13 @@ class Batch:
 
     @property
     def num_supervised(self) -> int:
-        """Supervised positions, the first of each document not counted."""
+        """Number of labels that count in the loss, so without the first position of each document."""
         labels = self.labels[0].clone()
         labels[self.cu_seqlens[:-1].long()] = IGNORE_INDEX
         return int((labels != IGNORE_INDEX).sum())
 
     @property
     def num_pairs(self) -> int:
-        """Pairs of a token and one that it sees: itself and those before it in its document."""
+        """Number of (query, visible key) pairs: each token attends to itself and those before it in its document."""
         lengths = self.cu_seqlens.diff().long()
         return int((lengths * (lengths + 1)).sum()) // 2

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, BinaryIO
 
 from anyres_vlm.errors import DataError
 
-if TYPE_CHECKING:  # schema imports numpy, which `anyres tokens` does without
+if TYPE_CHECKING:  # start-up time: schema imports numpy, which `anyres tokens` does not need
     from anyres_vlm.schema import ImageRef
 
 
@@ -20,7 +20,7 @@ SIDECARS = {".ds_store", "thumbs.db", "ehthumbs.db", "desktop.ini"}  # in lower 
 
 
 def blob_name(blob: Path | ImageRef) -> str:
-    """Return the name for messages."""
+    """Return the name of the blob for messages."""
     return str(blob) if isinstance(blob, Path) else blob.name
 
 
@@ -38,7 +38,7 @@ def open_blob(blob: Path | ImageRef) -> BinaryIO:
 
 
 def read_blob(blob: Path | ImageRef) -> bytes:
-    """Read all bytes, a slice with one pread. Raises what `open_blob` raises, and `DataError` for a slice cut short."""
+    """Read all bytes, a slice with one pread. Raises `DataError` like `open_blob`, and for a slice cut short."""
     if not isinstance(blob, Path):
         if blob.data is not None:
             return blob.data
@@ -80,7 +80,7 @@ def open_file(path: Path, name: str) -> BufferedReader:
 
 
 class _Slice(RawIOBase):
-    """A part of an open file, with its own position; closing it closes the file."""
+    """A stream over a part of an open file, with its own position; closing it closes the file."""
 
     def __init__(self, stream: BinaryIO, offset: int, length: int | None) -> None:
         self.stream, self.offset, self.position = stream, offset, 0
@@ -112,6 +112,6 @@ class _Slice(RawIOBase):
 
 
 def is_sidecar(name: str) -> bool:
-    """Whether a path names a file that macOS or Windows writes next to the user's own."""
+    """Return whether a path names a file that macOS or Windows adds to folders and archives, such as `._*`."""
     parts = PurePosixPath(name).parts
     return bool(parts) and (parts[-1].startswith("._") or parts[-1].lower() in SIDECARS or "__MACOSX" in parts)

@@ -1,9 +1,9 @@
-"""The tokenizer's own chat template, read into the same pieces as the templates of this package.
+"""Convert the tokenizer's own chat template to the pieces of a `Template`.
 
-The Jinja source is not parsed. Dialogues of marker words are rendered, the text around the markers becomes the pieces,
-and these must reproduce dialogues of every length. A template that is not that regular is refused. Rendering also tells
-whether the template expects text or a list of parts as the content of a message, as processors of released checkpoints
-do, and what it writes for an image.
+The Jinja source is not parsed. Dialogues of marker words are rendered, and the text around the markers becomes the
+pieces, which must reproduce dialogues of every length; a less regular template is refused. Rendering also shows whether
+the template expects text or a list of parts as the content of a message, as processors of released checkpoints do, and
+what it writes for an image.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ logger = logging.getLogger(__name__)
 
 OWN: TemplateName = "chat_template"  # the name that stands for the tokenizer's own
 
-PROBED_ROUNDS = 4  # dialogues of one to so many questions and answers must have the same pieces
-PATIENCE_S = 10.0  # a template is a program: one that does not end is given up after so long
+PROBED_ROUNDS = 4  # the pieces must reproduce dialogues of up to this many questions and answers
+PATIENCE_S = 10.0  # time limit for rendering; a template is a program that may not terminate
 REMEDY = f"name another template (--template or model.template): {', '.join(TEMPLATES)}"
 LEADING_IMAGES = re.compile(f"(?:{IMAGE_TOKEN}\n?)*")
 CONTENTS: tuple[frozenset[Role], ...] = (frozenset(), frozenset({"user", "assistant"}), frozenset({"user"}))
@@ -61,14 +61,14 @@ class MessageFormat:
         return {"role": turn.role, "content": [{"type": "image"}] * images + [{"type": "text", "text": text}]}
 
     def written(self, turn: Turn) -> Turn:
-        """The turn with its content as the template writes it."""
+        """Return the turn with its content as the template writes it."""
         if turn.role != "user" or turn.role not in self.parts:
             return turn
         images, text = self._split(turn)
         return Turn(turn.role, self.image * images + self.before_text + text)
 
     def _split(self, turn: Turn) -> tuple[int, str]:
-        """The number of leading images, and the text after them."""
+        """Return the number of leading images and the text after them."""
         if turn.role != "user" or not self.image:
             return 0, turn.text
         leading = cast(re.Match[str], LEADING_IMAGES.match(turn.text)).group()
@@ -78,7 +78,7 @@ class MessageFormat:
 
 @dataclass(frozen=True)
 class OwnTemplate:
-    """A chat template as read. `pieces` has an end token after each answer even where the template has none."""
+    """A converted chat template. `pieces` has an end token after each answer even if the template has none."""
 
     format: MessageFormat
     read: Template  # what the template writes
@@ -109,9 +109,9 @@ class OwnTemplate:
         """Return why the template does not write these turns as its pieces do; None if it does."""
         answers = sum(turn.role == "assistant" for turn in turns)
         past = self.read.past
-        if not prompt and answers > 1 and past is not None and not past.startswith(self.read.asks):
+        if not prompt and answers > 1 and past is not None and not past.startswith(self.read.prompt_suffix):
             return (
-                f"this llm's chat template ends its prompt with {self.read.asks!r}, but writes {past!r} before earlier "
+                f"this llm's chat template ends its prompt with {self.read.prompt_suffix!r}, but writes {past!r} before earlier "
                 "answers, so only records with one answer can have exact labels: use another template"
             )
         try:
@@ -125,7 +125,7 @@ class OwnTemplate:
 
 
 def chat_jinja(template: TemplateName, tokenizer: PreTrainedTokenizerFast) -> str:
-    """The Jinja source that a checkpoint is saved with. Raises `UsageError` if the tokenizer should have one."""
+    """Return the Jinja source to save with a checkpoint. Raises `UsageError` if the tokenizer should have one."""
     if template != OWN:
         return _with_begin(TEMPLATES[template], tokenizer).jinja
     if tokenizer.chat_template is None:
@@ -139,7 +139,7 @@ def chat_jinja(template: TemplateName, tokenizer: PreTrainedTokenizerFast) -> st
 
 
 def resolve_template(template: TemplateName, tokenizer: PreTrainedTokenizerFast) -> Template:
-    """The pieces of a template of this package with this tokenizer's own tokens in them.
+    """Return the pieces of a template of this package with the tokens of this tokenizer inserted.
 
     Raises `UsageError` for a token that the tokenizer lacks.
     """
@@ -161,7 +161,7 @@ def _with_begin(pieces: Template, tokenizer: PreTrainedTokenizerFast) -> Templat
     if not pieces.begins or tokenizer.bos_token is None:
         return pieces
     backend = tokenizer.backend_tokenizer
-    if backend.padding is not None:  # saved with the tokenizer; on the left, it would come first
+    if backend.padding is not None:  # saved with the tokenizer; left padding would come before the begin token
         backend.no_padding()
     adds = backend.encode("x", add_special_tokens=True).ids[:1] == [tokenizer.bos_token_id]
     return pieces if adds else replace(pieces, opening=BOS + pieces.opening)
@@ -218,10 +218,10 @@ def _warn_of_added_end(end: str) -> None:
 
 
 def _message_format(tokenizer: PreTrainedTokenizerFast) -> MessageFormat:
-    """Text or parts, found by rendering a question and its answer either way. Raises `UsageError` if neither works."""
+    """Find the message format by rendering a question and its answer in each. Raises `UsageError` if none works."""
     errors: list[DataError] = []
     for roles in CONTENTS:
-        # A line end inside, for a list that a template prints as it is shows it as a backslash and an n.
+        # The line break detects a template that prints the list itself, where it appears as a backslash and an n.
         words = ["qzx\nxzq", "azx\nxza"] if roles else ["qzxxzq", "azxxza"]
         dialogue = [Turn("user", words[0]), Turn("assistant", words[1])]
         found = _render(tokenizer, [dialogue], MessageFormat(roles))
@@ -231,17 +231,17 @@ def _message_format(tokenizer: PreTrainedTokenizerFast) -> MessageFormat:
             return MessageFormat(roles)
     if len(errors) < len(CONTENTS):
         raise UsageError(f"template {OWN}: this llm's chat template leaves out or repeats turns: {REMEDY}")
-    # What the template itself raises is the reason; anything else may come from the wrong kind of content.
-    said = [error for error in errors if type(error.__cause__) is TemplateError]
-    raise UsageError(f"template {OWN}: {(said or errors)[0]}: {REMEDY}")
+    # An error raised by the template itself is the reason; another one may be due to the wrong message format.
+    raised = [error for error in errors if type(error.__cause__) is TemplateError]
+    raise UsageError(f"template {OWN}: {(raised or errors)[0]}: {REMEDY}")
 
 
 def _render(
     tokenizer: PreTrainedTokenizerFast, dialogues: Sequence[Sequence[Turn]], format: MessageFormat
 ) -> list[str] | DataError:
-    """Each dialogue as the template writes it, a prompt where a question is last, or why it cannot.
+    """Render each dialogue, as a prompt if a question is last, or return the template's error.
 
-    Raises `UsageError` for a template that does not end, whose thread is left running.
+    Raises `UsageError` for a template that does not terminate, whose thread is left running.
     """
     outcome: list[list[str] | DataError] = []
 
@@ -260,7 +260,7 @@ def _render(
 
 
 def _pieces(rendered: Sequence[str], marked: Sequence[Turn], tokenizer: PreTrainedTokenizerFast) -> Template:
-    """The pieces of a prompt and of a dialogue of two rounds. Raises `UsageError` if they do not fit together."""
+    """Split a prompt and a dialogue of two rounds into pieces. Raises `UsageError` if they do not fit together."""
     prompt, dialogue = rendered[0], rendered[3]
     words = [turn.text for turn in marked[:4]]
     if any(dialogue.count(word) != 1 for word in words) or prompt.count(words[0]) != 1:
@@ -275,7 +275,7 @@ def _pieces(rendered: Sequence[str], marked: Sequence[Turn], tokenizer: PreTrain
     tokens = "|".join(sorted(added, key=len, reverse=True))
     end = re.match(rf"\s*({tokens})", closing) if added else None
     if end is None and (tokenizer.eos_token is None or (added and re.search(tokens, closing))):
-        raise UsageError(f"template {OWN}: this llm's chat template writes no end token behind an answer: {REMEDY}")
+        raise UsageError(f"template {OWN}: this llm's chat template writes no end token after an answer: {REMEDY}")
     return Template(
         opening=opening,
         again=follow.removeprefix(closing),
@@ -290,9 +290,9 @@ def _pieces(rendered: Sequence[str], marked: Sequence[Turn], tokenizer: PreTrain
 def _with_images(
     tokenizer: PreTrainedTokenizerFast, format: MessageFormat, read: Template
 ) -> tuple[MessageFormat, Template]:
-    """The format with what the template writes for an image part, if it writes one `<image>` before the text.
+    """Return the format with the text that the template writes for an image part, if it has one `<image>` in front.
 
-    What it writes between an image and the text moves from the pieces into the format.
+    The text between an image and the question moves from the pieces into the format.
     """
     question = Turn("user", "qzx0xzq")
     found = _render(tokenizer, [[Turn("user", f"{IMAGE_TOKEN}\n{question.text}")]], replace(format, image=IMAGE_TOKEN))
@@ -309,6 +309,6 @@ def _with_images(
 
 
 def _common_start(one: str, other: str) -> str:
-    """The longest text with which both start."""
+    """Return the longest common prefix."""
     length = next((n for n, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
     return one[:length]

@@ -1,16 +1,16 @@
-"""From turns to token ids and exact labels.
+"""Tokenise conversations, with exact labels.
 
-A conversation is tokenised once, as the whole string that it is; the labels follow from the characters that each token
-covers. The rule, for every answer:
+A conversation is tokenised once, as one string; the labels are computed from the characters that each token covers.
+For every answer:
 
-- Supervised are the tokens from the first one behind the prompt to the end token, both included: the template's `lead`
-  (a space, which SentencePiece writes into the first word: `▁Hello`), the answer and the template's `end`. The end
-  token is a token of its own, so nothing of the next turn can hide in the last label.
-- The ids before them are exactly those of `prompt`, so that the model is trained on what generation sees.
-- They decode to the answer, character by character up to Unicode's canonical equivalence.
+- The supervised tokens are those from the first one after the prompt to the end token, both included: the template's
+  `lead` (a space, which SentencePiece merges into the first word: `▁Hello`), the answer and the template's `end`. The
+  end is a separate token, so the last label contains nothing of the next turn.
+- The ids before them are exactly those of `prompt`, so training and generation see the same context.
+- They decode to the answer, up to canonical equivalence of Unicode.
 
-A record that cannot keep the rule (a line end of the answer that the tokenizer merges with the prompt's, a character it
-cannot write, a tokenizer that changes case) is refused with its id, never guessed.
+A record for which this is impossible is rejected with the reason. Examples are a line break that the tokenizer merges
+with one of the prompt, a character it cannot represent, and a tokenizer that changes case.
 """
 
 from __future__ import annotations
@@ -34,34 +34,34 @@ from anyres_vlm.schema import IGNORE_INDEX, IMAGE_TOKEN, Record, Role, Turn
 
 Ids = NDArray[np.int32]
 
-HALF_CHARACTER = re.compile("[\ud800-\udfff]")  # JSON can hold one, no tokenizer takes it
+HALF_CHARACTER = re.compile("[\ud800-\udfff]")  # a lone surrogate: possible in JSON, but not in a tokenizer's input
 ASCII_PROBE = f"It's 12.50,  \n\n\tof   (A) \n{''.join(map(chr, range(128)))}."
 
 
 def images_first(turns: Sequence[Turn]) -> Sequence[Turn]:
-    """Move the only `<image>` of each question to its front, on a line of its own, as LLaVA-NeXT does before training.
+    """Move the only `<image>` of each question to its start, on a separate line, as LLaVA-NeXT does before training.
 
-    Questions with several images, or with the image in front already, stay as they are. Returns the same turns where
-    nothing moves.
+    Questions with several images, or with the image at the start already, do not change. If no question changes, the
+    result is `turns` itself.
     """
-    if not any(map(_moves, turns)):
+    if not any(map(_has_image_to_move, turns)):
         return turns
     return tuple(
         Turn(turn.role, f"{IMAGE_TOKEN}\n{turn.text.replace(IMAGE_TOKEN, '').strip()}".strip())
-        if _moves(turn)
+        if _has_image_to_move(turn)
         else turn
         for turn in turns
     )
 
 
-def _moves(turn: Turn) -> bool:
+def _has_image_to_move(turn: Turn) -> bool:
     is_question = turn.role == "user" and not turn.text.startswith(IMAGE_TOKEN)
     return is_question and turn.text.count(IMAGE_TOKEN) == 1
 
 
 @dataclass(frozen=True)
 class ConversationTokenizer:
-    """A template together with a tokenizer, and where images stand in what they write."""
+    """Renders and tokenises conversations with a template and a tokenizer; `image_position` places images first."""
 
     template: TemplateName
     tokenizer: PreTrainedTokenizerFast
@@ -74,7 +74,7 @@ class ConversationTokenizer:
 
     @property
     def lead(self) -> str:
-        """What the template writes before an answer, and a model trained on it generates first."""
+        """The supervised text before an answer, which a trained model generates first."""
         return self._pieces.lead
 
     @cached_property
@@ -89,7 +89,7 @@ class ConversationTokenizer:
 
     @property
     def stop_ids(self) -> list[int]:
-        """The tokens at which generation stops: the one that ends an answer and the tokenizer's own last one."""
+        """The tokens at which generation stops: the one that ends an answer and the tokenizer's EOS token."""
         own = self.tokenizer.eos_token_id
         return sorted({self.end_id} if own is None else {self.end_id, own})
 
@@ -115,7 +115,7 @@ class ConversationTokenizer:
         return images_first(turns) if self.image_position == "front" else turns
 
     def encode(self, records: Sequence[Record]) -> list[tuple[Ids, Ids] | DataError]:
-        """Token ids and labels of each record, or why it has none. An image is one token."""
+        """Return token ids and labels of each record, or the error that prevents them. An image is one token."""
         results: list[tuple[Ids, Ids] | DataError | None] = []
         texts: list[str] = []
         rendered = []
@@ -159,7 +159,7 @@ class ConversationTokenizer:
 
     @cached_property
     def _control(self) -> dict[Role, re.Pattern[str]]:
-        """What a role's text must not contain: control tokens, with which it could forge a turn or an image."""
+        """Control tokens that the text of a role must not contain, because they could forge a turn or an image."""
         written = "".join(piece for piece in astuple(self._pieces) if isinstance(piece, str))
         added = self.tokenizer.added_tokens_decoder.values()
         tokens = {token.content for token in added if token.special or token.content in written}
@@ -169,7 +169,7 @@ class ConversationTokenizer:
 
     @cached_property
     def _tail(self) -> list[int]:
-        """The last ids of every prompt: those of the template's own text between a question and its answer."""
+        """The last ids of every prompt: those of the template's text between a question and its answer."""
         tail = self._pieces.user_suffix + self._pieces.assistant_prefix or IMAGE_TOKEN
         encoding = self._tokenise([f"x{tail}"])[0]
         first = encoding.char_to_token(1)
@@ -177,7 +177,7 @@ class ConversationTokenizer:
 
     @cached_property
     def _writes_ascii(self) -> bool:
-        """Whether any answer of ASCII characters comes back from its tokens as it was."""
+        """Whether an answer with all ASCII characters decodes to itself."""
         text, spans = self.render((Turn("user", "x"), Turn("assistant", ASCII_PROBE)))
         encoding = self._tokenise([text])[0]
         try:
@@ -187,9 +187,9 @@ class ConversationTokenizer:
         return self._decodes(encoding.ids[first:stop], text[slice(*spans[0])])
 
     def _tokenise(self, texts: Sequence[str]) -> list[Encoding]:
-        """One encoding a text. The tokenizer's own first token is left out where the template has written it.
+        """Return one encoding per text. The tokenizer adds its begin token unless the template has written it.
 
-        That is the rule of transformers' processors, with which a checkpoint is served.
+        Transformers' processors, with which a checkpoint is served, do the same.
         """
         backend = self.tokenizer.backend_tokenizer
         if backend.truncation is not None:
@@ -220,7 +220,7 @@ class ConversationTokenizer:
         return None
 
     def _label(self, text: str, spans: Sequence[Span], encoding: Encoding) -> tuple[Ids, Ids]:
-        """Ids and labels of one conversation. Raises `DataError` where they would not be exact."""
+        """Return ids and labels of one conversation. Raises `DataError` if the labels would not be exact."""
         tokens = encoding.ids
         ids = np.array(tokens, np.int32)
         labels = np.full_like(ids, IGNORE_INDEX)
@@ -233,16 +233,16 @@ class ConversationTokenizer:
         return ids, labels
 
     def _supervised(self, text: str, span: Span, encoding: Encoding, ids: list[int]) -> tuple[int, int]:
-        """The first token behind the prompt and the end of the tokens of one answer.
+        """Return the range of the supervised tokens of one answer: the first one after the prompt, and the end.
 
-        Where the tokens before the answer are those of every prompt, and the last of them ends where the answer begins,
-        nothing of the answer reached the prompt: merges of BPE, and the best paths of unigram models, do not depend on
-        what lies behind a border that no token crosses. Otherwise the prompt itself is tokenised and compared.
+        If the tokens before the answer are those of every prompt and the last one ends where the answer begins, the
+        answer did not affect them: neither the merges of BPE nor the best path of a unigram model depends on text after
+        a boundary that no token crosses. Otherwise, the prompt is tokenised on its own and compared.
         """
         begin, end = span[0], span[1] - len(self._end_token)
         first, last = encoding.char_to_token(begin), encoding.char_to_token(end)
         if last is None or ids[last] != self.end_id or _chars(encoding, last)[0] != end:
-            raise DataError(f"{self._end_token!r} behind {_shorten(text[begin:end])} is not a token of its own")
+            raise DataError(f"{self._end_token!r} after {_shorten(text[begin:end])} is not a separate token")
         tail = self._tail
         if first is None or _chars(encoding, first)[0] != begin or ids[max(first - len(tail), 0) : first] != tail:
             prompt = self._tokenise([text[:begin]])[0].ids
@@ -255,14 +255,14 @@ class ConversationTokenizer:
         return first, last + 1
 
     def _decodes(self, ids: list[int], written: str) -> bool:
-        """Whether ids, the last one the end token, decode to what was written; a decoder may drop the first space."""
+        """Return whether ids, the end token last, decode to the text; a decoder may drop the first space."""
         decoded = self.tokenizer.backend_tokenizer.decode(ids[:-1], skip_special_tokens=False)
         expected = written.removesuffix(self._end_token)
         return unicodedata.normalize("NFC", decoded).lstrip(" ") == unicodedata.normalize("NFC", expected).lstrip(" ")
 
 
 def _chars(encoding: Encoding, token: int) -> Span:
-    """The characters of a token; none at the start for one that the tokenizer added itself."""
+    """Return the span of characters of a token; (0, 0) for a token that the tokenizer added."""
     span: Span | None = encoding.token_to_chars(token)
     return span or (0, 0)
 

@@ -1,9 +1,8 @@
-"""Sizes of images as shown, from their headers alone, and the one judgement on which sizes are accepted.
+"""Read the sizes of images from their headers, after EXIF orientation, and reject sizes that are not supported.
 
-`anyres tokens`, the index, training and inference all call `read_size`, so none of them accepts an image that another
-one refuses for its header. Ordinary JPEGs are parsed here, three times as fast as by Pillow; every other image is
-opened with Pillow's reader of its format, the same one that decodes it later. `PIL.Image.open` is not used: it refuses
-valid PNGs for the size of their text chunks.
+`anyres tokens`, the index, training and inference all use `read_size`, so they accept the same images. Ordinary JPEGs
+are parsed here, three times as fast as by Pillow; every other image is opened with Pillow's reader of its format, which
+also decodes it later. `PIL.Image.open` is not used, because it refuses valid PNGs with large text chunks.
 JPEG markers: ITU-T T.81, annex B; EXIF is a TIFF directory (CIPA DC-008); PNG chunks: ISO/IEC 15948; WebP: RFC 9649.
 """
 
@@ -101,7 +100,7 @@ def size_of(stream: IO[bytes], name: str) -> Size:
 
 
 def format_of(head: bytes, name: str) -> str:
-    """Return the format that a file's first bytes belong to. Raises `DataError` for an empty or a foreign file."""
+    """Return the image format of a file from its first bytes. Raises `DataError` if it is empty or not an image."""
     if not head:
         raise DataError(f"{name}: the file is empty; fetch it again or remove it")
     for signature, kind in SIGNATURES.items():
@@ -126,7 +125,7 @@ def _require_possible(size: Size, kind: str, name: str) -> None:
 
 @contextmanager
 def quiet_pillow() -> Iterator[None]:
-    """Silence Pillow's warnings and log messages about odd files: what cannot be read raises an error."""
+    """Silence Pillow's warnings and log messages about unusual files; unreadable ones raise an error anyway."""
     logging.getLogger("PIL").setLevel(logging.CRITICAL)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -226,7 +225,7 @@ def _is_bounded(tiff: IO[bytes]) -> bool:
 
 
 def _webp_canvas(head: bytes) -> Size | None:
-    """Return the stored size of a WebP; None for a header that Pillow shall judge."""
+    """Return the stored size of a WebP; None for another header, which is left to Pillow."""
     if head[8:12] != b"WEBP" or len(head) < 30:
         return None
     if head[12:16] == b"VP8X":

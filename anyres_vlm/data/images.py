@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from anyres_vlm.schema import ImageRef
 
 BAND = 1 << 20  # pixels converted at once
-UNDEFINED_WHITE = ("I", "F")  # 32-bit grey: nothing in the file says which number is white
+UNDEFINED_WHITE = ("I", "F")  # modes of 32-bit grey, for which no value is defined as white
 JPEG_END = b"\xff\xd9"  # of every complete JPEG
 METADATA = ("exif", "Raw profile type exif", "xmp", "XML:com.adobe.xmp")  # keys of Pillow's `info`
 
@@ -103,7 +103,7 @@ def _to_rgb(image: ImageFile.ImageFile, name: str) -> Image.Image:
     """Decode an opened image to RGB, upright. Raises one of `UNREADABLE`."""
     image.load()
     if orientation(image) != 1:
-        for key in METADATA:  # Pillow would write them anew without the orientation, and fail on odd ones
+        for key in METADATA:  # Pillow would rewrite them without the orientation, and fail on unusual ones
             image.info.pop(key, None)
         ImageOps.exif_transpose(image, in_place=True)
     if image.mode == "RGB" and not image.has_transparency_data:

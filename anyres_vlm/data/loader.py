@@ -1,4 +1,8 @@
-"""Read and tokenise samples by their position in an index."""
+"""Load the packs of a run: records of an indexed source become batches of tensors.
+
+`iter_steps` yields the batches of each optimizer step; its worker processes read records and images, cut tiles
+(`load`) and concatenate the samples of a pack (`collate`).
+"""
 
 from __future__ import annotations
 
@@ -23,16 +27,82 @@ from anyres_vlm.data.conversation import ConversationTokenizer
 from anyres_vlm.data.index.table import Index
 from anyres_vlm.data.sources import Source
 from anyres_vlm.data.tiling import Augmentation, Pixels, tile_image
-from anyres_vlm.errors import DataError
+from anyres_vlm.errors import DataError, check_bad_records
 from anyres_vlm.geometry import Tiling, plan_tiles
 from anyres_vlm.schema import IGNORE_INDEX, Batch, Sample, token_repeats
 
 logger = logging.getLogger(__name__)
+Loaded = tuple[Sample, list[NDArray[np.uint8]]]  # a sample, and the tiles of each of its images, (T, 3, S, S)
+
+
+def iter_steps(
+    samples: IndexedSamples,
+    shares: Sequence[Sequence[Pack]],
+    data: DataConfig,
+    seed: int,
+    *,
+    workers: int,
+    pin_memory: bool,
+) -> Iterator[list[Batch]]:
+    """Yield this rank's batches of each optimizer step, one per pack of its share. `seed` is for augmentation.
+
+    A sample that can no longer be read is left out of its pack and logged; the other samples do not change. Raises
+    `DataError` once more than `data.max_bad_fraction` of this rank's samples are unreadable.
+    """
+    dataset = PackDataset(samples, [pack for share in shares for pack in share], data, seed)
+    num_samples = sum(len(pack.positions) for pack in dataset.packs)
+    loader = DataLoader(
+        dataset, batch_size=None, num_workers=workers, worker_init_fn=_start_worker, pin_memory=pin_memory
+    )
+    batches = iter(loader)
+    num_rejected = 0
+    for share in shares:
+        step = [next(batches) for _ in share]
+        for reject in (reject for batch in step for reject in batch.rejects):
+            num_rejected += 1
+            logger.warning("sample left out: %s", reject)
+            details, remedy = f"the last one: {reject}", "fix them or raise max_bad_fraction"
+            check_bad_records(num_rejected, num_samples, data.max_bad_fraction, details, remedy)
+        yield step
+
+
+class PackDataset(Dataset[Batch]):
+    """One batch per pack. Unreadable samples are reported in the batch, as exceptions of workers lose their type."""
+
+    def __init__(self, samples: IndexedSamples, packs: Sequence[Pack], data: DataConfig, seed: int) -> None:
+        self.samples, self.packs, self.seed, self.mode = samples, packs, seed, data.tiling_mode
+        self.augmentation = None if data.augment is None else Augmentation(data.augment)
+
+    def __len__(self) -> int:
+        return len(self.packs)
+
+    def __getitem__(self, index: int) -> Batch:
+        loaded: list[Loaded] = []
+        rejects: list[str] = []
+        epoch, positions = self.packs[index]
+        for position in positions.tolist():
+            change = None if self.augmentation is None else partial(self._augment, epoch, position)
+            try:
+                loaded.append(load(self.samples.sample(position), self.mode, change))
+            except DataError as error:
+                rejects.append(str(error))
+        return collate(loaded, self.samples.tiling.tile, self.samples.conversation.image_token_id, rejects)
+
+    def _augment(self, epoch: int, position: int, number: int, pixels: Pixels) -> Pixels:
+        assert self.augmentation is not None
+        return self.augmentation(pixels, (self.seed, epoch, position, number))
+
+
+class Pack(NamedTuple):
+    """The samples of one packed sequence: their positions in the index, and the epoch, which seeds augmentation."""
+
+    epoch: int
+    positions: NDArray[np.int64]
 
 
 @dataclass(frozen=True)
 class IndexedSamples:
-    """Samples of an indexed source. Positions are rows of the index, rejects included."""
+    """Samples of an indexed source by position, which is the row in the index, rejects included."""
 
     source: Source
     index: Index
@@ -40,7 +110,7 @@ class IndexedSamples:
     tiling: Tiling
 
     def sample(self, position: int) -> Sample:
-        """Read and tokenise one record; its tile plans follow from the sizes in the index.
+        """Read and tokenise one record; its tile plans are computed from the image sizes in the index.
 
         Raises `DataError` if the record cannot be read or its length has changed since it was indexed.
         """
@@ -53,20 +123,9 @@ class IndexedSamples:
         if len(plans) != len(record.images) or sample.length != self.index.tokens[position]:
             raise DataError(
                 f"record {record.id}: {sample.length} tokens, expected {self.index.tokens[position]} as indexed: "
-                "the data has changed; index it again"
+                "the data has changed; index it again with anyres index"
             )
         return sample
-
-
-Loaded = tuple[Sample, list[NDArray[np.uint8]]]
-"""A sample with the tiles of each of its images, (T, 3, S, S)."""
-
-
-class Pack(NamedTuple):
-    """Samples of one sequence: positions in the index, and the epoch, which seeds their augmentation."""
-
-    epoch: int
-    positions: NDArray[np.int64]
 
 
 def load(sample: Sample, mode: TilingMode, change: Callable[[int, Pixels], Pixels] | None = None) -> Loaded:
@@ -106,69 +165,12 @@ def collate(pack: Sequence[Loaded], tile: int, image_token_id: int, rejects: Seq
     )
 
 
-def iter_steps(
-    samples: IndexedSamples,
-    shares: Sequence[Sequence[Pack]],
-    data: DataConfig,
-    seed: int,
-    *,
-    workers: int,
-    pin_memory: bool,
-) -> Iterator[list[Batch]]:
-    """Yield this rank's batches of each optimizer step, one per pack of its share. `seed` is for augmentation.
-
-    A sample that can no longer be read is omitted from its pack and logged; nothing else changes. Raises `DataError`
-    if more than `data.max_bad_fraction` of this rank's samples are unreadable.
-    """
-    dataset = PackDataset(samples, [pack for share in shares for pack in share], data, seed)
-    allowed = data.max_bad_fraction * sum(len(pack.positions) for pack in dataset.packs)
-    loader = DataLoader(
-        dataset, batch_size=None, num_workers=workers, worker_init_fn=_start_worker, pin_memory=pin_memory
-    )
-    batches = iter(loader)
-    num_rejected = 0
-    for share in shares:
-        step = [next(batches) for _ in share]
-        for reject in (reject for batch in step for reject in batch.rejects):
-            num_rejected += 1
-            logger.warning("sample omitted: %s", reject)
-            if num_rejected > allowed:
-                raise DataError(
-                    f"{num_rejected} samples could not be read, the last one: {reject}; fix them or raise "
-                    f"max_bad_fraction above {data.max_bad_fraction:g}"
-                )
-        yield step
-
-
-class PackDataset(Dataset[Batch]):
-    """Batches by pack. Unreadable samples are returned as messages: exceptions of a worker lose their type."""
-
-    def __init__(self, samples: IndexedSamples, packs: Sequence[Pack], data: DataConfig, seed: int) -> None:
-        self.samples, self.packs, self.seed, self.mode = samples, packs, seed, data.tiling_mode
-        self.augmentation = None if data.augment is None else Augmentation(data.augment)
-
-    def __len__(self) -> int:
-        return len(self.packs)
-
-    def __getitem__(self, index: int) -> Batch:
-        loaded: list[Loaded] = []
-        rejects: list[str] = []
-        epoch, positions = self.packs[index]
-        for position in positions.tolist():
-            change = None if self.augmentation is None else partial(self._augment, epoch, position)
-            try:
-                loaded.append(load(self.samples.sample(position), self.mode, change))
-            except DataError as error:
-                rejects.append(str(error))
-        return collate(loaded, self.samples.tiling.tile, self.samples.conversation.image_token_id, rejects)
-
-    def _augment(self, epoch: int, position: int, number: int, pixels: Pixels) -> Pixels:
-        assert self.augmentation is not None
-        return self.augmentation(pixels, (self.seed, epoch, position, number))
+def _row(parts: Sequence[NDArray[Any]]) -> torch.Tensor:
+    return torch.from_numpy(np.concatenate(parts).astype(np.int64))[None]
 
 
 def _start_worker(worker: int) -> None:
-    """Limit OpenCV to one thread per worker (torch does so itself) and handle SIGTERM."""
+    """Limit OpenCV to one thread per worker (torch does so itself), and ignore SIGTERM unless the trainer sent it."""
     cv2.setNumThreads(1)
     # Launchers send SIGTERM to all processes of a job. The trainer then saves and exits; until then it needs workers.
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
@@ -179,7 +181,3 @@ def _exit_on_sigterm_of_trainer() -> None:
     while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
         pass
     os._exit(0)
-
-
-def _row(parts: Sequence[NDArray[Any]]) -> torch.Tensor:
-    return torch.from_numpy(np.concatenate(parts).astype(np.int64))[None]

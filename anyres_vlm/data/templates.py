@@ -1,10 +1,10 @@
 """Chat templates as data: one description gives the training text, the prompt and the Jinja template that is saved.
 
-Text and Jinja render the same string, so a checkpoint is served with the words it was trained with. Sources: LLaVA's
+Text and Jinja render the same string, so a checkpoint is served with the format it was trained with. Sources: LLaVA's
 training code for `vicuna_v1` (its `--version v1`), `llama_2` (`llava_llama_2`, in Meta's own format), `chatml_direct`
-and the words of `llama_3`; the models' published formats for `mistral`, `llama_3` and `chatml`. Two places are on
-purpose not LLaVA's: its `plain` ends a caption with a line end, this one with the end token; and it writes a space
-before Mistral's `</s>`, which Mistral itself does not.
+and the system text of `llama_3`; the published formats of the models for `mistral`, `llama_3` and `chatml`. There are
+two deliberate differences from LLaVA: its `plain` ends a caption with a line break, this one with the end token; and it
+writes a space before Mistral's `</s>`, which Mistral itself does not.
 """
 
 from __future__ import annotations
@@ -31,14 +31,16 @@ LLAVA_SYSTEM = (
 
 @dataclass(frozen=True)
 class Template:
-    """The pieces around the turns, in the order in which they are written. Supervised is `lead`, the answer and `end`.
+    """The pieces of text around the turns, in the order in which they are written.
 
-    `opening` and `system_part` come before the first turn. `{system}` in the part is replaced by the conversation's own
-    system text or by `system`; without either it is left out. `again` stands before every user turn but the first.
-    `user_text=False` keeps only the user's images, as LLaVA's stage 1 does. `begins` says that the published format
-    starts with the begin token, whether or not the tokenizer adds it. `past` replaces `user_suffix`, `assistant_prefix`
-    and `lead` before every answer but the last, for chat templates that write earlier answers without the thinking
-    block of the last one.
+    The supervised text is `lead`, the answer and `end`.
+
+    `opening` and `system_part` come before the first turn. `{system}` in `system_part` is replaced by the system text
+    of the conversation, or else by `system`; without either, the part is left out. `again` comes before every user turn
+    but the first. With `user_text=False`, only the images of a user turn are kept, as in stage 1 of LLaVA. `begins`
+    means that the published format starts with the begin token, which the tokenizer may add or not. `past` replaces
+    `user_suffix`, `assistant_prefix` and `lead` before every answer but the last, for chat templates that write earlier
+    answers without a thinking block.
     """
 
     opening: str = ""
@@ -56,14 +58,14 @@ class Template:
     past: str | None = None
 
     @property
-    def asks(self) -> str:
-        """What a prompt writes after the question."""
+    def prompt_suffix(self) -> str:
+        """The text between a question and its answer."""
         return self.user_suffix + self.assistant_prefix
 
     def head(self, system: str = "") -> str:
-        """Return what opens a conversation with its own system text, or with the template's.
+        """Return the opening of a conversation with its own system text, or else the template's.
 
-        Raises `DataError` where the template has no place for one.
+        Raises `DataError` if the template has no system part for it.
         """
         if system and not self.system_part:
             raise DataError(
@@ -90,7 +92,10 @@ class Template:
             else:
                 before, asked = self.assistant_prefix + self.lead, self.assistant_prefix
                 if is_past and self.past is not None:
-                    before, asked = self.past, self.asks if self.past.startswith(self.asks) else self.past
+                    before, asked = (
+                        self.past,
+                        self.prompt_suffix if self.past.startswith(self.prompt_suffix) else self.past,
+                    )
                 piece = f"{before}{turn.text}{self.end}"
                 spans.append((length + len(asked), length + len(piece)))
                 piece += self.between
@@ -100,7 +105,7 @@ class Template:
 
     @property
     def jinja(self) -> str:
-        """The same template for `apply_chat_template`; images of a content list stand as `<image>` and a line end."""
+        """The template as Jinja for `apply_chat_template`; an image part is written as `<image>` and a line break."""
         image = json.dumps(f"{IMAGE_TOKEN}\n")
         answer = _expression(self.assistant_prefix + self.lead), _expression(self.end + self.between)
         return (
@@ -120,7 +125,7 @@ class Template:
 
     @property
     def _jinja_system(self) -> str:
-        """The part with the system text, which a first message may replace."""
+        """The Jinja source of the system part, whose text a first message may replace."""
         if not self.system_part:
             return ""
         before, after = map(_expression, self.system_part.split(SYSTEM))
@@ -134,7 +139,7 @@ class Template:
 
 
 def _expression(text: str) -> str:
-    """A piece as a Jinja expression."""
+    """Return a piece as a Jinja expression."""
     tokens = {BOS: "bos_token", EOS: "eos_token"}
     parts = [part for part in re.split(f"({BOS}|{EOS})", text) if part] or [""]
     return " + ".join(tokens.get(part) or json.dumps(part) for part in parts)

@@ -1,4 +1,4 @@
-"""What tiling does to one image, as a picture and as a table."""
+"""Show how an image is tiled, as text, as a table of candidates and as a picture; and counts as a text histogram."""
 
 from __future__ import annotations
 
@@ -8,14 +8,95 @@ from PIL import Image, ImageDraw, ImageFont
 
 from anyres_vlm.geometry import Size, TilePlan, Tiling, canvas_areas, choose_canvas, plan_tiles
 
+WIDTH = 560  # longer side of the drawn canvas in pixels
+GAP = 24  # between the parts of the picture, in pixels
 PAPER, TEXT = (255, 255, 255), (30, 30, 34)
 TILE_EDGE, KEPT_EDGE, NEWLINE, PADDING = (230, 70, 40), (30, 150, 70), (40, 90, 220), (205, 205, 210)
-WIDTH = 560  # pixels of the drawn canvas' longer side
-GAP = 24
+CANDIDATE_COLUMNS = ("canvas", "grid", "effective px", "of the image", "wasted px", "of the canvas", "")
+BINS = 12  # largest number of bars of a histogram
+BAR = 40  # characters of the longest bar
+
+
+def describe_plan(plan: TilePlan) -> str:
+    """Return size, grid and token counts of an image in one line."""
+    return (
+        f"{plan.image.width}x{plan.image.height} -> {max(plan.grid.rows, 1)}x{max(plan.grid.cols, 1)} grid, "
+        f"{plan.num_tiles} tile{'s'[: plan.num_tiles > 1]}, {plan.visual_tokens:,} visual + "
+        f"{plan.newline_tokens} newline = {plan.total_tokens:,} tokens"
+    )
+
+
+def explain_choice(size: Size, tiling: Tiling) -> str:
+    """Return in one sentence why the canvas was chosen."""
+    chosen = choose_canvas(size, tiling)
+    if chosen is None:
+        return "There is no candidate canvas: only the thumbnail is used."
+    best = canvas_areas(size, chosen)
+    areas = [canvas_areas(size, canvas) for canvas in tiling.canvases]
+    name = f"{chosen.width}x{chosen.height}"
+    if len(areas) == 1:
+        return f"{name} is the only candidate."
+    if (equals := areas.count(best)) > 1:
+        return f"{name} is the first in dialect {tiling.dialect} of {equals} equally good candidates."
+    if (rivals := sum(other.effective == best.effective for other in areas)) > 1:
+        return f"{name} wastes the least area of the {rivals} candidates that keep most of the image."
+    return f"{name} keeps most of the image."
+
+
+def candidate_rows(size: Size, tiling: Tiling) -> list[tuple[str, ...]]:
+    """Return one row per candidate canvas, in the order in which they are tried, for `CANDIDATE_COLUMNS`.
+
+    The last column marks the chosen one. Sizes are written width x height, grids rows x columns.
+    """
+    rows: list[tuple[str, ...]] = []
+    chosen = choose_canvas(size, tiling)
+    for canvas in tiling.canvases:
+        effective, waste = canvas_areas(size, canvas)
+        rows.append(
+            (
+                f"{canvas.width}x{canvas.height}",
+                f"{canvas.height // tiling.tile}x{canvas.width // tiling.tile}",
+                f"{effective:,}",
+                f"{effective / (size.height * size.width):.1%}",
+                f"{waste:,}",
+                f"{waste / (canvas.height * canvas.width):.1%}",
+                "chosen" if canvas == chosen else "",
+            )
+        )
+    return rows
+
+
+def format_table(names: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Align columns of text, the first one to the left and the others to the right."""
+    lines = [names, *rows]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join(
+        "  ".join(
+            cell.rjust(width) if place else cell.ljust(width)
+            for place, (cell, width) in enumerate(zip(line, widths, strict=True))
+        ).rstrip()
+        for line in lines
+    )
+
+
+def format_histogram(values: Sequence[int]) -> str:
+    """Return a text histogram with a line (range, count, bar) per value, or per bin of equal width for many values."""
+    low, width = min(values), max(-(-(max(values) - min(values) + 1) // BINS), 1)
+    distinct = sorted(set(values))
+    if len(distinct) <= BINS:
+        ranges = [(value, value) for value in distinct]
+    else:
+        ranges = [(start, start + width - 1) for start in range(low, max(values) + 1, width)]
+    counts = [sum(first <= value <= last for value in values) for first, last in ranges]
+    names = [f"{first:,}" if first == last else f"{first:,} to {last:,}" for first, last in ranges]
+    bars = ["#" * -(-count * BAR // max(counts)) for count in counts]
+    widths = len(max(names, key=len)), len(f"{max(counts):,}")
+    rows = zip(names, counts, bars, strict=True)
+    return "\n".join(f"{name:>{widths[0]}}  {count:>{widths[1]},}  {bar}".rstrip() for name, count, bar in rows)
 
 
 def draw_tiling(image: Image.Image, tiling: Tiling) -> Image.Image:
-    """Thumbnail at the left, the canvas beside it, a legend with the counts below. RGB in, RGB out."""
+    """Draw the thumbnail, the canvas to the right of it, and a legend with the counts below. RGB in, RGB out."""
     plan = plan_tiles(Size(height=image.height, width=image.width), tiling)
     canvas = _canvas(image, plan)
     has_grid = plan.num_tiles > 1
@@ -41,7 +122,7 @@ def draw_tiling(image: Image.Image, tiling: Tiling) -> Image.Image:
 
 
 def _canvas(image: Image.Image, plan: TilePlan) -> Image.Image:
-    """The resized image on its hatched canvas, with the tiles' and the kept tokens' edges."""
+    """Draw the resized image on a hatched canvas, with the edges of the tiles and of the kept tokens."""
     scale = WIDTH / max(plan.canvas.height, plan.canvas.width)
     drawn = Image.new("RGB", (round(plan.canvas.width * scale), round(plan.canvas.height * scale)), (238, 238, 240))
     pen = ImageDraw.Draw(drawn)
@@ -69,7 +150,7 @@ def _box(left: float, top: float, width: float, height: float, scale: float) -> 
 
 
 def _count(pen: ImageDraw.ImageDraw, left: int, top: int, tokens: int) -> None:
-    """A tile's tokens in its corner."""
+    """Write the number of tokens of a tile into its corner."""
     letters = ImageFont.load_default(13)
     corner = left + 8, top + 6
     x0, y0, x1, y1 = pen.textbbox(corner, str(tokens), font=letters)
@@ -78,7 +159,7 @@ def _count(pen: ImageDraw.ImageDraw, left: int, top: int, tokens: int) -> None:
 
 
 def _mark_newlines(pen: ImageDraw.ImageDraw, plan: TilePlan, canvas: Image.Image, left: int) -> None:
-    """A tick at the end of every kept row: there the model reads a newline."""
+    """Draw a tick at the end of each kept row, where a newline token follows."""
     pitch = canvas.height / (plan.grid.rows * plan.side)
     x = left + (plan.kept_left + plan.kept_cols) * pitch
     for row in range(plan.newline_tokens):
@@ -87,7 +168,7 @@ def _mark_newlines(pen: ImageDraw.ImageDraw, plan: TilePlan, canvas: Image.Image
 
 
 def _legend(plan: TilePlan, tiling: Tiling) -> list[tuple[str, tuple[int, int, int]]]:
-    grid = f"{plan.grid.rows} rows x {plan.grid.cols} columns" if plan.num_tiles > 1 else "the thumbnail alone"
+    grid = f"{plan.grid.rows} rows x {plan.grid.cols} columns" if plan.num_tiles > 1 else "the thumbnail only"
     size = f"{plan.image.width} x {plan.image.height} px"
     lines = [
         (f"{size} -> {grid} of {plan.tile} px tiles, dialect {tiling.dialect}, layout {plan.layout}", TEXT),
@@ -96,92 +177,9 @@ def _legend(plan: TilePlan, tiling: Tiling) -> list[tuple[str, tuple[int, int, i
     if plan.num_tiles > 1:
         rows, cols = plan.kept_rows, plan.kept_cols
         lines.append(
-            (f"{rows} x {cols} tokens kept of the grid + {plan.side**2} of the thumbnail: in the corners", KEPT_EDGE)
+            (f"{rows} x {cols} tokens kept of the grid + {plan.side**2} of the thumbnail (see corners)", KEPT_EDGE)
         )
     if plan.newline_tokens:
         lines.append((f"{plan.newline_tokens} newline tokens, one at the end of each row", NEWLINE))
     total = f"{plan.visual_tokens:,} visual + {plan.newline_tokens} newline = {plan.total_tokens:,} tokens"
     return [*lines, (f"{total} in the language model", TEXT)]
-
-
-CANDIDATE_COLUMNS = ("canvas", "grid", "effective px", "of the image", "wasted px", "of the canvas", "")
-BINS = 12  # bars of a histogram at most
-BAR = 40  # characters of the longest
-
-
-def describe_plan(plan: TilePlan) -> str:
-    """Size, grid and the token bill of one image."""
-    return (
-        f"{plan.image.width}x{plan.image.height} -> {max(plan.grid.rows, 1)}x{max(plan.grid.cols, 1)} grid, "
-        f"{plan.num_tiles} tile{'s'[: plan.num_tiles > 1]}, {plan.visual_tokens:,} visual + "
-        f"{plan.newline_tokens} newline = {plan.total_tokens:,} tokens"
-    )
-
-
-def candidate_rows(size: Size, tiling: Tiling) -> list[tuple[str, ...]]:
-    """Every candidate canvas in the order in which it is tried, under `CANDIDATE_COLUMNS`; the last marks the chosen.
-
-    Sizes are written width x height, grids rows x columns.
-    """
-    rows: list[tuple[str, ...]] = []
-    chosen = choose_canvas(size, tiling)
-    for canvas in tiling.canvases:
-        effective, waste = canvas_areas(size, canvas)
-        rows.append(
-            (
-                f"{canvas.width}x{canvas.height}",
-                f"{canvas.height // tiling.tile}x{canvas.width // tiling.tile}",
-                f"{effective:,}",
-                f"{effective / (size.height * size.width):.1%}",
-                f"{waste:,}",
-                f"{waste / (canvas.height * canvas.width):.1%}",
-                "chosen" if canvas == chosen else "",
-            )
-        )
-    return rows
-
-
-def explain_choice(size: Size, tiling: Tiling) -> str:
-    """Why this canvas, in one sentence."""
-    chosen = choose_canvas(size, tiling)
-    if chosen is None:
-        return "There is no candidate canvas: the image is its thumbnail alone."
-    best = canvas_areas(size, chosen)
-    areas = [canvas_areas(size, canvas) for canvas in tiling.canvases]
-    name = f"{chosen.width}x{chosen.height}"
-    if len(areas) == 1:
-        return f"{name} is the only candidate."
-    if (equals := areas.count(best)) > 1:
-        return f"{name} is the first, for dialect {tiling.dialect}, of {equals} that keep most and waste least."
-    if (rivals := sum(other.effective == best.effective for other in areas)) > 1:
-        return f"{name} wastes least of the {rivals} that keep most of the image."
-    return f"{name} keeps most of the image."
-
-
-def format_table(names: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Columns of text, the first to the left and the others to the right."""
-    lines = [names, *rows]
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join(
-        "  ".join(
-            cell.rjust(width) if place else cell.ljust(width)
-            for place, (cell, width) in enumerate(zip(line, widths, strict=True))
-        ).rstrip()
-        for line in lines
-    )
-
-
-def format_histogram(values: Sequence[int]) -> str:
-    """Whole numbers by value, or in bins of equal width where they differ too much: range, count, bar."""
-    low, width = min(values), max(-(-(max(values) - min(values) + 1) // BINS), 1)
-    distinct = sorted(set(values))
-    if len(distinct) <= BINS:
-        ranges = [(value, value) for value in distinct]
-    else:
-        ranges = [(start, start + width - 1) for start in range(low, max(values) + 1, width)]
-    counts = [sum(first <= value <= last for value in values) for first, last in ranges]
-    names = [f"{first:,}" if first == last else f"{first:,} to {last:,}" for first, last in ranges]
-    bars = ["#" * -(-count * BAR // max(counts)) for count in counts]
-    widths = len(max(names, key=len)), len(f"{max(counts):,}")
-    rows = zip(names, counts, bars, strict=True)
-    return "\n".join(f"{name:>{widths[0]}}  {count:>{widths[1]},}  {bar}".rstrip() for name, count, bar in rows)

@@ -6,7 +6,6 @@ import json
 import shlex
 from collections.abc import Iterator
 from dataclasses import replace
-from difflib import get_close_matches
 from pathlib import Path
 
 from PIL import Image
@@ -14,7 +13,7 @@ from PIL import Image
 from anyres_vlm.data.blobs import blob_name
 from anyres_vlm.data.images import open_image
 from anyres_vlm.data.tile_picture import describe_plan
-from anyres_vlm.errors import UsageError
+from anyres_vlm.errors import UsageError, did_you_mean
 from anyres_vlm.geometry import TilePlan
 from anyres_vlm.inference.assistant import Answer, Assistant
 from anyres_vlm.inference.generation import Decoding, Watch
@@ -47,8 +46,7 @@ def run_command(session: ChatSession, line: str) -> str:
         return "\n".join(HELP.values())
     if name in HELP:
         raise UsageError(f"{line}: expected {HELP[name].partition('  ')[0]}")
-    near = get_close_matches(name, HELP, 1)
-    raise UsageError(f"unknown command {name}: {f'did you mean {near[0]}? ' if near else ''}/help lists them")
+    raise UsageError(f"unknown command {name}: /help lists them{did_you_mean(name, list(HELP))}")
 
 
 def _save(session: ChatSession, path: Path) -> str:

@@ -64,7 +64,7 @@ def test_mistakes_are_a_line_each_and_the_chat_goes_on(checkpoint, pictures, mon
         ("/image broken.png", "broken.png: broken image"),
         ("/image none.png", "none.png: no such file"),
         ("/image", "/image: expected /image FILE"),
-        ("/imge wide.png", "unknown command /imge: did you mean /image? /help lists them"),
+        ("/imge wide.png", "unknown command /imge: /help lists them; did you mean /image?"),
         ("/xyz", "unknown command /xyz: /help lists them"),
         ("/image 'wide.png", "No closing quotation"),
         ("/save here.json", "nothing was said yet"),

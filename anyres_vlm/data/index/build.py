@@ -1,6 +1,8 @@
-"""Part files of an unfinished index, in a hidden folder next to it, written durably by several processes.
+"""Build an index with several processes, resumably.
 
-A killed run resumes from the parts it finds; parts of other data or settings are deleted.
+Rows are computed in parts, files in a hidden folder next to the index. A rerun after a kill continues from the existing
+parts; parts of other data or settings are deleted. The parts are then concatenated to the index file, whose bytes do
+not depend on the number of processes, parts or shards.
 """
 
 from __future__ import annotations
@@ -45,144 +47,60 @@ from anyres_vlm.errors import DataError, UsageError
 from anyres_vlm.files import replacing
 
 CHUNK = 1024  # rows per part: about half a second of work, so processes finish at about the same time
-KEY_FILE = "key"
+ROW_GROUP = 65_536  # rows per row group of the Parquet file
+KEY_FILE = "key"  # in the folder of the parts: the key of the index they belong to
 
 Progress = Callable[[int, int], None]
 """Called with the numbers of finished rows and of all rows."""
 
 
-@dataclass(frozen=True)
-class Parts:
-    """The part files of one target, for rows `start` to `stop`."""
+def build_index(
+    data: Path,
+    images: Path | None,
+    settings: IndexSettings,
+    out: Path,
+    *,
+    workers: int,
+    max_bad_fraction: float,
+    shard: Shard | None = None,
+    rebuild: bool = False,
+    progress: Progress = lambda done, total: None,
+) -> Built:
+    """Build the index of a source at `out`, and write the list of rejects next to it.
 
-    folder: Path
-    start: int
-    stop: int
-
-    @classmethod
-    def open(cls, target: Path, key: str, start: int, stop: int, *, keep: bool) -> Parts:
-        """Open the folder next to the target; empty it if its key differs or `keep` is false."""
-        folder = target.with_name(f".{target.name}.parts")
-        if not keep or not (folder / KEY_FILE).exists() or (folder / KEY_FILE).read_text(encoding="utf-8") != key:
-            shutil.rmtree(folder, ignore_errors=True)
-            folder.mkdir(parents=True)
-            (folder / KEY_FILE).write_text(key, encoding="utf-8")
-        return cls(folder, start, stop)
-
-    @property
-    def ranges(self) -> list[tuple[int, int]]:
-        """First row and end of each part, in order."""
-        return [(row, min(row + CHUNK, self.stop)) for row in range(self.start, self.stop, CHUNK)]
-
-    def path(self, first: int, end: int) -> Path:
-        """Return the path of a part."""
-        return self.folder / f"{first}-{end}.arrow"
-
-    def fill(self, source: Source, settings: IndexSettings, workers: int, progress: Progress) -> int:
-        """Build the missing parts. Returns the number of rows read."""
-        missing = [span for span in self.ranges if not self.path(*span).exists()]
-        done = finished = self.stop - self.start - sum(end - first for first, end in missing)
-        progress(done, self.stop - self.start)
-        with _sequential_tokenizers():
-            for rows in _spread(_Job(self, source, settings), missing, min(workers, len(missing))):
-                done += rows
-                progress(done, self.stop - self.start)
-        return done - finished
-
-    def tables(self) -> Iterator[pa.Table]:
-        """Yield the parts in order, one in memory at a time."""
-        for span in self.ranges:
-            with pa.OSFile(str(self.path(*span))) as file:
-                yield pa.ipc.open_file(file).read_all().replace_schema_metadata(None)
-
-    def changes(self) -> dict[str, int]:
-        """Count the samples that reading changed, by kind."""
-        counts: Counter[str] = Counter()
-        for span in self.ranges:
-            with pa.OSFile(str(self.path(*span))) as file:
-                metadata = pa.ipc.open_file(file).schema.metadata or {}
-            counts.update(json.loads(metadata.get(CHANGES_KEY, b"{}")))
-        return dict(counts)
-
-    def remove(self) -> None:
-        """Delete the folder."""
-        shutil.rmtree(self.folder)
+    An existing index of the same data and settings is reused unless `rebuild` is set. With `shard`, only that range of
+    rows is indexed; the shard that finishes last merges all of them. Raises `DataError` for a broken source and for too
+    many rejects; then the list of rejects is written, but not the index.
+    """
+    target = out if shard is None else shard.path(out)
+    if target.is_dir():
+        raise UsageError(f"{target}: a folder, expected the name of a Parquet file")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    made, rows_read = _build(data, images, settings, target, workers, shard, rebuild, progress)
+    if shard is not None:
+        made = _publish(made, target)
+        write_rejects(made, rejects_path(target))
+        shards = [Shard(number, shard.count) for number in range(1, shard.count + 1)]
+        missing = tuple(other for other in shards if _with_key(other.path(out), made.key) is None)
+        if missing:
+            return Built(made, rows_read, missing)
+        found = _current(out, made.key) if rows_read == 0 else None
+        made = found or _merge([read_index(other.path(out)) for other in shards], out)
+    _list_and_check(made, out, max_bad_fraction)
+    return Built(_publish(made, out), rows_read)
 
 
-@dataclass(frozen=True)
-class _Job:
-    """Everything a process needs to build any part."""
+@dataclass(frozen=True, slots=True)
+class Built:
+    """Result of `build_index`.
 
-    parts: Parts
-    source: Source
-    settings: IndexSettings
+    `rows_read` is the number of rows indexed by this call, 0 if an existing index was reused. `missing` are the shards
+    that are not built yet; if there are any, `index` is the index of this shard only.
+    """
 
-    def run(self, span: tuple[int, int]) -> int:
-        """Build one part atomically. Returns its number of rows."""
-        table = index_rows(self.source, self.settings, *span)
-        with replacing(self.parts.path(*span), "wb") as file, pa.ipc.new_file(file, table.schema) as writer:
-            writer.write_table(table)
-        return int(table.num_rows)
-
-
-def _spread(job: _Job, spans: list[tuple[int, int]], workers: int) -> Iterator[int]:
-    """Run the job on every span, in this process or in several, and yield the numbers of rows."""
-    if workers <= 1:
-        yield from map(job.run, spans)
-        return
-    method = "fork" if "fork" in multiprocessing.get_all_start_methods() else "spawn"  # a fork starts faster
-    context = multiprocessing.get_context(method)
-    with ProcessPoolExecutor(workers, context, initializer=_start_worker, initargs=(job, os.getpid())) as pool:
-        try:
-            yield from pool.map(_run_in_worker, spans)
-        except BrokenProcessPool:
-            raise DataError(
-                "a worker process died, perhaps out of memory: rerun with fewer --workers to resume"
-            ) from None
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
-
-
-_worker_job: list[_Job] = []  # set once per worker process, as a job is too large to send with every span
-
-
-def _start_worker(job: _Job, parent: int) -> None:
-    _worker_job.append(job)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent is interrupted as well and reports it
-    gc.freeze()  # objects of the parent
-    gc.disable()  # the many small objects of a part have no cycles; searching for them took a tenth of the time
-    threading.Thread(target=_exit_with_parent, args=(parent,), daemon=True).start()
-
-
-def _exit_with_parent(parent: int) -> None:
-    """Exit when the parent is gone: if killed, it cannot stop its workers, which would wait forever."""
-    while os.getppid() == parent:
-        time.sleep(0.5)
-    os._exit(1)
-
-
-def _run_in_worker(span: tuple[int, int]) -> int:
-    rows = _worker_job[0].run(span)
-    gc.collect()  # tracebacks have cycles
-    return rows
-
-
-@contextmanager
-def _sequential_tokenizers() -> Iterator[None]:
-    """Disable tokenizer threads: the processes run in parallel already, and Rust threads do not survive a fork."""
-    name = "TOKENIZERS_PARALLELISM"
-    before = os.environ.get(name)
-    os.environ[name] = "false"
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ[name]
-        else:
-            os.environ[name] = before
-
-
-ROW_GROUP = 65_536
+    index: Index
+    rows_read: int
+    missing: tuple[Shard, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -209,53 +127,6 @@ class Shard:
         return out.with_name(f"{out.stem}.shard-{self.number}-of-{self.count}{out.suffix}")
 
 
-@dataclass(frozen=True, slots=True)
-class Built:
-    """Result of `build_index`. `rows_read` is 0 if an existing index was reused.
-
-    `missing` are the shards that are not built yet; if there are any, `index` is this shard.
-    """
-
-    index: Index
-    rows_read: int
-    missing: tuple[Shard, ...] = ()
-
-
-def build_index(
-    data: Path,
-    images: Path | None,
-    settings: IndexSettings,
-    out: Path,
-    *,
-    workers: int,
-    max_bad_fraction: float,
-    shard: Shard | None = None,
-    rebuild: bool = False,
-    progress: Progress = lambda done, total: None,
-) -> Built:
-    """Build the index of a source at `out`, with its list of rejects next to it.
-
-    An existing index with the same content and settings is reused. The shard that finishes last merges all shards.
-    Raises `DataError` for a broken source and for too many rejects, which are listed although `out` is not written.
-    """
-    target = out if shard is None else shard.path(out)
-    if target.is_dir():
-        raise UsageError(f"{target}: a folder, expected the name of a Parquet file")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    made, rows_read = _build(data, images, settings, target, workers, shard, rebuild, progress)
-    if shard is not None:
-        made = _publish(made, target)
-        write_rejects(made, rejects_path(target))
-        shards = [Shard(number, shard.count) for number in range(1, shard.count + 1)]
-        missing = tuple(other for other in shards if _with_key(other.path(out), made.key) is None)
-        if missing:
-            return Built(made, rows_read, missing)
-        found = _current(out, made.key) if rows_read == 0 else None
-        made = found or _merge([read_index(other.path(out)) for other in shards], out)
-    _list_and_check(made, out, max_bad_fraction)
-    return Built(_publish(made, out), rows_read)
-
-
 def _build(
     data: Path,
     images: Path | None,
@@ -266,8 +137,8 @@ def _build(
     rebuild: bool,
     progress: Progress,
 ) -> tuple[Index, int]:
-    """Return the index of the source or shard and the number of rows read; a new index is not yet at `target`."""
-    stamp = Stamp.take(data, images)  # before reading, so that the next run notices a change in between
+    """Return the index of the source or shard and the number of rows read; a new index is not at `target` yet."""
+    stamp = Stamp.take(data, images)  # before reading, so that the next run notices a change during this one
     known = None if rebuild else stamp.known_fingerprint(target)
     if known is not None and (found := _current(target, settings.key(known))):
         return found, 0
@@ -297,7 +168,7 @@ def _build(
 
 
 def _merge(shards: Sequence[Index], out: Path) -> Index:
-    """Merge all shards, with the same bytes as a single run over all rows; the index is not yet at `out`."""
+    """Merge all shards to the same bytes as an index built in one run; the index is not at `out` yet."""
     changes: Counter[str] = Counter()
     for shard in shards:
         changes.update(shard.changes)
@@ -308,7 +179,7 @@ def _merge(shards: Sequence[Index], out: Path) -> Index:
 
 
 def _write(tables: Iterable[pa.Table], target: Path, metadata: dict[str, Any]) -> Index:
-    """Write a complete index durably to a temporary file next to `target`."""
+    """Write an index to a temporary file next to `target` and flush it to disk."""
     unfinished = target.with_name(f".{target.name}.unfinished")
     schema = SCHEMA.with_metadata({METADATA_KEY: json.dumps(metadata, sort_keys=True)})
     with unfinished.open("wb") as file:
@@ -336,15 +207,15 @@ def _row_groups(tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
 
 
 def _publish(index: Index, target: Path) -> Index:
-    """Move an index to its final path; a reused one is there already."""
+    """Move an index to its final path, where a reused one is already."""
     index.path.replace(target)
     return read_index(target)
 
 
 def _list_and_check(index: Index, out: Path, max_bad_fraction: float) -> None:
-    """Write the list of rejects, then raise if there are too many and delete a new index.
+    """Write the list of rejects. If there are too many, delete the index unless it is a reused one, and raise.
 
-    The list of a reused index is not rewritten, because several ranks may reuse it at the same time.
+    The list of a reused index is not rewritten, because several ranks may reuse the index at the same time.
     """
     listed = rejects_path(out)
     if index.path != out or not listed.exists():
@@ -358,17 +229,148 @@ def _list_and_check(index: Index, out: Path, max_bad_fraction: float) -> None:
 
 
 def _current(path: Path, key: str) -> Index | None:
-    """Return the index at a path if it is up to date."""
+    """Return the index at a path if it has this key and no reject could be read by now; else None."""
     index = _with_key(path, key)
     return None if index is None or has_repaired_rejects(index) else index
 
 
 def _with_key(path: Path, key: str) -> Index | None:
-    """Return the index at a path if there is one with this key."""
+    """Return the index at a path if it has this key; else None."""
     if not path.exists():
         return None
     try:
         index = read_index(path)
-    except DataError:  # of another format, or not an index: it is rebuilt
+    except DataError:  # another format, or not an index: to be rebuilt
         return None
     return index if index.key == key else None
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The part files of one target, for rows `start` to `stop`."""
+
+    folder: Path
+    start: int
+    stop: int
+
+    @classmethod
+    def open(cls, target: Path, key: str, start: int, stop: int, *, keep: bool) -> Parts:
+        """Open the folder of parts next to `target`; empty it if its key differs or `keep` is false."""
+        folder = target.with_name(f".{target.name}.parts")
+        if not keep or not (folder / KEY_FILE).exists() or (folder / KEY_FILE).read_text(encoding="utf-8") != key:
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir(parents=True)
+            (folder / KEY_FILE).write_text(key, encoding="utf-8")
+        return cls(folder, start, stop)
+
+    @property
+    def ranges(self) -> list[tuple[int, int]]:
+        """First row and end (exclusive) of each part, in order."""
+        return [(row, min(row + CHUNK, self.stop)) for row in range(self.start, self.stop, CHUNK)]
+
+    def path(self, first: int, end: int) -> Path:
+        """Return the path of a part."""
+        return self.folder / f"{first}-{end}.arrow"
+
+    def fill(self, source: Source, settings: IndexSettings, workers: int, progress: Progress) -> int:
+        """Build the missing parts. Return the number of rows read."""
+        missing = [span for span in self.ranges if not self.path(*span).exists()]
+        done = finished = self.stop - self.start - sum(end - first for first, end in missing)
+        progress(done, self.stop - self.start)
+        with _sequential_tokenizers():
+            for rows in _spread(_Job(self, source, settings), missing, min(workers, len(missing))):
+                done += rows
+                progress(done, self.stop - self.start)
+        return done - finished
+
+    def tables(self) -> Iterator[pa.Table]:
+        """Yield the parts in order, one in memory at a time."""
+        for span in self.ranges:
+            with pa.OSFile(str(self.path(*span))) as file:
+                yield pa.ipc.open_file(file).read_all().replace_schema_metadata(None)
+
+    def changes(self) -> dict[str, int]:
+        """Return the number of samples that were changed on reading, by kind of change."""
+        counts: Counter[str] = Counter()
+        for span in self.ranges:
+            with pa.OSFile(str(self.path(*span))) as file:
+                metadata = pa.ipc.open_file(file).schema.metadata or {}
+            counts.update(json.loads(metadata.get(CHANGES_KEY, b"{}")))
+        return dict(counts)
+
+    def remove(self) -> None:
+        """Delete the folder."""
+        shutil.rmtree(self.folder)
+
+
+@dataclass(frozen=True)
+class _Job:
+    """Everything a process needs to build any part."""
+
+    parts: Parts
+    source: Source
+    settings: IndexSettings
+
+    def run(self, span: tuple[int, int]) -> int:
+        """Build one part atomically. Return its number of rows."""
+        table = index_rows(self.source, self.settings, *span)
+        with replacing(self.parts.path(*span), "wb") as file, pa.ipc.new_file(file, table.schema) as writer:
+            writer.write_table(table)
+        return int(table.num_rows)
+
+
+def _spread(job: _Job, spans: list[tuple[int, int]], workers: int) -> Iterator[int]:
+    """Run the job on every span, in this process or in several, and yield the number of rows of each."""
+    if workers <= 1:
+        yield from map(job.run, spans)
+        return
+    method = "fork" if "fork" in multiprocessing.get_all_start_methods() else "spawn"  # a fork starts faster
+    context = multiprocessing.get_context(method)
+    with ProcessPoolExecutor(workers, context, initializer=_start_worker, initargs=(job, os.getpid())) as pool:
+        try:
+            yield from pool.map(_run_in_worker, spans)
+        except BrokenProcessPool:
+            raise DataError(
+                "a worker process was killed, perhaps out of memory: rerun with fewer --workers to resume"
+            ) from None
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+
+@contextmanager
+def _sequential_tokenizers() -> Iterator[None]:
+    """Disable tokenizer threads: the processes run in parallel already, and Rust threads do not survive a fork."""
+    name = "TOKENIZERS_PARALLELISM"
+    before = os.environ.get(name)
+    os.environ[name] = "false"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
+
+
+_worker_job: list[_Job] = []  # set once per worker process, because a job is too large to send with every span
+
+
+def _start_worker(job: _Job, parent: int) -> None:
+    _worker_job.append(job)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent receives it too and reports it
+    gc.freeze()  # objects of the parent
+    gc.disable()  # collecting the many small objects of a part took a tenth of the time, and they have no cycles
+    threading.Thread(target=_exit_with_parent, args=(parent,), daemon=True).start()
+
+
+def _exit_with_parent(parent: int) -> None:
+    """Exit when the parent is gone: a killed parent cannot stop its workers, which would wait forever."""
+    while os.getppid() == parent:
+        time.sleep(0.5)
+    os._exit(1)
+
+
+def _run_in_worker(span: tuple[int, int]) -> int:
+    rows = _worker_job[0].run(span)
+    gc.collect()  # tracebacks have cycles
+    return rows

@@ -1,4 +1,4 @@
-"""The index report: one self-contained HTML page with counts, figures, rejects and the longest samples."""
+"""Write the report of an index: one self-contained HTML page with counts, figures, rejects and the longest samples."""
 
 from __future__ import annotations
 
@@ -16,10 +16,21 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from anyres_vlm.data.index.table import OK, Index, count_rejects, num_images, summarise
+from anyres_vlm.data.index.table import Index, count_rejects, num_images, summarise
 from anyres_vlm.errors import UsageError
 from anyres_vlm.geometry import Size, Tiling, plan_tiles
 
+TEMPLATE = "report.html.j2"
+TITLES = {
+    "tokens": "Tokens",
+    "parts": "Text and image",
+    "tiles": "Tiles",
+    "aspects": "Aspect ratios",
+    "supervised": "Supervised share",
+    "rejects": "Rejects",
+}
+EXAMPLES = 3  # of each kind of reject
+LONGEST = 10  # records
 INK, FAINT, PAPER = "#24292f", "#d8dee4", "#ffffff"
 BLUE, ORANGE, GREEN, RED = "#2f6fb7", "#d9822b", "#3a8f5c", "#c2433d"
 GRIDS = (
@@ -34,18 +45,33 @@ GRIDS = (
 )  # the most frequent grids, the last the rest
 SIZE, DPI = (7.2, 3.9), 144  # inches, and pixels an inch
 BINS = 60
-
 Figures = dict[str, tuple[str, bytes]]  # name -> (what it shows, PNG)
 
 
+def draw_report(index: Index) -> Path:
+    """Write the page and its figures next to the index. Returns the path of the page.
+
+    Raises `UsageError` if matplotlib, an optional extra, is not installed.
+    """
+    settings = index.settings
+    pinpoints = tuple((first, second) for first, second in settings["pinpoints"])
+    tiling = Tiling(pinpoints, settings["tile"], settings["patch"], settings["layout"], settings["dialect"])
+    figures = draw_figures(index, tiling)
+    for name, (_, png) in figures.items():
+        index.path.with_name(f"{index.path.name}.report-{name}.png").write_bytes(png)
+    page = index.path.with_name(f"{index.path.name}.report.html")
+    page.write_text(_page(index, figures), encoding="utf-8")
+    return page
+
+
 def require_matplotlib() -> None:
-    """Raises `UsageError` naming the extra where matplotlib is not installed."""
+    """Raise `UsageError` naming the extra to install if matplotlib is missing."""
     if find_spec("matplotlib") is None:
         raise UsageError("--report draws with matplotlib: pip install 'anyres-vlm[demo]', or leave --report out")
 
 
 def draw_figures(index: Index, tiling: Tiling) -> Figures:
-    """All figures that this index has something for, as PNG files in memory."""
+    """Draw every figure for which the index has data, as PNG files in memory."""
     require_matplotlib()
     figures = {}
     for draw in (draw_tokens, draw_parts, draw_tiles, draw_aspects, draw_supervised, draw_rejects):
@@ -57,7 +83,7 @@ def draw_figures(index: Index, tiling: Tiling) -> Figures:
 
 
 def draw_tokens(axes: Any, index: Index, tiling: Tiling) -> str:
-    """Histogram of the samples' lengths with median and 95th percentile."""
+    """Draw the histogram of sample lengths with median and 95th percentile. Return a caption, empty without data."""
     tokens = index.tokens[index.ok]
     if not len(tokens):
         return ""
@@ -67,11 +93,11 @@ def draw_tokens(axes: Any, index: Index, tiling: Tiling) -> str:
         axes.axvline(value, color=colour, linewidth=1.2, linestyle="--", label=f"{name}: {value:,.0f}")
     axes.set(xlabel="tokens a sample", ylabel="samples")
     axes.legend(frameon=False)
-    return "How long the samples are: positions in the language model's sequence, images included."
+    return "Sample lengths: positions in the language model's sequence, images included."
 
 
 def draw_parts(axes: Any, index: Index, tiling: Tiling) -> str:
-    """Where the tokens are: text against visual tokens of each sample."""
+    """Draw text tokens against visual tokens of the samples."""
     text, visual = (index.numbers(name)[index.ok] for name in ("text_tokens", "visual_tokens"))
     if not len(text):
         return ""
@@ -81,11 +107,11 @@ def draw_parts(axes: Any, index: Index, tiling: Tiling) -> str:
     mesh = axes.hist2d(text, visual, bins=bins, cmin=1, norm=LogNorm(vmin=1), cmap="YlGnBu")[3]
     axes.figure.colorbar(mesh, ax=axes, label="samples", format=_thousands())
     axes.set(xlabel="text tokens a sample", ylabel="visual tokens a sample")
-    return "Text against image: each square counts the samples with so many tokens of both. Text-only samples lie at 0."
+    return "Text and visual tokens: each square counts samples. Text-only samples are at 0 visual tokens."
 
 
 def draw_tiles(axes: Any, index: Index, tiling: Tiling) -> str:
-    """Samples by their number of tiles."""
+    """Draw the number of samples by number of tiles."""
     tiles = index.tiles[index.ok]
     if not len(tiles):
         return ""
@@ -93,18 +119,18 @@ def draw_tiles(axes: Any, index: Index, tiling: Tiling) -> str:
     axes.bar(numbers, counts, color=GREEN, width=0.8)
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set(xlabel="tiles a sample, thumbnails included", ylabel="samples")
-    return "What the vision encoder has to do for a sample; 0 is text only."
+    return "Tiles to encode for a sample; 0 is text only."
 
 
 def draw_aspects(axes: Any, index: Index, tiling: Tiling) -> str:
-    """Images by aspect ratio, stacked by the grid that is chosen for them."""
+    """Draw the histogram of aspect ratios, stacked by the grid that is chosen."""
     sizes = count_sizes(index)
     if not sizes:
         return ""
     ratios = np.array([size.width / size.height for size in sizes])
     weights = np.array(list(sizes.values()))
     grids = [plan_tiles(size, tiling).grid for size in sizes]
-    names = [f"{grid.rows} x {grid.cols}" if grid.rows else "thumbnail alone" for grid in grids]
+    names = [f"{grid.rows} x {grid.cols}" if grid.rows else "thumbnail only" for grid in grids]
     totals: Counter[str] = Counter()
     for name, weight in zip(names, weights, strict=True):
         totals[name] += int(weight)
@@ -124,11 +150,21 @@ def draw_aspects(axes: Any, index: Index, tiling: Tiling) -> str:
     axes.xaxis.set_major_formatter(lambda ratio, _: f"{ratio:g}" if ratio >= 1 else f"1/{1 / ratio:g}")
     axes.set(xlabel="width / height", ylabel="images")
     axes.legend(frameon=False, fontsize=8, title="rows x columns of tiles", title_fontsize=8)
-    return "The images' aspect ratios, and the grid of tiles that is chosen for each."
+    return "Aspect ratios of the images, and the grid of tiles that is chosen for them."
+
+
+def count_sizes(index: Index) -> Counter[Size]:
+    """Return the number of images of each size in the good samples."""
+    chosen = pa.array(np.repeat(index.ok, num_images(index)))
+    pixels = [pc.list_flatten(index.column(name)).filter(chosen).to_numpy() for name in ("heights", "widths")]
+    sides: NDArray[np.int64] = np.stack(pixels, axis=1)
+    unique, counts = np.unique(sides, axis=0, return_counts=True)
+    pairs = zip(unique.tolist(), counts.tolist(), strict=True)
+    return Counter({Size(height=height, width=width): count for (height, width), count in pairs})
 
 
 def draw_supervised(axes: Any, index: Index, tiling: Tiling) -> str:
-    """Share of a sample's tokens that count in the loss."""
+    """Draw the histogram of the share of tokens that count in the loss."""
     tokens = index.tokens[index.ok]
     if not len(tokens):
         return ""
@@ -138,11 +174,11 @@ def draw_supervised(axes: Any, index: Index, tiling: Tiling) -> str:
     axes.axvline(whole, color=INK, linewidth=1.2, linestyle="--", label=f"of all tokens: {whole:.1f}%")
     axes.set(xlabel="supervised share of a sample's tokens, %", ylabel="samples")
     axes.legend(frameon=False)
-    return "How much of what is computed is also learned from."
+    return "Share of the tokens of a sample that count in the loss."
 
 
 def draw_rejects(axes: Any, index: Index, tiling: Tiling) -> str:
-    """Rejects by kind."""
+    """Draw the number of rejects by kind."""
     counts = count_rejects(index)
     if not counts:
         return ""
@@ -153,17 +189,7 @@ def draw_rejects(axes: Any, index: Index, tiling: Tiling) -> str:
     axes.set(xlabel="records", xlim=(0, max(counts.values()) * 1.15))
     axes.grid(axis="y", visible=False)
     axes.xaxis.get_major_locator().set_params(integer=True)
-    return "What is left out, and why; the list is in the rejects file."
-
-
-def count_sizes(index: Index) -> Counter[Size]:
-    """How many images of the good samples have each size."""
-    chosen = pa.array(np.repeat(index.ok, num_images(index)))
-    pixels = [pc.list_flatten(index.column(name)).filter(chosen).to_numpy() for name in ("heights", "widths")]
-    sides: NDArray[np.int64] = np.stack(pixels, axis=1)
-    unique, counts = np.unique(sides, axis=0, return_counts=True)
-    pairs = zip(unique.tolist(), counts.tolist(), strict=True)
-    return Counter({Size(height=height, width=width): count for (height, width), count in pairs})
+    return "Rejected records by reason; the rejects file lists all of them."
 
 
 def _new_figure() -> tuple[Any, Any]:
@@ -192,37 +218,8 @@ def _thousands() -> Any:
 
 def _png(figure: Any) -> bytes:
     buffer = BytesIO()
-    figure.savefig(buffer, format="png", metadata={"Software": None})  # else matplotlib's version is in the bytes
+    figure.savefig(buffer, format="png", metadata={"Software": None})  # without matplotlib's version in the bytes
     return buffer.getvalue()
-
-
-TITLES = {
-    "tokens": "Tokens",
-    "parts": "Text and image",
-    "tiles": "Tiles",
-    "aspects": "Aspect ratios",
-    "supervised": "Supervised share",
-    "rejects": "Rejects",
-}
-EXAMPLES = 3  # of each kind of reject
-LONGEST = 10  # records
-TEMPLATE = "report.html.j2"
-
-
-def draw_report(index: Index) -> Path:
-    """Write the page and its figures next to the index. Returns the path of the page.
-
-    Raises `UsageError` if matplotlib, an optional extra, is not installed.
-    """
-    settings = index.settings
-    pinpoints = tuple((first, second) for first, second in settings["pinpoints"])
-    tiling = Tiling(pinpoints, settings["tile"], settings["patch"], settings["layout"], settings["dialect"])
-    figures = draw_figures(index, tiling)
-    for name, (_, png) in figures.items():
-        index.path.with_name(f"{index.path.name}.report-{name}.png").write_bytes(png)
-    page = index.path.with_name(f"{index.path.name}.report.html")
-    page.write_text(_page(index, figures), encoding="utf-8")
-    return page
 
 
 def _page(index: Index, figures: Figures) -> str:
@@ -267,18 +264,17 @@ def _numbers(summary: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def _rejects(index: Index) -> list[Sequence[Any]]:
-    """The first few of every kind: kind, id, row, reason."""
+    """Return the first few rejects of each kind: kind, id, row, reason."""
     shown: dict[str, list[Sequence[Any]]] = {}
-    for batch in index.batches(["id", "row", "status", "reason"]):
-        for reject in batch.filter(pc.not_equal(batch["status"], OK)).to_pylist():
-            kind = shown.setdefault(reject["status"], [])
-            if len(kind) < EXAMPLES:
-                kind.append((reject["status"].replace("_", " "), reject["id"], reject["row"], reject["reason"]))
+    for reject in index.rejects(["id", "row", "status", "reason"]):
+        kind = shown.setdefault(reject["status"], [])
+        if len(kind) < EXAMPLES:
+            kind.append((reject["status"].replace("_", " "), reject["id"], reject["row"], reject["reason"]))
     return [row for kind in sorted(shown) for row in shown[kind]]
 
 
 def _longest(index: Index) -> list[Sequence[Any]]:
-    """The longest good samples with the sizes of their images."""
+    """Return the longest samples: id, counts and the sizes of their images."""
     good = np.flatnonzero(index.ok)
     places = good[np.argsort(-index.tokens[good], kind="stable")[:LONGEST]].tolist()
     columns = [index.numbers(name) for name in ("tokens", "visual_tokens", "text_tokens", "supervised", "tiles", "row")]

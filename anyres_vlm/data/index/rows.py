@@ -1,4 +1,4 @@
-"""From a range of a source's records to rows of the index: the work that the processes share."""
+"""Compute the rows of an index from records: tile plans from image headers, token counts from the tokenizer."""
 
 from __future__ import annotations
 
@@ -24,19 +24,18 @@ from anyres_vlm.geometry import TilePlan, Tiling
 from anyres_vlm.schema import IGNORE_INDEX, IMAGE_TOKEN, Record, Sample, Turn, token_repeats
 
 BATCH = 512  # conversations tokenised at once
-BATCH_CHARACTERS = 1 << 20  # and fewer where they are long: until it is a row, a token takes up to 270 bytes
+BATCH_CHARACTERS = 1 << 20  # limit for long ones: until the row is computed, a token takes up to 270 bytes of memory
 MOVED_IMAGE = f"moved {IMAGE_TOKEN} to the front"
-CHANGES_KEY = b"changes"  # of a part's schema: how many samples were changed while they were read, by kind
+CHANGES_KEY = b"changes"  # in the metadata of a part: number of samples that were changed on reading, by kind
 PROBE = (Turn("user", f"{IMAGE_TOKEN}\nquestion"), Turn("assistant", "answer")) * 2
-
+ROW, STATUS = SCHEMA.names.index("row"), SCHEMA.names.index("status")
 Place = tuple[int, str]  # row and source
 Row = tuple[Any, ...]  # one value a column of the schema
-ROW, STATUS = SCHEMA.names.index("row"), SCHEMA.names.index("status")
 
 
 @dataclass(frozen=True)
 class IndexSettings:
-    """What decides the counts besides the source."""
+    """The settings that determine the counts of a source."""
 
     conversation: ConversationTokenizer
     tiling: Tiling
@@ -44,7 +43,7 @@ class IndexSettings:
 
     @cached_property
     def words(self) -> dict[str, Any]:
-        """All of it as JSON. The tokenizer is its content's hash, and the template also shows a rendered dialogue."""
+        """The settings as JSON. A hash stands for the tokenizer; `dialogue` shows what the template writes."""
         tokenizer = self.conversation.tokenizer
         content = json.loads(tokenizer.backend_tokenizer.to_str())
         content = {name: part for name, part in content.items() if name not in ("truncation", "padding")}
@@ -63,15 +62,15 @@ class IndexSettings:
         }
 
     def key(self, fingerprint: str) -> str:
-        """The content key of an index of a source with this fingerprint."""
+        """Return the key of the index of a source with this fingerprint."""
         links = {"links": "followed"} if follow_links() else {}
-        # As it was before there was a choice, so that indexes of that time stay valid.
+        # Older indexes, built before this setting existed, are those of `as_is` and stay valid.
         words = {name: word for name, word in self.words.items() if (name, word) != ("image_position", "as_is")}
         return _digest({"format": FORMAT, "source": fingerprint, "settings": words, **links})
 
 
 def index_rows(source: Source, settings: IndexSettings, start: int, stop: int) -> pa.Table:
-    """Rows `start` to `stop` of the source, rejects included, as the schema has them."""
+    """Return rows `start` to `stop` (exclusive) of the index, rejects included, in the index schema."""
     rows: list[Row] = []
     planned: list[_Planned] = []
     changes: Counter[str] = Counter()
@@ -101,20 +100,6 @@ def index_rows(source: Source, settings: IndexSettings, start: int, stop: int) -
     return pa.table([pa.array(values, field.type) for values, field in zip(columns, SCHEMA, strict=True)], schema)
 
 
-def _changes(record: Record, conversation: ConversationTokenizer) -> tuple[str, ...]:
-    """What reading and image placement change in a record."""
-    is_moved = conversation.place_images(record.turns) is not record.turns
-    return (*record.changes, MOVED_IMAGE) if is_moved else record.changes
-
-
-class _Planned(NamedTuple):
-    """A record whose images are planned and forgotten, for they may be bytes in memory."""
-
-    record: Record
-    place: Place
-    plans: tuple[TilePlan, ...]
-
-
 def _plan(record: Record, place: Place, tiling: Tiling) -> _Planned | Row:
     plans: list[TilePlan] = []
     for image in record.images:
@@ -123,8 +108,16 @@ def _plan(record: Record, place: Place, tiling: Tiling) -> _Planned | Row:
         except DataError as error:
             whole_file = image.path is not None and image.offset == 0 and image.length is None
             return _reject(record.id, place, error, "unreadable_image", str(image.path) if whole_file else None)
-    textual = Record(record.id, (), record.turns, system=record.system, changes=record.changes)
-    return _Planned(textual, place, tuple(plans))
+    without_images = Record(record.id, (), record.turns, system=record.system, changes=record.changes)
+    return _Planned(without_images, place, tuple(plans))
+
+
+class _Planned(NamedTuple):
+    """A record with its tile plans, without its images, which may be bytes in memory."""
+
+    record: Record
+    place: Place
+    plans: tuple[TilePlan, ...]
 
 
 def _row(planned: _Planned, encoded: tuple[Ids, Ids] | DataError, settings: IndexSettings) -> Row:
@@ -145,7 +138,7 @@ def _row(planned: _Planned, encoded: tuple[Ids, Ids] | DataError, settings: Inde
 
 
 def check_sample(sample: Sample, max_length: int, image_token_id: int) -> None:
-    """Raise `DataError` for a sample without supervised tokens or, with what a truncation would cut, a too long one."""
+    """Raise `DataError` for a sample that is too long, with what a truncation would cut, or has no supervised token."""
     if sample.length > max_length:
         is_image = sample.input_ids == image_token_id
         spans = token_repeats(sample.input_ids, sample.plans, image_token_id)
@@ -154,7 +147,7 @@ def check_sample(sample: Sample, max_length: int, image_token_id: int) -> None:
         raise DataError(
             f"record {sample.id}: {sample.length:,} tokens exceed max_length={max_length:,}: a truncation would cut "
             f"{beyond.sum():,} of them, {beyond[is_image].sum():,} visual and {supervised:,} supervised: "
-            "raise it or lower --grid",
+            "raise max_length or lower --grid",
             kind="too_long",
         )
     if sample.num_supervised == 0:
@@ -162,8 +155,14 @@ def check_sample(sample: Sample, max_length: int, image_token_id: int) -> None:
 
 
 def _reject(name: str, place: Place, error: DataError, kind: RejectKind, image: str | None = None) -> Row:
-    """A row without counts; `kind` holds where the error itself has none."""
+    """Return the row of a reject, without counts; `kind` is used if the error itself has none."""
     return (name, *place, [], [], *[0] * len(COUNTS), error.kind or kind, str(error), image)
+
+
+def _changes(record: Record, conversation: ConversationTokenizer) -> tuple[str, ...]:
+    """Return the kinds of changes made to a record on reading and by placing its image."""
+    is_moved = conversation.place_images(record.turns) is not record.turns
+    return (*record.changes, MOVED_IMAGE) if is_moved else record.changes
 
 
 def _digest(content: Any) -> str:

@@ -1,4 +1,9 @@
-"""The index as a Parquet file: columns, metadata, and numpy arrays for planner and trainer."""
+"""The index as a Parquet file: its columns, metadata, totals and rejects.
+
+An index has one row per record of a source, with the image sizes and token counts of a sample or the reason for a
+reject. Metadata identify what it was built from. Next to `NAME.parquet` lie `NAME.parquet.rejects.jsonl`, the list of
+rejects, and `.NAME.parquet.source.json`, the `Stamp` by which an unchanged source is recognised without reading it.
+"""
 
 from __future__ import annotations
 
@@ -17,20 +22,20 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from anyres_vlm.data.sources import source_files
-from anyres_vlm.errors import DataError
+from anyres_vlm.errors import DataError, check_bad_records
 from anyres_vlm.files import replacing
 from anyres_vlm.geometry import Size
 
 FORMAT = 1  # version of the file and of its counts; part of every key
 METADATA_KEY = b"anyres_index"
-OK = "ok"
+OK = "ok"  # status of a sample
 
 SIDES = pa.list_(pa.int32())
 SCHEMA = pa.schema(
     [
         ("id", pa.string()),
-        ("row", pa.int64()),  # row of the data, from 0
-        ("source", pa.string()),  # name of the source; in a mixture, the one the row is from
+        ("row", pa.int64()),  # row of the source, from 0
+        ("source", pa.string()),  # name of the source; in a mixture, that of the part with this row
         ("heights", SIDES),  # pixels after EXIF rotation, per image with a readable header
         ("widths", SIDES),
         ("tiles", pa.int32()),
@@ -41,7 +46,7 @@ SCHEMA = pa.schema(
         ("supervised", pa.int32()),
         ("status", pa.string()),  # `ok` or the kind of reject
         ("reason", pa.string()),  # null if ok
-        ("image", pa.string()),  # the image file at fault, null if none
+        ("image", pa.string()),  # path of the image file that caused the reject, or null
     ]
 )
 COUNTS = ("tiles", "visual_tokens", "newline_tokens", "text_tokens", "tokens", "supervised")
@@ -61,18 +66,23 @@ class Index:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """The settings in the key, in readable form."""
+        """The settings that are part of the key, in readable form."""
         return dict(self.metadata["settings"])
 
     @property
     def changes(self) -> dict[str, int]:
-        """How many samples were changed while they were read, by kind."""
+        """Number of samples that were changed on reading, by kind of change."""
         return dict(self.metadata.get("changes", {}))
 
     def batches(self, columns: list[str]) -> Iterator[pa.RecordBatch]:
-        """Yield some columns, a few thousand rows at a time."""
+        """Yield the given columns, a few thousand rows at a time."""
         with self._reading(), pq.ParquetFile(self.path) as file:
             yield from file.iter_batches(columns=columns)
+
+    def rejects(self, columns: list[str]) -> Iterator[dict[str, Any]]:
+        """Yield the given columns of each reject, which must include `status`."""
+        for batch in self.batches(columns):
+            yield from batch.filter(pc.not_equal(batch["status"], OK)).to_pylist()
 
     def column(self, name: str) -> pa.ChunkedArray:
         """Return one column as an Arrow array."""
@@ -97,27 +107,27 @@ class Index:
 
     @cached_property
     def row(self) -> NDArray[np.int64]:
-        """Row numbers in the source, for `Source.record`."""
+        """Row of each record in the source, for `Source.record`."""
         return self.numbers("row")
 
     @cached_property
     def tokens(self) -> NDArray[np.int64]:
-        """Positions of each sample in the model's sequence."""
+        """Number of positions of each sample in the model's sequence."""
         return self.numbers("tokens")
 
     @cached_property
     def tiles(self) -> NDArray[np.int64]:
-        """Encoder tiles of each sample."""
+        """Number of tiles of each sample."""
         return self.numbers("tiles")
 
     @cached_property
     def supervised(self) -> NDArray[np.int64]:
-        """Positions of each sample that count in the loss."""
+        """Number of positions of each sample that count in the loss."""
         return self.numbers("supervised")
 
     @cached_property
     def ok(self) -> NDArray[np.bool_]:
-        """Mask of the rows that are samples; the others are rejects."""
+        """Mask of the rows that are samples, not rejects."""
         with self._reading():
             status = pq.read_table(self.path, columns=["status"], read_dictionary=["status"]).column(0)
         if status.null_count:
@@ -152,6 +162,12 @@ class Index:
             return int(pq.read_metadata(self.path).num_rows)
 
 
+def _is_ok(chunk: pa.DictionaryArray) -> NDArray[np.bool_]:
+    is_ok = np.array([status == OK for status in chunk.dictionary.to_pylist()], bool)
+    mask: NDArray[np.bool_] = is_ok[chunk.indices.to_numpy()]
+    return mask
+
+
 def read_index(path: Path) -> Index:
     """Open an index. Raises `DataError` for a file that is missing or not an index of this format."""
     try:
@@ -166,117 +182,24 @@ def read_index(path: Path) -> Index:
         content = json.loads(schema.metadata[METADATA_KEY])
     except (ValueError, RecursionError):
         content = None
-    known = isinstance(content, dict) and {"format", "key"} <= content.keys()
-    if not known or not isinstance(content.get("settings"), dict):
-        raise DataError(f"{path}: its metadata of anyres index is broken: rebuild it with anyres index")
+    is_complete = isinstance(content, dict) and {"format", "key"} <= content.keys()
+    if not is_complete or not isinstance(content.get("settings"), dict):
+        raise DataError(f"{path}: the metadata written by anyres index are broken: rebuild it with anyres index")
     if content["format"] != FORMAT:
         raise DataError(
             f"{path}: an index of format {content['format']}, expected {FORMAT}: rebuild it with anyres index"
         )
     if not schema.equals(SCHEMA):
         raise DataError(
-            f"{path}: its columns are not those of an index of format {FORMAT}: rebuild it with anyres index"
+            f"{path}: the columns are not those of an index of format {FORMAT}: rebuild it with anyres index"
         )
     return Index(path, content)
 
 
-def _is_ok(chunk: pa.DictionaryArray) -> NDArray[np.bool_]:
-    words = np.array([word == OK for word in chunk.dictionary.to_pylist()], bool)
-    chosen: NDArray[np.bool_] = words[chunk.indices.to_numpy()]
-    return chosen
-
-
-@dataclass(frozen=True, slots=True)
-class Stamp:
-    """Names, sizes in bytes and modification times in ns of the files of a source."""
-
-    look: dict[str, Any]
-
-    @classmethod
-    def take(cls, data: Path, images: Path | None) -> Stamp:
-        """Take the stamp of a source without opening its files. Raises `DataError` if a file is missing."""
-        stats = {str(path.resolve()): path.stat() for path in source_files(data)}
-        look = {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()}
-        return cls({"images": None if images is None else str(images.resolve()), "files": look})
-
-    def known_fingerprint(self, target: Path) -> str | None:
-        """Return the fingerprint that the last run saved for this target, if the stamp is unchanged."""
-        try:
-            noted = json.loads(_note(target).read_text(encoding="utf-8"))
-        except (FileNotFoundError, json.JSONDecodeError):
-            return None
-        return str(noted["fingerprint"]) if noted["look"] == self.look else None
-
-    def save(self, target: Path, fingerprint: str) -> None:
-        """Save stamp and fingerprint for the next run."""
-        _note(target).write_text(json.dumps({"look": self.look, "fingerprint": fingerprint}), encoding="utf-8")
-
-
-def _note(target: Path) -> Path:
-    return target.with_name(f".{target.name}.source.json")
-
-
-LISTED = ["id", "row", "status", "reason"]
-
-
-def rejects_path(index: Path) -> Path:
-    """Return the path of the list of rejects, next to the index."""
-    return index.with_name(f"{index.name}.rejects.jsonl")
-
-
-def write_rejects(index: Index, path: Path) -> None:
-    """Write one JSON object per reject and line: id, row of the source, kind and reason."""
-    with replacing(path) as file:
-        for batch in index.batches(LISTED):
-            for reject in batch.filter(pc.not_equal(batch["status"], OK)).to_pylist():
-                kind = reject.pop("status")
-                line = {"id": reject["id"], "row": reject["row"], "kind": kind, "reason": reject["reason"]}
-                file.write(json.dumps(line, ensure_ascii=False) + "\n")
-
-
-def count_rejects(index: Index) -> dict[str, int]:
-    """Return the number of rejects of each kind, most frequent first."""
-    counts = {entry["values"]: entry["counts"] for entry in pc.value_counts(index.column("status")).to_pylist()}
-    counts.pop(OK, None)
-    return dict(sorted(counts.items(), key=lambda item: (-item[1], item[0])))
-
-
-def check_cap(index: Index, max_bad_fraction: float, listed: Path) -> None:
-    """Raise `DataError` with the counts by kind if more than the allowed share, or everything, is bad."""
-    counts, total = count_rejects(index), len(index)
-    bad = sum(counts.values())
-    if bad > max_bad_fraction * total:
-        limit = f"more than max_bad_fraction={max_bad_fraction:g}"
-    elif bad == total:
-        limit = "no samples remain"
-    else:
-        return
-    kinds = ", ".join(f"{kind} {count:,}" for kind, count in counts.items())
-    first = next(reason for reason in index.column("reason").to_pylist() if reason is not None)
-    raise DataError(
-        f"{bad:,} of {total:,} records are bad ({kinds}), {limit}: no index is written. "
-        f"The first: {first}. Fix the records listed in {listed} or raise max_bad_fraction"
-    )
-
-
-def has_repaired_rejects(index: Index) -> bool:
-    """Return whether an image that caused a reject has appeared or changed since the index was built."""
-    made = index.path.stat().st_mtime_ns
-    for batch in index.batches(["status", "image"]):
-        for fault in batch.filter(pc.is_valid(batch["image"])).to_pylist():
-            try:
-                changed = Path(fault["image"]).stat().st_mtime_ns
-            except OSError:
-                continue  # still missing
-            if fault["status"] == "missing_file" or changed > made:
-                return True
-    return False
-
-
 def summarise(index: Index) -> dict[str, Any]:
-    """Return totals over the good samples and the rejects by kind, as JSON values."""
+    """Return totals over the good samples and the number of rejects by kind, as JSON values."""
     tokens = index.tokens[index.ok]
-    spread = np.percentile(tokens, [50, 95]) if len(tokens) else np.zeros(2)
+    percentiles = np.percentile(tokens, [50, 95]) if len(tokens) else np.zeros(2)
     return {
         "samples": len(index),
         "ok": len(tokens),
@@ -285,8 +208,8 @@ def summarise(index: Index) -> dict[str, Any]:
         "tokens": {
             "total": int(tokens.sum()),
             "mean": round(float(tokens.mean()), 2) if len(tokens) else 0.0,
-            "median": float(spread[0]),
-            "p95": float(spread[1]),
+            "median": float(percentiles[0]),
+            "p95": float(percentiles[1]),
             "max": int(tokens.max(initial=0)),
         },
         "visual_tokens": _total(index, "visual_tokens"),
@@ -301,6 +224,10 @@ def summarise(index: Index) -> dict[str, Any]:
     }
 
 
+def _total(index: Index, column: str) -> int:
+    return int(index.numbers(column)[index.ok].sum())
+
+
 def num_images(index: Index) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
     """Return the number of images with a readable header in each row."""
     counts: np.ndarray[tuple[int], np.dtype[np.int64]] = (
@@ -309,5 +236,78 @@ def num_images(index: Index) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
     return counts
 
 
-def _total(index: Index, column: str) -> int:
-    return int(index.numbers(column)[index.ok].sum())
+def rejects_path(index: Path) -> Path:
+    """Return the path of the list of rejects, next to the index."""
+    return index.with_name(f"{index.name}.rejects.jsonl")
+
+
+def write_rejects(index: Index, path: Path) -> None:
+    """Write one JSON object per line and reject: id, row of the source, kind and reason."""
+    with replacing(path) as file:
+        for reject in index.rejects(["id", "row", "status", "reason"]):
+            line = {"id": reject["id"], "row": reject["row"], "kind": reject["status"], "reason": reject["reason"]}
+            file.write(json.dumps(line, ensure_ascii=False) + "\n")
+
+
+def count_rejects(index: Index) -> dict[str, int]:
+    """Return the number of rejects of each kind, most frequent first."""
+    counts = {entry["values"]: entry["counts"] for entry in pc.value_counts(index.column("status")).to_pylist()}
+    counts.pop(OK, None)
+    return dict(sorted(counts.items(), key=lambda item: (-item[1], item[0])))
+
+
+def check_cap(index: Index, max_bad_fraction: float, listed: Path) -> None:
+    """Raise `DataError` with the counts by kind if more than the allowed share, or everything, is bad."""
+    counts = count_rejects(index)
+    if not counts:
+        return
+    kinds = ", ".join(f"{kind} {count:,}" for kind, count in counts.items())
+    first = next(reason for reason in index.column("reason").to_pylist() if reason is not None)
+    remedy = f"no index is written. The first: {first}. Fix the records listed in {listed} or raise max_bad_fraction"
+    check_bad_records(sum(counts.values()), len(index), max_bad_fraction, kinds, remedy)
+
+
+def has_repaired_rejects(index: Index) -> bool:
+    """Return whether an image that caused a reject has appeared or changed since the index was built."""
+    built_ns = index.path.stat().st_mtime_ns
+    for reject in index.rejects(["status", "image"]):
+        if reject["image"] is None:
+            continue
+        try:
+            changed_ns = Path(reject["image"]).stat().st_mtime_ns
+        except OSError:
+            continue  # still missing
+        if reject["status"] == "missing_file" or changed_ns > built_ns:
+            return True
+    return False
+
+
+@dataclass(frozen=True, slots=True)
+class Stamp:
+    """Names, sizes (bytes) and modification times (ns) of the files of a source, and the name of its image folder."""
+
+    content: dict[str, Any]
+
+    @classmethod
+    def take(cls, data: Path, images: Path | None) -> Stamp:
+        """Take the stamp of a source without opening its files. Raises `DataError` if a file is missing."""
+        stats = {str(path.resolve()): path.stat() for path in source_files(data)}
+        files = {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()}
+        return cls({"images": None if images is None else str(images.resolve()), "files": files})
+
+    def known_fingerprint(self, target: Path) -> str | None:
+        """Return the fingerprint of the source that was saved for this target; None if the stamp has changed since."""
+        try:
+            saved = json.loads(_stamp_path(target).read_text(encoding="utf-8"))
+        except (FileNotFoundError, json.JSONDecodeError):
+            return None
+        return str(saved["fingerprint"]) if saved["look"] == self.content else None
+
+    def save(self, target: Path, fingerprint: str) -> None:
+        """Save the stamp and the fingerprint for the next run."""
+        content = json.dumps({"look": self.content, "fingerprint": fingerprint})
+        _stamp_path(target).write_text(content, encoding="utf-8")
+
+
+def _stamp_path(target: Path) -> Path:
+    return target.with_name(f".{target.name}.source.json")

@@ -1,29 +1,44 @@
-"""Compiled kernels that reorder packs and exchange samples: steps stay random, and ranks wait less for each other.
+"""Compiled kernels that reorder packs and exchange samples, so that the packs of a step cost about the same.
 
-`spread` gives each step its part of every kind of pack, `gather_dear` collects the costliest packs of neighbouring
-steps in one step, and `even_out` exchanges samples between the packs of a step.
+Ranks run packs at the same time and wait for the most expensive one. Three passes, in this order:
+
+1. `spread` distributes packs of every kind evenly over neighbouring steps, so steps stay as similar as in random order.
+2. `gather_expensive` moves the most expensive packs of a few neighbouring steps into one of them, where they run at the
+   same time, unless that step would become untypical.
+3. `even_out` exchanges samples between the packs of each step.
+
+All work in place on a plan: pack p holds the samples `rows[starts[p]:starts[p + 1]]` and costs `costs[p]`, in 1/1024
+token. `tokens` and `tiles` are per sample, `per_step` is the number of packs of a step.
 """
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numba
 import numpy as np
-from numpy.typing import NDArray
 
-from anyres_vlm.data.packing.fill import UNIT
+from anyres_vlm.data.packing.fill import UNIT, Int, Ints, Rows
 
-Int = Any  # of Python or numpy; compiled code makes no difference
-Ints = NDArray[np.int64]
+# spread
+SPREAD_STEPS = 4  # largest number of steps in a block
+MOST_VARIANCE = 1.2  # accepted variance of the means of steps, relative to random order
+BITS = 21  # of a sort key, for a number of samples or a cost in tokens
 
-MOST_STEPS = 4  # per block
-MOST_VARIANCE = 1.2  # allowed variance of the means of steps, relative to random order
-BITS = 21  # in a sort key for a number of samples or a cost in tokens
+# gather_expensive
+GATHER_STEPS = 8  # steps in a block
+MOST_DEVIATION = 4.0  # largest deviation of the step that receives the packs, in variances of a random order
+GAIN = 300  # gather only if it saves at least 1/300 of the cost
+
+# even_out
+PARTNERS = 12  # number of cheapest packs to try an exchange with
+MEMBERS = 12  # number of samples of a pack that may be exchanged
+SUBSETS = 1 + MEMBERS * (MEMBERS + 1) // 2
+TOLERANCE = 250  # a step is balanced if its highest cost is within 1/250 of the mean
 
 
 class Moments(NamedTuple):
-    """Mean and variance of the lengths, and the share of text-only samples."""
+    """Mean and variance of the lengths of all samples, and the share of text-only samples."""
 
     length: float
     variance: float
@@ -32,7 +47,7 @@ class Moments(NamedTuple):
 
 @numba.njit(cache=True)  # type: ignore[untyped-decorator]
 def measure_moments(tokens: Ints, tiles: Ints) -> Moments:
-    """Measure all samples."""
+    """Return the moments of all samples. `tokens` (N,), `tiles` (N,)."""
     total, squares, texts = 0.0, 0.0, 0
     for sample in range(len(tokens)):
         length = float(tokens[sample])
@@ -43,65 +58,30 @@ def measure_moments(tokens: Ints, tiles: Ints) -> Moments:
     return Moments(mean, squares / len(tokens) - mean * mean, texts / len(tokens))
 
 
-@numba.njit(cache=True)  # type: ignore[untyped-decorator]
-def miss(length: Int, texts: Int, samples: Int, moments: Moments) -> float:
-    """Return the squared deviation of mean length or share of text, the larger, relative to its random variance."""
-    if samples == 0:
-        return 0.0
-    text_variance = moments.text * (1 - moments.text)
-    worst = 0.0
-    if moments.variance > 1e-6:
-        worst = (length / samples - moments.length) ** 2 / moments.variance
-    if text_variance > 1e-9:
-        worst = max(worst, (texts / samples - moments.text) ** 2 / text_variance)
-    return float(worst * samples)
+def spread(rows: Rows, starts: Ints, costs: Ints, tokens: Ints, tiles: Ints, per_step: int, moments: Moments) -> None:
+    """Reorder packs in place until mean length and share of text vary over steps about as in random order."""
+    for steps in range(2, SPREAD_STEPS + 1):
+        if max(vary(rows, starts, tokens, tiles, per_step, moments)) <= MOST_VARIANCE:
+            return
+        spread_blocks(rows, starts, costs, tokens, tiles, per_step, steps)
 
 
 @numba.njit(cache=True)  # type: ignore[untyped-decorator]
-def count(rows: NDArray[np.int32], starts: Ints, tokens: Ints, tiles: Ints, first: Int, last: Int) -> Ints:
-    """Count tokens, text-only samples and samples of packs `first` to `last` - 1. Returns (packs, 3)."""
-    counts = np.zeros((last - first, 3), np.int64)
-    for pack in range(first, last):
-        for place in range(starts[pack], starts[pack + 1]):
-            counts[pack - first, 0] += tokens[rows[place]]
-            counts[pack - first, 1] += tiles[rows[place]] == 0
-        counts[pack - first, 2] = starts[pack + 1] - starts[pack]
-    return counts
-
-
-@numba.njit(cache=True)  # type: ignore[untyped-decorator]
-def vary(
-    rows: NDArray[np.int32], starts: Ints, tokens: Ints, tiles: Ints, per_step: Int, moments: Moments
-) -> tuple[float, float]:
-    """Return the variances over full steps of mean length and share of text, relative to random order."""
+def vary(rows: Rows, starts: Ints, tokens: Ints, tiles: Ints, per_step: Int, moments: Moments) -> tuple[float, float]:
+    """Return the variances of mean length and share of text over full steps, relative to random order."""
     full = (len(starts) - 1) // per_step
     total = np.zeros(2)
     for step in range(full):
         counts = count(rows, starts, tokens, tiles, step * per_step, (step + 1) * per_step)
         length, texts, samples = counts[:, 0].sum(), counts[:, 1].sum(), counts[:, 2].sum()
-        total[0] += miss(length, moments.text * samples, samples, moments)
-        total[1] += miss(moments.length * samples, texts, samples, moments)
+        total[0] += deviation(length, moments.text * samples, samples, moments)
+        total[1] += deviation(moments.length * samples, texts, samples, moments)
     return total[0] / max(full, 1), total[1] / max(full, 1)
 
 
 @numba.njit(cache=True)  # type: ignore[untyped-decorator]
-def reorder(rows: NDArray[np.int32], starts: Ints, costs: Ints, first: Int, source: Ints) -> None:
-    """Reorder the packs from `first` on to the order of `source`, in place."""
-    old_starts, old_costs = starts[first : first + len(source) + 1].copy(), costs[first : first + len(source)].copy()
-    old_rows = rows[old_starts[0] : old_starts[-1]].copy()
-    done: Int = old_starts[0]
-    for index in range(len(source)):
-        pack = source[index]
-        costs[first + index] = old_costs[pack]
-        for place in range(old_starts[pack] - old_starts[0], old_starts[pack + 1] - old_starts[0]):
-            rows[done] = old_rows[place]
-            done += 1
-        starts[first + index + 1] = done
-
-
-@numba.njit(cache=True)  # type: ignore[untyped-decorator]
 def spread_blocks(
-    rows: NDArray[np.int32], starts: Ints, costs: Ints, tokens: Ints, tiles: Ints, per_step: Int, most_steps: Int
+    rows: Rows, starts: Ints, costs: Ints, tokens: Ints, tiles: Ints, per_step: Int, most_steps: Int
 ) -> None:
     """Reorder the packs within blocks of `most_steps` full steps, in place."""
     full = len(costs) // per_step
@@ -116,19 +96,18 @@ def spread_blocks(
         reorder(rows, starts, costs, first, source)
 
 
-def spread(
-    rows: NDArray[np.int32], starts: Ints, costs: Ints, tokens: Ints, tiles: Ints, per_step: int, moments: Moments
+@numba.njit(cache=True)  # type: ignore[untyped-decorator]
+def gather_expensive(
+    rows: Rows, starts: Ints, costs: Ints, tokens: Ints, tiles: Ints, per_step: Int, moments: Moments
 ) -> None:
-    """Reorder packs in place until mean length and share of text vary over steps about as in random order."""
-    for steps in range(2, MOST_STEPS + 1):
-        if max(vary(rows, starts, tokens, tiles, per_step, moments)) <= MOST_VARIANCE:
-            return
-        spread_blocks(rows, starts, costs, tokens, tiles, per_step, steps)
-
-
-STEPS = 8  # per block
-MOST_MISS = 4.0  # largest deviation of the gathering step, in variances of a random order
-GAIN = 300  # gather only if it saves at least 1/300 of the cost
+    """Gather expensive packs within each block of full steps, in place."""
+    full = len(costs) // per_step
+    for step in range(0, full, GATHER_STEPS):
+        first, last = step * per_step, min(step + GATHER_STEPS, full) * per_step
+        counts = count(rows, starts, tokens, tiles, first, last)
+        expensive, home = choose_expensive(counts, costs[first:last], per_step, moments)
+        if len(expensive):
+            reorder(rows, starts, costs, first, exchange(expensive, home, per_step, last - first))
 
 
 @numba.njit(cache=True)  # type: ignore[untyped-decorator]
@@ -144,11 +123,11 @@ def choose_expensive(counts: Ints, costs: Ints, per_step: Int, moments: Moments)
         pack = order[many - 1]
         inside[pack // per_step] += counts[pack]
         number[pack // per_step] += 1
-        least = MOST_MISS
+        least = MOST_DEVIATION
         for step in range(steps):
             kept = (per_step - many) / max(per_step - number[step], 1)
             held = inside.sum(axis=0) + (whole[step] - inside[step]) * kept
-            off = miss(held[0], held[1], held[2], moments)
+            off = deviation(held[0], held[1], held[2], moments)
             if off <= least:
                 least, homes[many] = off, step
     for many in range(per_step - 1, 0, -1):
@@ -175,79 +154,53 @@ def exchange(expensive: Ints, home: Int, per_step: Int, packs: Int) -> Ints:
 
 
 @numba.njit(cache=True)  # type: ignore[untyped-decorator]
-def gather_dear(
-    rows: NDArray[np.int32], starts: Ints, costs: Ints, tokens: Ints, tiles: Ints, per_step: Int, moments: Moments
-) -> None:
-    """Gather expensive packs within each block of full steps, in place."""
-    full = len(costs) // per_step
-    for step in range(0, full, STEPS):
-        first, last = step * per_step, min(step + STEPS, full) * per_step
-        counts = count(rows, starts, tokens, tiles, first, last)
-        expensive, home = choose_expensive(counts, costs[first:last], per_step, moments)
-        if len(expensive):
-            reorder(rows, starts, costs, first, exchange(expensive, home, per_step, last - first))
+def deviation(length: Int, texts: Int, samples: Int, moments: Moments) -> float:
+    """Return how untypical a step is: the squared deviation of its mean length, or of its share of text if larger.
 
-
-PARTNERS = 12  # number of cheapest packs to try an exchange with
-MEMBERS = 12  # number of samples of a pack that may be exchanged
-SUBSETS = 1 + MEMBERS * (MEMBERS + 1) // 2
-TOLERANCE = 250  # a step is balanced when its highest cost is within 1/250 of the mean
-
-
-@numba.njit(cache=True)  # type: ignore[untyped-decorator]
-def list_subsets(members: Ints, size: Ints, price: Ints, subsets: Ints) -> Int:
-    """Write (tokens, cost, first, second) of all subsets of up to two members, first the empty one; -1: no member."""
-    subsets[0] = np.array((0, 0, -1, -1))
-    found = 1
-    for one in range(min(len(members), MEMBERS)):
-        for two in range(-1, one):
-            subsets[found, 0], subsets[found, 1] = size[members[one]], price[members[one]]
-            if two >= 0:
-                subsets[found, 0] += size[members[two]]
-                subsets[found, 1] += price[members[two]]
-            subsets[found, 2], subsets[found, 3] = members[one], -1 if two < 0 else members[two]
-            found += 1
-    return found
+    It is relative to the variance in random order. The step has `samples` samples of `length` tokens in total, `texts`
+    of them text-only.
+    """
+    if samples == 0:
+        return 0.0
+    text_variance = moments.text * (1 - moments.text)
+    worst = 0.0
+    if moments.variance > 1e-6:
+        worst = (length / samples - moments.length) ** 2 / moments.variance
+    if text_variance > 1e-9:
+        worst = max(worst, (texts / samples - moments.text) ** 2 / text_variance)
+    return float(worst * samples)
 
 
 @numba.njit(cache=True)  # type: ignore[untyped-decorator]
-def improve(size: Ints, price: Ints, pack: Ints, load: Ints, cost: Ints, capacity: Int) -> bool:
-    """Make the best exchange for the most expensive pack. `size`, `price`, `pack` are per sample, the rest per pack."""
-    worst = np.argmax(cost)
-    mine, theirs = np.empty((SUBSETS, 4), np.int64), np.empty((SUBSETS, 4), np.int64)
-    many = list_subsets(np.flatnonzero(pack == worst), size, price, mine)
-    best, partner = cost[worst] - cost[worst] // 2048, -1
-    give, take = np.zeros(4, np.int64), np.zeros(4, np.int64)
-    for other in np.argsort(cost, kind="mergesort")[:PARTNERS]:
-        if other == worst:
-            continue
-        few = list_subsets(np.flatnonzero(pack == other), size, price, theirs)
-        for one in range(1, many):
-            for two in range(few):
-                more = mine[one, 0] - theirs[two, 0]
-                if load[other] + more > capacity or load[worst] - more > capacity:
-                    continue
-                shift = mine[one, 1] - theirs[two, 1]
-                higher = max(cost[worst] - shift, cost[other] + shift)
-                if higher < best:
-                    best, partner = higher, other
-                    give[:], take[:] = mine[one], theirs[two]
-    if partner < 0:
-        return False
-    for side, target, sign in ((give, partner, 1), (take, worst, -1)):
-        load[partner] += sign * side[0]
-        load[worst] -= sign * side[0]
-        cost[partner] += sign * side[1]
-        cost[worst] -= sign * side[1]
-        for index in side[2:]:
-            if index >= 0:
-                pack[index] = target
-    return True
+def count(rows: Rows, starts: Ints, tokens: Ints, tiles: Ints, first: Int, last: Int) -> Ints:
+    """Count tokens, text-only samples and samples of packs `first` to `last` - 1. Returns (packs, 3)."""
+    counts = np.zeros((last - first, 3), np.int64)
+    for pack in range(first, last):
+        for place in range(starts[pack], starts[pack + 1]):
+            counts[pack - first, 0] += tokens[rows[place]]
+            counts[pack - first, 1] += tiles[rows[place]] == 0
+        counts[pack - first, 2] = starts[pack + 1] - starts[pack]
+    return counts
+
+
+@numba.njit(cache=True)  # type: ignore[untyped-decorator]
+def reorder(rows: Rows, starts: Ints, costs: Ints, first: Int, source: Ints) -> None:
+    """Reorder the packs from `first` on to the order of `source`, in place."""
+    old_starts, old_costs = starts[first : first + len(source) + 1].copy(), costs[first : first + len(source)].copy()
+    old_rows = rows[old_starts[0] : old_starts[-1]].copy()
+    done: Int = old_starts[0]
+    for index in range(len(source)):
+        pack = source[index]
+        costs[first + index] = old_costs[pack]
+        for place in range(old_starts[pack] - old_starts[0], old_starts[pack + 1] - old_starts[0]):
+            rows[done] = old_rows[place]
+            done += 1
+        starts[first + index + 1] = done
 
 
 @numba.njit(cache=True)  # type: ignore[untyped-decorator]
 def even_out(
-    rows: NDArray[np.int32],
+    rows: Rows,
     starts: Ints,
     costs: Ints,
     tokens: Ints,
@@ -283,3 +236,60 @@ def even_out(
                 rows[done] = ids[member]
                 done += 1
             starts[first + number + 1] = done
+
+
+@numba.njit(cache=True)  # type: ignore[untyped-decorator]
+def improve(size: Ints, price: Ints, pack: Ints, load: Ints, cost: Ints, capacity: Int) -> bool:
+    """Make the best exchange for the most expensive pack of a step. Return False if none lowers its cost.
+
+    `size` (tokens), `price` (cost) and `pack` (number of its pack) are per sample, `load` (tokens) and `cost` per pack.
+    """
+    worst = np.argmax(cost)
+    mine, theirs = np.empty((SUBSETS, 4), np.int64), np.empty((SUBSETS, 4), np.int64)
+    many = list_subsets(np.flatnonzero(pack == worst), size, price, mine)
+    best, partner = cost[worst] - cost[worst] // 2048, -1
+    give, take = np.zeros(4, np.int64), np.zeros(4, np.int64)
+    for other in np.argsort(cost, kind="mergesort")[:PARTNERS]:
+        if other == worst:
+            continue
+        few = list_subsets(np.flatnonzero(pack == other), size, price, theirs)
+        for one in range(1, many):
+            for two in range(few):
+                more = mine[one, 0] - theirs[two, 0]
+                if load[other] + more > capacity or load[worst] - more > capacity:
+                    continue
+                shift = mine[one, 1] - theirs[two, 1]
+                higher = max(cost[worst] - shift, cost[other] + shift)
+                if higher < best:
+                    best, partner = higher, other
+                    give[:], take[:] = mine[one], theirs[two]
+    if partner < 0:
+        return False
+    for side, target, sign in ((give, partner, 1), (take, worst, -1)):
+        load[partner] += sign * side[0]
+        load[worst] -= sign * side[0]
+        cost[partner] += sign * side[1]
+        cost[worst] -= sign * side[1]
+        for index in side[2:]:
+            if index >= 0:
+                pack[index] = target
+    return True
+
+
+@numba.njit(cache=True)  # type: ignore[untyped-decorator]
+def list_subsets(members: Ints, size: Ints, price: Ints, subsets: Ints) -> Int:
+    """Write all subsets of up to two members to `subsets`, the empty one first, and return their number.
+
+    A row is (tokens, cost, first member, second member), with -1 for no member.
+    """
+    subsets[0] = np.array((0, 0, -1, -1))
+    found = 1
+    for one in range(min(len(members), MEMBERS)):
+        for two in range(-1, one):
+            subsets[found, 0], subsets[found, 1] = size[members[one]], price[members[one]]
+            if two >= 0:
+                subsets[found, 0] += size[members[two]]
+                subsets[found, 1] += price[members[two]]
+            subsets[found, 2], subsets[found, 3] = members[one], -1 if two < 0 else members[two]
+            found += 1
+    return found

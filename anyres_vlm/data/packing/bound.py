@@ -24,15 +24,15 @@ import numba
 import numpy as np
 from numpy.typing import NDArray
 
-Floats = NDArray[np.float64]
-Ints = NDArray[np.int64]
+from anyres_vlm.data.packing.fill import Ints
 
-CLASSES = 160  # of lengths: takes 0.2 to 0.5 s; many more classes change the bound by less than 0.1%
-UNITS = 1020  # of the capacity; a number with many divisors
+CLASSES = 160  # classes of lengths: takes 0.2 to 0.5 s; many more classes change the bound by less than 0.1%
+UNITS = 1020  # units of the capacity; a number with many divisors
 EDGES = np.arange(2, 7)  # classes start at these fractions of the capacity: 1/2 to 1/6
-PIVOTS = 4000  # at most
-SHARE = 0.2  # weight of the programme's prices when patterns are priced
+PIVOTS = 4000  # largest number of pivots of the simplex method
+SHARE = 0.2  # weight of the current prices of the programme in those at which patterns are priced
 GAP = 2e-4  # relative gap between the programme's value and the bound at which to stop
+Floats = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -111,47 +111,6 @@ def _classify(units: Ints, demand: Floats, edges: NDArray[np.bool_], most_lost: 
 
 
 @numba.njit(cache=True)  # type: ignore[untyped-decorator]
-def _best_pattern(units: Ints, prices: Floats, capacity: int, pattern: Floats) -> float:
-    """Return the worth of the most valuable pattern and write it to `pattern`: an unbounded knapsack."""
-    worth, last = np.zeros(capacity + 1), np.full(capacity + 1, -1)
-    for index in range(len(units)):
-        if prices[index] <= 0:
-            continue
-        for size in range(units[index], capacity + 1):
-            more = worth[size - units[index]] + prices[index]
-            if more > worth[size] + 1e-12:
-                worth[size], last[size] = more, index
-    pattern[:] = 0
-    size = capacity
-    while last[size] >= 0:
-        pattern[last[size]] += 1
-        size -= units[last[size]]
-    return float(worth[capacity])
-
-
-@numba.njit(cache=True)  # type: ignore[untyped-decorator]
-def _enter(inverse: Floats, used: Floats, weight: Floats, pattern: Floats, packs: float) -> bool:
-    """Bring a pattern that uses this many packs into the basis. Returns False if no other pattern can leave it."""
-    count = len(used)
-    leaving, step = -1, np.inf
-    direction = np.zeros(count)
-    for index in range(count):
-        for other in range(count):
-            direction[index] += inverse[index, other] * pattern[other]
-        if direction[index] > 1e-9 and used[index] < step * direction[index]:
-            leaving, step = index, used[index] / direction[index]
-    if leaving < 0:
-        return False
-    used[:] = np.maximum(used - step * direction, 0.0)
-    used[leaving], weight[leaving] = step, packs
-    inverse[leaving] /= direction[leaving]
-    for index in range(count):
-        if index != leaving and direction[index] != 0.0:
-            inverse[index] -= direction[index] * inverse[leaving]
-    return True
-
-
-@numba.njit(cache=True)  # type: ignore[untyped-decorator]
 def _solve(units: Ints, demand: Floats, capacity: int, pivots: int) -> tuple[float, Floats]:
     """Return a proven least number of packs, and prices in packs, by column generation with the revised simplex method.
 
@@ -196,3 +155,44 @@ def _solve(units: Ints, demand: Floats, capacity: int, pivots: int) -> tuple[flo
         if worth <= 1 + 1e-9 or not _enter(inverse, used, weight, pattern, 1.0):
             break
     return best, best_prices
+
+
+@numba.njit(cache=True)  # type: ignore[untyped-decorator]
+def _best_pattern(units: Ints, prices: Floats, capacity: int, pattern: Floats) -> float:
+    """Return the worth of the most valuable pattern and write it to `pattern`: an unbounded knapsack."""
+    worth, last = np.zeros(capacity + 1), np.full(capacity + 1, -1)
+    for index in range(len(units)):
+        if prices[index] <= 0:
+            continue
+        for size in range(units[index], capacity + 1):
+            more = worth[size - units[index]] + prices[index]
+            if more > worth[size] + 1e-12:
+                worth[size], last[size] = more, index
+    pattern[:] = 0
+    size = capacity
+    while last[size] >= 0:
+        pattern[last[size]] += 1
+        size -= units[last[size]]
+    return float(worth[capacity])
+
+
+@numba.njit(cache=True)  # type: ignore[untyped-decorator]
+def _enter(inverse: Floats, used: Floats, weight: Floats, pattern: Floats, packs: float) -> bool:
+    """Bring a pattern that uses this many packs into the basis. Returns False if no other pattern can leave it."""
+    count = len(used)
+    leaving, step = -1, np.inf
+    direction = np.zeros(count)
+    for index in range(count):
+        for other in range(count):
+            direction[index] += inverse[index, other] * pattern[other]
+        if direction[index] > 1e-9 and used[index] < step * direction[index]:
+            leaving, step = index, used[index] / direction[index]
+    if leaving < 0:
+        return False
+    used[:] = np.maximum(used - step * direction, 0.0)
+    used[leaving], weight[leaving] = step, packs
+    inverse[leaving] /= direction[leaving]
+    for index in range(count):
+        if index != leaving and direction[index] != 0.0:
+            inverse[index] -= direction[index] * inverse[leaving]
+    return True

@@ -17,19 +17,24 @@ import numba
 import numpy as np
 from numpy.typing import NDArray
 
-Int = Any  # of Python or numpy; compiled code makes no difference
-Ints = NDArray[np.int64]
-
 UNIT = 1024  # cost units per token
 AGES = 8  # number of oldest samples to choose from by cost while a pack is far from full
-CANDIDATES = 6  # number of oldest samples that the search for the last ones tries
-LIMIT = np.int64(1) << 60
+CANDIDATES = 6  # number of oldest samples to try as the last ones of a pack
+LIMIT = np.int64(1) << 60  # above any score
 SHIFT = 32  # a key of the buffer is length << 32 | position in the shuffled order
 MASK = (1 << SHIFT) - 1
+# Indices of the state: keys in the buffer, next sample to load, oldest sample in the buffer, next sample to count for
+# the due cost, samples placed, running mean score, tokens loaded, tokens and extra cost counted, tokens and extra cost
+# placed.
+COUNT, HEAD, OLDEST, AHEAD, DONE, SCORE, FED, SEEN, SEEN_EXTRA, PLACED, PLACED_EXTRA = range(11)
+
+Int = Any  # an integer of Python or numpy; compiled code accepts both
+Ints = NDArray[np.int64]
+Rows = NDArray[np.int32]
 
 
 class Strategy(NamedTuple):
-    """Parameters of filling. A score is in lost tokens times `weight`; see `best_pair`."""
+    """Parameters of filling. A score is a number of lost tokens times `weight`; see `best_pair`."""
 
     width: int  # samples in the buffer
     near: int  # tenths of a mean length; with less room than this, the last samples of a pack are searched
@@ -46,45 +51,183 @@ class Strategy(NamedTuple):
 class Samples(NamedTuple):
     """In shuffled order, (N,) each: tokens, cost beyond the tokens, worth in tokens, and whether already in a pack."""
 
-    length: NDArray[np.int32]
+    length: Rows
     extra: Ints
-    value: NDArray[np.int32]
+    value: Rows
     used: NDArray[np.uint8]
 
 
-# Indices of the state: keys in the buffer, next sample to load, oldest sample in the buffer, next sample to count for
-# the due cost, samples placed, running mean score, tokens loaded, tokens and extra cost counted, tokens and extra cost
-# placed.
-COUNT, HEAD, OLDEST, AHEAD, DONE, SCORE, FED, SEEN, SEEN_EXTRA, PLACED, PLACED_EXTRA = range(11)
+@numba.njit(cache=True)  # type: ignore[untyped-decorator]
+def fill(
+    length: Rows, extra: Ints, value: Rows, capacity: Int, per_step: Int, strategy: Strategy
+) -> tuple[Rows, Ints, Ints, Int, Int]:
+    """Fill packs until no sample is left. `length`, `extra` and `value` (N,) are in the shuffled order.
+
+    Returns the positions of the samples in the order of their packs (N,), the start of each pack in them (packs + 1,),
+    the cost of each pack in 1/1024 token (packs,), and the numbers of packs and tokens placed when the last sample was
+    loaded into the buffer.
+    """
+    total = len(length)
+    # Unwritten pages of the last two arrays take no memory.
+    positions, starts, costs = np.empty(total, np.int32), np.empty(total + 1, np.int64), np.empty(total, np.int64)
+    starts[0] = 0
+    samples = Samples(length, extra, value, np.zeros(total, np.uint8))
+    keys, state = np.zeros(strategy.width + 2, np.int64), np.zeros(11, np.int64)
+    state[COUNT] = 1  # keys[0] stands for no sample
+    pack, due, steady_packs, steady_tokens = 0, np.int64(0), 0, np.int64(0)
+    while state[DONE] < total:
+        if state[HEAD] < total:
+            steady_packs, steady_tokens = pack, state[PLACED]
+        refill(state, keys, samples, strategy.width)
+        if pack % per_step == 0:
+            due = due_cost(state, samples, per_step * capacity, capacity * strategy.expected // 1024)
+        before = state[PLACED] * UNIT + state[PLACED_EXTRA]
+        fill_pack(state, keys, samples, capacity, due, strategy, positions)
+        costs[pack] = state[PLACED] * UNIT + state[PLACED_EXTRA] - before
+        pack += 1
+        starts[pack] = state[DONE]
+    if steady_packs == 0:  # too few samples to exclude the end
+        steady_packs, steady_tokens = pack, state[PLACED]
+    return positions, starts[: pack + 1], costs[:pack], steady_packs, steady_tokens
 
 
 @numba.njit(cache=True)  # type: ignore[untyped-decorator]
-def locate(keys: Ints, count: Int, key: Int) -> Int:
-    """Return the first index whose key is not smaller."""
-    low, high = 0, count
-    while low < high:
-        middle = (low + high) >> 1
-        if keys[middle] < key:
-            low = middle + 1
-        else:
-            high = middle
-    return low
+def refill(state: Ints, keys: Ints, samples: Samples, width: Int) -> None:
+    """Load the next samples until the buffer holds `width`."""
+    length, extra = samples.length, samples.extra
+    while state[COUNT] <= width and state[HEAD] < len(length):
+        head = state[HEAD]
+        insert(keys, state[COUNT], (np.int64(length[head]) << SHIFT) | head)
+        state[COUNT] += 1
+        state[HEAD] += 1
+        state[FED] += length[head]
+        if state[AHEAD] == head:
+            state[AHEAD] += 1
+            state[SEEN] += length[head]
+            state[SEEN_EXTRA] += extra[head]
 
 
 @numba.njit(cache=True)  # type: ignore[untyped-decorator]
-def insert(keys: Ints, count: Int, key: Int) -> None:
-    """Insert into the first `count` sorted keys."""
-    at = locate(keys, count, key)
-    for index in range(count, at, -1):
-        keys[index] = keys[index - 1]
-    keys[at] = key
+def due_cost(state: Ints, samples: Samples, tokens: Int, expected: Int) -> Int:
+    """Return the due cost of a pack of `expected` tokens, at the mean cost of the next samples, `tokens` in total."""
+    length, extra = samples.length, samples.extra
+    while state[AHEAD] < len(length) and state[SEEN] - state[PLACED] < tokens:
+        state[SEEN] += length[state[AHEAD]]
+        state[SEEN_EXTRA] += extra[state[AHEAD]]
+        state[AHEAD] += 1
+    return expected * UNIT + (state[SEEN_EXTRA] - state[PLACED_EXTRA]) * expected // (state[SEEN] - state[PLACED])
 
 
 @numba.njit(cache=True)  # type: ignore[untyped-decorator]
-def remove(keys: Ints, count: Int, at: Int) -> None:
-    """Remove one of the first `count` keys."""
-    for index in range(at, count - 1):
-        keys[index] = keys[index + 1]
+def fill_pack(
+    state: Ints, keys: Ints, samples: Samples, capacity: Int, due: Int, strategy: Strategy, positions: Rows
+) -> None:
+    """Fill one pack and write the shuffled positions of its samples to `positions` from `state[DONE]` on."""
+    length, extra, value, used = samples
+    room, worth, goal, first = np.int64(capacity), np.int64(capacity), due, True
+    score: Int = np.int64(0)
+    while state[COUNT] > 1:
+        while used[state[OLDEST]]:
+            state[OLDEST] += 1
+        choice = state[OLDEST]
+        if not first:
+            if 10 * room * (state[COUNT] - 1) < strategy.near * (state[FED] - state[PLACED]):
+                break
+            choice = best_next(state, samples, room, goal, due, capacity)
+            if choice < 0:
+                break
+        first = False
+        room, worth = room - length[choice], worth - value[choice]
+        goal -= length[choice] * UNIT + extra[choice]
+        positions[state[DONE]] = choice
+        place(state, keys, locate(keys, state[COUNT], (np.int64(length[choice]) << SHIFT) | choice), samples)
+    chosen = np.zeros(4, np.int64)
+    while state[COUNT] > 1 and room >= keys[1] >> SHIFT:  # again if there is room for a short sample
+        accept = max(strategy.accept, (state[SCORE] >> 10) * strategy.relax >> 4)
+        score = best_end(keys, state, samples, room, worth, goal, accept, strategy, chosen)
+        chosen.sort()
+        if chosen[3] == 0:
+            break
+        for at in chosen[::-1]:  # from the end, so that the other indices stay valid
+            if at > 0:
+                choice = place(state, keys, at, samples)
+                positions[state[DONE] - 1] = choice
+                room, worth = room - length[choice], worth - value[choice]
+                goal -= length[choice] * UNIT + extra[choice]
+    state[SCORE] += (min(score, 100_000) * 1024 - state[SCORE]) >> 6
+
+
+@numba.njit(cache=True)  # type: ignore[untyped-decorator]
+def best_next(state: Ints, samples: Samples, room: Int, goal: Int, full: Int, capacity: Int) -> Int:
+    """Return the one of the oldest samples that best keeps cost in proportion to length; -1 if none fits."""
+    due = goal - room * full // capacity
+    best, choice, seen, at = LIMIT, -1, 0, state[OLDEST]
+    while seen < AGES and at < state[HEAD]:
+        if not samples.used[at]:
+            seen += 1
+            size = np.int64(samples.length[at])
+            if size <= room:
+                miss = abs(due - (samples.extra[at] + size * UNIT - size * full // capacity))
+                if miss < best:
+                    best, choice = miss, at
+        at += 1
+    return choice
+
+
+@numba.njit(cache=True)  # type: ignore[untyped-decorator]
+def best_end(
+    keys: Ints,
+    state: Ints,
+    samples: Samples,
+    room: Int,
+    worth: Int,
+    goal: Int,
+    accept: Int,
+    strategy: Strategy,
+    chosen: Ints,
+) -> Int:
+    """Write the buffer indices of up to four samples that end a pack to `chosen`, 0 for none. Returns the score."""
+    place, where = np.empty(CANDIDATES, np.int64), np.empty(CANDIDATES, np.int64)
+    length, extra, value, used = samples
+    count, head = state[COUNT], state[HEAD]
+    found, at = 0, state[OLDEST]
+    while at < head and found < CANDIDATES:
+        if not used[at]:
+            place[found], where[found] = at, locate(keys, count, (np.int64(length[at]) << SHIFT) | at)
+            found += 1
+        at += 1
+    pair = np.zeros(2, np.int64)
+    best = LIMIT
+    chosen[:] = 0
+    for one in range(-1, found):
+        for two in range(-1, max(one, 0) if one < strategy.pairs else 0):
+            size: Int = np.int64(0)
+            gain: Int = np.int64(0)
+            cost: Int = np.int64(0)
+            first: Int = -1
+            second: Int = -1
+            if one >= 0:
+                at, first = place[one], where[one]
+                size += length[at]
+                gain += value[at]
+                cost += extra[at]
+            if two >= 0:
+                at, second = place[two], where[two]
+                size += length[at]
+                gain += value[at]
+                cost += extra[at]
+            if size > room:
+                continue
+            score, good = best_pair(
+                keys, count, samples, room - size, worth - gain, goal - size * UNIT - cost,
+                (first, second), best, accept, strategy, pair,
+            )  # fmt: skip
+            if score < best:
+                best = score
+                chosen[0], chosen[1], chosen[2], chosen[3] = max(first, 0), max(second, 0), pair[0], pair[1]
+                if good:
+                    return best
+    return best
 
 
 @numba.njit(cache=True)  # type: ignore[untyped-decorator]
@@ -146,106 +289,6 @@ def best_pair(
 
 
 @numba.njit(cache=True)  # type: ignore[untyped-decorator]
-def best_end(
-    keys: Ints,
-    state: Ints,
-    samples: Samples,
-    room: Int,
-    worth: Int,
-    goal: Int,
-    accept: Int,
-    strategy: Strategy,
-    chosen: Ints,
-) -> Int:
-    """Write the buffer indices of up to four samples that end a pack to `chosen`, 0 for none. Returns the score."""
-    place, where = np.empty(CANDIDATES, np.int64), np.empty(CANDIDATES, np.int64)
-    length, extra, value, used = samples
-    count, head = state[COUNT], state[HEAD]
-    found, at = 0, state[OLDEST]
-    while at < head and found < CANDIDATES:
-        if not used[at]:
-            place[found], where[found] = at, locate(keys, count, (np.int64(length[at]) << SHIFT) | at)
-            found += 1
-        at += 1
-    pair = np.zeros(2, np.int64)
-    best = LIMIT
-    chosen[:] = 0
-    for one in range(-1, found):
-        for two in range(-1, max(one, 0) if one < strategy.pairs else 0):
-            size: Int = np.int64(0)
-            gain: Int = np.int64(0)
-            cost: Int = np.int64(0)
-            first: Int = -1
-            second: Int = -1
-            if one >= 0:
-                at, first = place[one], where[one]
-                size += length[at]
-                gain += value[at]
-                cost += extra[at]
-            if two >= 0:
-                at, second = place[two], where[two]
-                size += length[at]
-                gain += value[at]
-                cost += extra[at]
-            if size > room:
-                continue
-            score, good = best_pair(
-                keys, count, samples, room - size, worth - gain, goal - size * UNIT - cost,
-                (first, second), best, accept, strategy, pair,
-            )  # fmt: skip
-            if score < best:
-                best = score
-                chosen[0], chosen[1], chosen[2], chosen[3] = max(first, 0), max(second, 0), pair[0], pair[1]
-                if good:
-                    return best
-    return best
-
-
-@numba.njit(cache=True)  # type: ignore[untyped-decorator]
-def best_next(state: Ints, samples: Samples, room: Int, goal: Int, full: Int, capacity: Int) -> Int:
-    """Return the one of the oldest samples that best keeps cost in proportion to length; -1 if none fits."""
-    due = goal - room * full // capacity
-    best, choice, seen, at = LIMIT, -1, 0, state[OLDEST]
-    while seen < AGES and at < state[HEAD]:
-        if not samples.used[at]:
-            seen += 1
-            size = np.int64(samples.length[at])
-            if size <= room:
-                miss = abs(due - (samples.extra[at] + size * UNIT - size * full // capacity))
-                if miss < best:
-                    best, choice = miss, at
-        at += 1
-    return choice
-
-
-@numba.njit(cache=True)  # type: ignore[untyped-decorator]
-def refill(state: Ints, keys: Ints, samples: Samples, width: Int) -> None:
-    """Load the next samples until the buffer holds `width`."""
-    length, extra = samples.length, samples.extra
-    while state[COUNT] <= width and state[HEAD] < len(length):
-        head = state[HEAD]
-        insert(keys, state[COUNT], (np.int64(length[head]) << SHIFT) | head)
-        state[COUNT] += 1
-        state[HEAD] += 1
-        state[FED] += length[head]
-        if state[AHEAD] == head:
-            state[AHEAD] += 1
-            state[SEEN] += length[head]
-            state[SEEN_EXTRA] += extra[head]
-
-
-@numba.njit(cache=True)  # type: ignore[untyped-decorator]
-def due_cost(state: Ints, samples: Samples, tokens: Int, expected: Int) -> Int:
-    """Return the due cost of a pack of `expected` tokens, at the mean cost of the next samples, `tokens` in total."""
-    length, extra = samples.length, samples.extra
-    while state[AHEAD] < len(length) and state[SEEN] - state[PLACED] < tokens:
-        state[SEEN] += length[state[AHEAD]]
-        state[SEEN_EXTRA] += extra[state[AHEAD]]
-        state[AHEAD] += 1
-    return expected * UNIT + (state[SEEN_EXTRA] - state[PLACED_EXTRA]) * expected // (state[SEEN] - state[PLACED])
-
-
-@numba.njit(cache=True)  # type: ignore[untyped-decorator]
 def place(state: Ints, keys: Ints, at: Int, samples: Samples) -> Int:
     """Move a sample from the buffer to the pack. Returns its position in the shuffled order."""
     choice = keys[at] & MASK
@@ -259,73 +302,29 @@ def place(state: Ints, keys: Ints, at: Int, samples: Samples) -> Int:
 
 
 @numba.njit(cache=True)  # type: ignore[untyped-decorator]
-def fill_pack(
-    state: Ints, keys: Ints, samples: Samples, capacity: Int, due: Int, strategy: Strategy, positions: NDArray[np.int32]
-) -> None:
-    """Fill one pack and write the shuffled positions of its samples to `positions` from `state[DONE]` on."""
-    length, extra, value, used = samples
-    room, worth, goal, first = np.int64(capacity), np.int64(capacity), due, True
-    score: Int = np.int64(0)
-    while state[COUNT] > 1:
-        while used[state[OLDEST]]:
-            state[OLDEST] += 1
-        choice = state[OLDEST]
-        if not first:
-            if 10 * room * (state[COUNT] - 1) < strategy.near * (state[FED] - state[PLACED]):
-                break
-            choice = best_next(state, samples, room, goal, due, capacity)
-            if choice < 0:
-                break
-        first = False
-        room, worth = room - length[choice], worth - value[choice]
-        goal -= length[choice] * UNIT + extra[choice]
-        positions[state[DONE]] = choice
-        place(state, keys, locate(keys, state[COUNT], (np.int64(length[choice]) << SHIFT) | choice), samples)
-    chosen = np.zeros(4, np.int64)
-    while state[COUNT] > 1 and room >= keys[1] >> SHIFT:  # again if there is room for a short sample
-        accept = max(strategy.accept, (state[SCORE] >> 10) * strategy.relax >> 4)
-        score = best_end(keys, state, samples, room, worth, goal, accept, strategy, chosen)
-        chosen.sort()
-        if chosen[3] == 0:
-            break
-        for at in chosen[::-1]:  # from the end, so that the other indices stay valid
-            if at > 0:
-                choice = place(state, keys, at, samples)
-                positions[state[DONE] - 1] = choice
-                room, worth = room - length[choice], worth - value[choice]
-                goal -= length[choice] * UNIT + extra[choice]
-    state[SCORE] += (min(score, 100_000) * 1024 - state[SCORE]) >> 6
+def insert(keys: Ints, count: Int, key: Int) -> None:
+    """Insert into the first `count` sorted keys."""
+    at = locate(keys, count, key)
+    for index in range(count, at, -1):
+        keys[index] = keys[index - 1]
+    keys[at] = key
 
 
 @numba.njit(cache=True)  # type: ignore[untyped-decorator]
-def fill(
-    length: NDArray[np.int32], extra: Ints, value: NDArray[np.int32], capacity: Int, per_step: Int, strategy: Strategy
-) -> tuple[NDArray[np.int32], Ints, Ints, Int, Int]:
-    """Fill packs until no sample is left. `length`, `extra` and `value` (N,) are in the shuffled order.
+def remove(keys: Ints, count: Int, at: Int) -> None:
+    """Remove one of the first `count` keys."""
+    for index in range(at, count - 1):
+        keys[index] = keys[index + 1]
 
-    Returns the positions of the samples in the order of their packs (N,), the start of each pack in them (packs + 1,),
-    the cost of each pack in 1/1024 token (packs,), and the numbers of packs and tokens placed when the last sample was
-    loaded into the buffer.
-    """
-    total = len(length)
-    # Unwritten pages of the last two arrays take no memory.
-    positions, starts, costs = np.empty(total, np.int32), np.empty(total + 1, np.int64), np.empty(total, np.int64)
-    starts[0] = 0
-    samples = Samples(length, extra, value, np.zeros(total, np.uint8))
-    keys, state = np.zeros(strategy.width + 2, np.int64), np.zeros(11, np.int64)
-    state[COUNT] = 1  # keys[0] stands for no sample
-    pack, due, steady_packs, steady_tokens = 0, np.int64(0), 0, np.int64(0)
-    while state[DONE] < total:
-        if state[HEAD] < total:
-            steady_packs, steady_tokens = pack, state[PLACED]
-        refill(state, keys, samples, strategy.width)
-        if pack % per_step == 0:
-            due = due_cost(state, samples, per_step * capacity, capacity * strategy.expected // 1024)
-        before = state[PLACED] * UNIT + state[PLACED_EXTRA]
-        fill_pack(state, keys, samples, capacity, due, strategy, positions)
-        costs[pack] = state[PLACED] * UNIT + state[PLACED_EXTRA] - before
-        pack += 1
-        starts[pack] = state[DONE]
-    if steady_packs == 0:  # too few samples to exclude the end
-        steady_packs, steady_tokens = pack, state[PLACED]
-    return positions, starts[: pack + 1], costs[:pack], steady_packs, steady_tokens
+
+@numba.njit(cache=True)  # type: ignore[untyped-decorator]
+def locate(keys: Ints, count: Int, key: Int) -> Int:
+    """Return the first index whose key is not smaller."""
+    low, high = 0, count
+    while low < high:
+        middle = (low + high) >> 1
+        if keys[middle] < key:
+            low = middle + 1
+        else:
+            high = middle
+    return low

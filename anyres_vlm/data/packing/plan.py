@@ -1,62 +1,35 @@
-"""Compiled kernels that shuffle the samples of an epoch."""
+"""Plan an epoch: which samples share a pack, which packs an optimizer step has, and which rank runs them.
+
+`plan_epoch` shuffles the samples, fills packs in about that order (`fill`), then reorders packs and exchanges samples
+so that concurrent packs cost about the same (`balance`). A plan depends on lengths, settings, seed and epoch only, not
+on the number of ranks; `Plan.shares` deals the packs of a step to any number of them.
+"""
 
 from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import numba
 import numpy as np
-from numpy.typing import NDArray
 
 from anyres_vlm.data.packing import fill
-from anyres_vlm.data.packing.balance import even_out, gather_dear, measure_moments, spread
+from anyres_vlm.data.packing.balance import even_out, gather_expensive, measure_moments, spread
 from anyres_vlm.data.packing.bound import bound_efficiency
 from anyres_vlm.data.packing.cost import CostModel
+from anyres_vlm.data.packing.fill import Int, Ints, Rows
 from anyres_vlm.errors import UsageError
 
-Int = Any  # of Python or numpy; compiled code makes no difference
-Ints = NDArray[np.int64]
-
-
-@numba.njit(cache=True)  # type: ignore[untyped-decorator]
-def shuffle(count: Int, seed: np.uint64) -> NDArray[np.int32]:
-    """Shuffle by Fisher-Yates with splitmix64: the same order on every machine and with every numpy version."""
-    order = np.arange(count).astype(np.int32)
-    state = seed
-    for last in range(count - 1, 0, -1):
-        state += np.uint64(0x9E3779B97F4A7C15)
-        mixed = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        mixed ^= mixed >> np.uint64(31)
-        other = ((mixed >> np.uint64(32)) * np.uint64(last + 1)) >> np.uint64(32)
-        order[last], order[other] = order[other], order[last]
-    return order
-
-
-@numba.njit(cache=True)  # type: ignore[untyped-decorator]
-def gather(
-    order: NDArray[np.int32], tokens: Ints, tiles: Ints, square: Int, tile: Int
-) -> tuple[NDArray[np.int32], Ints]:
-    """Return lengths, and costs beyond the length in 1/1024 token, in the shuffled order.
-
-    `square` is the cost of a squared token in 2**-30 tokens, `tile` that of a tile in 1/1024 token.
-    """
-    length = np.empty(len(order), np.int32)
-    extra = np.empty(len(order), np.int64)
-    for place in range(len(order)):
-        size = tokens[order[place]]
-        length[place] = size
-        extra[place] = (size * size * square >> 20) + tiles[order[place]] * tile
-    return length, extra
-
-
-Rows = NDArray[np.int32]
-
-CAP = 32  # a missed cost goal scores at most like losing 1/32 of the capacity, so tiles cannot leave large gaps
+VERSION = 2  # of the algorithm; part of the key of a plan
+LONGEST = 2**20  # tokens; keeps the fixed-point costs within 64 bits
+PILOT = 16_384  # samples on which strategies are tried
+PRICE_CLASSES = 128  # classes of lengths in the bound that prices them: takes 0.1 to 0.2 s
+GOOD = 0.9975  # efficiency at which the first strategy is used without computing the bound
+CAP = 32  # a missed cost goal scores at most like losing 1/32 of the capacity, so tiles do not cause large gaps
+WEIGHT = 8  # score of a lost token
 NEAR = 0.992  # fraction of the bound at which no other strategy is tried
+WIDE = 300  # if a buffer of this width does not help, wider ones are not tried
 # Strategies to try if packs are not full: whether to use prices, then near, pairs, over, relax and width of
 # `fill.Strategy`. Each is the best for some data; a wide buffer helps if few samples fit a pack.
 STRATEGIES = (
@@ -67,20 +40,14 @@ STRATEGIES = (
     (True, 35, 8, 5, 8, 600),
     (True, 35, 8, 5, 8, 1200),
 )
-WIDE = 300  # if a buffer of this width does not help, wider ones are not tried
-WEIGHT = 8  # score of a lost token
-VERSION = 2  # of the algorithm: part of a plan's key
-PRICE_CLASSES = 128  # of lengths: takes 0.1 to 0.2 s
-PILOT = 16_384  # samples on which strategies are tried
-GOOD = 0.9975  # efficiency at which the first strategy is used without computing the bound
-LONGEST = 2**20  # tokens; keeps the fixed-point costs within 64 bits
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Samples in the order of their packs: pack p holds `rows[starts[p]:starts[p + 1]]`.
+    """The packs of an epoch: pack p holds the samples `rows[starts[p]:starts[p + 1]]`.
 
-    `costs` are per pack, in 1/1024 token. Each step has `packs_per_step` packs, the last one those that remain.
+    `rows` are positions in `tokens` and `tiles`, (N,) each. `costs` are per pack, in 1/1024 token. Each step has
+    `packs_per_step` consecutive packs, the last one what remains.
     """
 
     tokens: Ints
@@ -120,9 +87,9 @@ class Plan:
         return [self.rows[self.starts[pack] : self.starts[pack + 1]] for pack in range(first, last)]
 
     def shares(self, step: int, world_size: int) -> list[list[Rows]]:
-        """Return each rank's packs of a step, one per micro-step, empty where the packs do not divide evenly.
+        """Return the packs of a step for each rank, one per micro-step, empty where they do not divide evenly.
 
-        Packs are sorted by cost and dealt in groups, so packs that run at the same time cost about the same.
+        Packs are sorted by cost and dealt to the ranks in turn, so those of one micro-step cost about the same.
         """
         packs = self.packs(step)
         micro_steps, ranks = _deal(self.costs[slice(*self._range(step))], np.zeros(len(packs), np.int64), world_size)
@@ -143,7 +110,10 @@ class Plan:
 
 
 def _deal(costs: Ints, steps: Ints, world_size: int) -> tuple[Ints, Ints]:
-    """Return micro-step and rank of each pack: the most expensive first, so the cheapest group may be incomplete."""
+    """Return micro-step and rank of each pack, (packs,) each.
+
+    The most expensive packs of a step come first, so an incomplete micro-step is the cheapest one.
+    """
     if world_size < 1:
         raise UsageError(f"{world_size} ranks: expected at least 1")
     order = np.lexsort((-costs, steps))  # stable; steps are sorted already and keep their order
@@ -182,20 +152,9 @@ def plan_epoch(
     del positions
     moments = measure_moments(tokens, tiles)
     spread(rows, starts, costs, tokens, tiles, packs_per_step, moments)
-    gather_dear(rows, starts, costs, tokens, tiles, packs_per_step, moments)
+    gather_expensive(rows, starts, costs, tokens, tiles, packs_per_step, moments)
     even_out(rows, starts, costs, tokens, tiles, cost.fixed_square, cost.fixed_tile, capacity, packs_per_step)
     return Plan(tokens, tiles, capacity, batch_size, seed, epoch, cost, packs_per_step, rows, starts, costs)
-
-
-def round_packs(exact: float) -> int:
-    """Round to the multiple of the highest power of two within a sixth, so that it divides over many rank counts."""
-    power = 1 << 30
-    while power > 1:
-        near = round(exact / power) * power
-        if near and abs(near - exact) <= exact / 6:
-            return near
-        power //= 2
-    return max(1, round(exact))
 
 
 def _check(tokens: Ints, tiles: Ints, capacity: int, batch_size: int, packs_per_step: int | None) -> None:
@@ -222,11 +181,41 @@ def _check(tokens: Ints, tiles: Ints, capacity: int, batch_size: int, packs_per_
         raise UsageError(f"sample {int(tiles.argmin())} has {tiles.min()} tiles: expected 0 or more")
 
 
-def _choose(length: Rows, extra: Ints, capacity: int, per_step: int) -> tuple[fill.Strategy, Rows | None, float]:
-    """Choose the strategy that wastes least on the first samples. Returns it, the worth of lengths and the efficiency.
+@numba.njit(cache=True)  # type: ignore[untyped-decorator]
+def shuffle(count: Int, seed: np.uint64) -> Rows:
+    """Shuffle by Fisher-Yates with splitmix64: the same order on every machine and with every numpy version."""
+    order = np.arange(count).astype(np.int32)
+    state = seed
+    for last in range(count - 1, 0, -1):
+        state += np.uint64(0x9E3779B97F4A7C15)
+        mixed = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        mixed ^= mixed >> np.uint64(31)
+        other = ((mixed >> np.uint64(32)) * np.uint64(last + 1)) >> np.uint64(32)
+        order[last], order[other] = order[other], order[last]
+    return order
 
-    If packs can be filled completely, each token is worth 1 and the worth is None. If the lengths do not allow that,
-    the prices of the bound determine which combinations to prefer, and full packs matter more than equal costs.
+
+@numba.njit(cache=True)  # type: ignore[untyped-decorator]
+def gather(order: Rows, tokens: Ints, tiles: Ints, square: Int, tile: Int) -> tuple[Rows, Ints]:
+    """Return lengths, and costs beyond the length in 1/1024 token, in the shuffled order.
+
+    `square` is the cost of a squared token in 2**-30 tokens, `tile` that of a tile in 1/1024 token.
+    """
+    length = np.empty(len(order), np.int32)
+    extra = np.empty(len(order), np.int64)
+    for place in range(len(order)):
+        size = tokens[order[place]]
+        length[place] = size
+        extra[place] = (size * size * square >> 20) + tiles[order[place]] * tile
+    return length, extra
+
+
+def _choose(length: Rows, extra: Ints, capacity: int, per_step: int) -> tuple[fill.Strategy, Rows | None, float]:
+    """Return the strategy that wastes least on the first samples, the worth of each length, and the efficiency.
+
+    If packs can be filled completely, each token is worth 1 and the second value is None. If the lengths do not allow
+    that, the prices of the bound tell which combinations to prefer, and full packs matter more than equal costs.
     """
     pilot = slice(0, PILOT)
 
@@ -278,3 +267,14 @@ def _strategy(
         relax=relax,
         expected=int(expected * 1024),
     )
+
+
+def round_packs(exact: float) -> int:
+    """Round to the multiple of the highest power of two within a sixth, so that it divides over many rank counts."""
+    power = 1 << 30
+    while power > 1:
+        near = round(exact / power) * power
+        if near and abs(near - exact) <= exact / 6:
+            return near
+        power //= 2
+    return max(1, round(exact))

@@ -1,4 +1,4 @@
-"""Where conversations come from: one interface, several kinds, random access by row."""
+"""Sources of conversations: JSON, Parquet, tar shards and mixtures behind one interface, with random access by row."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 from anyres_vlm.data.sources.mixture import MixtureSource, mixture_files
 from anyres_vlm.data.sources.open import MIXTURE_SUFFIXES, find_files, open_single
 from anyres_vlm.data.sources.record import Source
-from anyres_vlm.errors import DataError
+from anyres_vlm.errors import DataError, check_bad_records
 from anyres_vlm.schema import Record
 
 __all__ = ["Source", "open_source", "read_records", "source_files"]
@@ -17,11 +17,11 @@ logger = logging.getLogger(__name__)
 
 
 def open_source(path: Path, images: Path | None = None) -> Source:
-    """Open LLaVA JSON or JSON Lines, Parquet, tar shards, or a YAML mixture of them.
+    """Open JSON or JSON Lines in LLaVA's layout, Parquet, tar shards, or a YAML mixture of them.
 
-    `images` is the folder of images that the rows name, by default that of the data file. Tar shards take none, and of
-    mixtures only those in LLaVA's own layout. Raises `DataError` if something is missing or broken as a whole,
-    `UsageError` for a wrong mixture.
+    `images` is the folder of the images that rows name; the default is the folder of the data file. Tar shards do not
+    accept one, and mixtures only in LLaVA-NeXT's layout. Raises `DataError` if a file is missing or broken as a whole,
+    and `UsageError` for an invalid mixture.
     """
     if path.suffix.lower() in MIXTURE_SUFFIXES:
         return MixtureSource.open(path, images)
@@ -29,7 +29,7 @@ def open_source(path: Path, images: Path | None = None) -> Source:
 
 
 def source_files(path: Path) -> list[Path]:
-    """Return the data files of a source, without opening them; images in an image folder are not among them.
+    """Return the data files of a source, without the files of its image folder and without opening any of them.
 
     Raises `DataError` if one is missing.
     """
@@ -37,10 +37,10 @@ def source_files(path: Path) -> list[Path]:
 
 
 def read_records(path: Path, images: Path | None, max_bad_fraction: float) -> list[Record]:
-    """Read all good records of a source into memory. Bad ones are counted and logged, up to `max_bad_fraction` of all.
+    """Read all good records of a small source into memory, and log the bad ones.
 
-    Images that lie in Parquet files stay in memory with their records; large sources are for `open_source`.
-    Raises `DataError` for an unreadable source, and when too many records are bad.
+    Images in Parquet files are kept in memory with their records; use `open_source` for large sources. Raises
+    `DataError` if the source cannot be read, or if more than `max_bad_fraction` of its records or all of them are bad.
     """
     source = open_source(path, images)
     if len(source) == 0:
@@ -53,16 +53,10 @@ def read_records(path: Path, images: Path | None, max_bad_fraction: float) -> li
         else:
             records.append(item)
     if faults:
-        _report(path, faults, len(source), max_bad_fraction)
+        details = "; ".join(faults[:3]) + ("; ..." if len(faults) > 3 else "")
+        try:
+            check_bad_records(len(faults), len(source), max_bad_fraction, details, "fix or remove them")
+        except DataError as error:
+            raise DataError(f"{path}: {error}") from None
+        logger.warning("%s: %d of %d records are bad (%s)", path, len(faults), len(source), details)
     return records
-
-
-def _report(path: Path, faults: list[str], total: int, max_bad_fraction: float) -> None:
-    """Log what is left out. Raises `DataError` when it is more than the allowed share, or everything."""
-    shown = "; ".join(faults[:3])
-    count = f"{len(faults)} of {total} records are bad ({shown}{'; ...' if len(faults) > 3 else ''})"
-    if len(faults) > max_bad_fraction * total:
-        raise DataError(f"{path}: {count}: correct them or raise max_bad_fraction above {max_bad_fraction:g}")
-    if len(faults) == total:
-        raise DataError(f"{path}: {count}: no good record is left")
-    logger.warning("%s: %s", path, count)

@@ -48,7 +48,7 @@ class JsonSource:
 
     @classmethod
     def open(cls, path: Path, images: Path | None) -> JsonSource:
-        """Find the rows. Raises `DataError` for a file that is missing or no list of JSON values."""
+        """Find the rows. Raises `DataError` for a file that is missing or neither a list nor lines of JSON."""
         return cls(path, images if images is not None else path.parent, scan_rows(path))
 
     @property
@@ -59,7 +59,7 @@ class JsonSource:
         return len(self.offsets) - 1
 
     def records(self, start: int, stop: int) -> Iterator[Record | DataError]:
-        """One item a row, in order; a bad row comes as its `DataError`."""
+        """Yield one item per row, in order; for a bad row, its `DataError`."""
         while start < stop:
             end = min(start + BLOCK, stop)
             if self.offsets[end] - self.offsets[start] > BLOCK_BYTES:
@@ -78,12 +78,12 @@ class JsonSource:
                     yield error
 
     def record(self, row: int) -> Record:
-        """The record of a row, read with one pread. Raises `DataError` for a bad one."""
+        """Return the record of a row, read with one pread. Raises `DataError` for a bad one."""
         (content,) = self._read(range(row, row + 1))
         return self._record(row, content)
 
     def fingerprint(self) -> str:
-        """Of the file's bytes and the image folder's place beside it, not of the images."""
+        """Return the hash of the file's bytes and the relative path of the image folder; images are not read."""
         with open_file(self.path, str(self.path)) as stream:
             content = hashlib.file_digest(stream, "sha256").hexdigest()
         return hashlib.sha256(f"llava {content} {folder_key(self.images, self.path)}".encode()).hexdigest()
@@ -102,10 +102,9 @@ class JsonSource:
 def scan_rows(path: Path) -> Offsets:
     """Find the rows: row i lies in the bytes from `offsets[i]` to `offsets[i + 1] - 1`. Offsets (n + 1,).
 
-    The last byte of each range is what separates it from the next row. A list has a row an element, JSON Lines have a
-    row a line, blank ones left out; the content decides which of both it is, the suffix where the content fits both.
-    What lies between separators is left for the parser to judge. Raises `DataError` for a file that cannot be read, is
-    neither of both, or does not end where its list does.
+    The byte after each row is its separator. A list has one row per element, JSON Lines have one row per line that is
+    not blank. The content decides between the two formats, and the suffix if the content fits both. The rows are not
+    parsed here. Raises `DataError` for a file that cannot be read, is in neither format, or has content after its list.
     """
     with open_file(path, str(path)) as stream:
         if not stream.seek(0, os.SEEK_END):
@@ -122,7 +121,7 @@ def scan_rows(path: Path) -> Offsets:
 
 
 def _is_lines(data: Bytes, opening: int, is_named_so: bool) -> bool:
-    """Whether rows are lines: in a `.jsonl` file that is no single list, or where the first two lines are objects."""
+    """Return whether rows are lines: in a `.jsonl` file unless it is one list, or if the first two lines are objects."""
     first, _, rest = _start_of(data, opening).partition(b"\n")
     rest = rest.lstrip(WHITE_SPACE)
     if is_named_so and not first.startswith(b"["):
@@ -132,7 +131,7 @@ def _is_lines(data: Bytes, opening: int, is_named_so: bool) -> bool:
 
 
 def _require_whole_lines(data: Bytes, opening: int, path: Path) -> None:
-    """Raise `DataError` where the first object takes several lines: as lines, every one of them would be broken."""
+    """Raise `DataError` if the first object spans several lines, each of which would be a broken row."""
     start = _start_of(data, opening)
     first, separator, _ = start.partition(b"\n")
     if separator and first.startswith(b"{") and _first_value(first) is None and _first_value(start) is not None:
@@ -147,7 +146,7 @@ def _start_of(data: Bytes, opening: int) -> bytes:
 
 
 def _first_value(content: bytes) -> int | None:
-    """The characters of the JSON value that the content begins with, or None where it begins with none."""
+    """Return the length in characters of the JSON value at the start of the content, or None if there is none."""
     try:
         return json.JSONDecoder().raw_decode(content.decode("utf-8", errors="replace"))[1]
     except (ValueError, RecursionError):
@@ -155,7 +154,7 @@ def _first_value(content: bytes) -> int | None:
 
 
 def _lines(data: Bytes, start: int) -> Offsets:
-    """Lines that are not blank."""
+    """Return the offsets of the lines that are not blank."""
     breaks = [np.flatnonzero(data[at : at + CHUNK] == ord("\n")) + at for at in range(0, len(data), CHUNK)]
     ends = np.concatenate(breaks)
     starts = np.concatenate([[start], ends + 1])
@@ -169,7 +168,7 @@ def _lines(data: Bytes, start: int) -> Offsets:
 
 
 def _elements(data: Bytes, start: int, path: Path) -> Offsets:
-    """Elements of a list: what lies between the commas at depth 1."""
+    """Return the offsets of the elements of a list, which are separated by the commas at depth 1."""
     opening = _skip_white_space(data, start)
     if opening == len(data):
         raise DataError(f"{path}: the file is empty, it contains no records")
@@ -183,7 +182,7 @@ def _elements(data: Bytes, start: int, path: Path) -> Offsets:
     last = int(bounds[-1]) + 1
     rest = len(data) if closing is None else _skip_white_space(data, closing + (data[closing] == ord("]")))
     if closing is None or rest != len(data):
-        # The fault is in the last row, as a rule, and its parser knows better where.
+        # The fault is usually in the last row, where the parser reports its exact position.
         parse_json(data[last:closing].tobytes(), lambda position: place_in_file(path, last + position))
         if closing is None:
             raise DataError(f"{path}: the list does not end: the file was cut short, or a bracket is missing")
@@ -211,13 +210,13 @@ def _jq(option: str, path: Path) -> str:
 
 
 def _separators(data: Bytes, opening: int) -> tuple[Offsets, int | None]:
-    """Commas at depth 1 behind the opening bracket, and where that bracket closes."""
+    """Return the positions of the commas at depth 1, and of the closing bracket (None if there is none)."""
     found: list[Offsets] = []
     depth, quoted, at = 0, 0, opening
     while at < len(data):
         end = min(at + CHUNK, len(data))
         while end < len(data) and data[end - 1] == ord("\\"):
-            end += 1  # a run of backslashes is judged as a whole
+            end += 1  # do not split a run of backslashes
         kinds = KINDS.take(data[at:end])
         places = np.flatnonzero(kinds != 0)  # of booleans: four times as fast
         kinds = kinds[places]
@@ -240,7 +239,7 @@ def _separators(data: Bytes, opening: int) -> tuple[Offsets, int | None]:
 
 
 def _escaped(places: Offsets, kinds: Bytes) -> NDArray[np.bool_]:
-    """What a scan skips: backslashes, and quotes behind an odd run of them. Both (n,), of one chunk."""
+    """Return a mask of what to skip: backslashes, and quotes after an odd number of them. (n,) for one chunk."""
     skipped: NDArray[np.bool_] = kinds == ESCAPE
     runs = np.flatnonzero(skipped)
     if len(runs) == 0:

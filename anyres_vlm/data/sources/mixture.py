@@ -1,4 +1,4 @@
-"""Several sources as one: a YAML file that says which, and how much of each.
+"""Mix several sources: a YAML file lists them, and how many rows of each to take.
 
     sources:
       - {path: llava.json, images: coco, fraction: 0.25, seed: 1}
@@ -12,12 +12,12 @@ LLaVA-NeXT's layout is read too:
       - {json_path: llava.json, sampling_strategy: all}
       - {json_path: charts.json, sampling_strategy: "first:10%", images: charts}  # or end:500, random:20%
 
-There a share is rounded up and a number above the file's size takes the whole file, as in LLaVA-NeXT; `random` draws
-with the entry's `seed`, 0 by default; `images` is optional and replaces the one image folder of the run.
+In that layout a share is rounded up, and a number above the size of the file takes the whole file, as in LLaVA-NeXT;
+`random` draws with the `seed` of the entry, 0 by default; `images` is optional and replaces the image folder of the run.
 
-Paths are relative to the file's folder. The choice depends on the seed and the number of rows alone, so it is the same
-on every rank and machine, and a larger share with the same seed holds the smaller one. A source's rows keep their
-order. Record ids are prefixed by their source's name, as `ocr/17`; a repetition is `ocr/17#2`.
+Paths are relative to the folder of the YAML file. The choice of rows depends only on the seed and the number of rows,
+so it is the same on every rank and machine, and a larger share with the same seed contains the smaller one. Rows of a
+source keep their order. Record ids are prefixed with the name of the source, as `ocr/17`; a repetition is `ocr/17#2`.
 """
 
 from __future__ import annotations
@@ -42,20 +42,20 @@ from anyres_vlm.data.sources.record import Source
 from anyres_vlm.errors import DataError, UsageError
 from anyres_vlm.schema import Record
 
-DENSE = 4  # rows to read for each one that is wanted, before single reads are better
+DENSE = 4  # read a range of rows as a stream if at least one in this many is wanted, else row by row
 STRATEGY = re.compile(r"(all|first|end|random)(?::(\d+)|:(\d+(?:\.\d+)?)%)?")
 
 
 class Part(Frozen):
-    """One source of a mixture; without a share, all of its rows once."""
+    """One source of a mixture. Without `fraction`, `first`, `random` or `weight`, all rows are used once."""
 
-    path: Path  # JSON, JSONL, Parquet or tar, seen from the mixture's folder
-    images: Path | None = None  # image folder; None is the data's own
-    fraction: Rate | None = None  # share of its rows, drawn at random
-    first: Positive | None = None  # its first so many rows
-    random: Positive | None = None  # so many of its rows, drawn at random
-    weight: Annotated[float, Field(gt=0, le=1000)] | None = None  # 2.5 takes all rows twice and a random half once more
-    seed: Annotated[int, Field(ge=0)] = 0  # of what is drawn
+    path: Path  # JSON, JSON Lines, Parquet or tar, relative to the mixture's folder
+    images: Path | None = None  # image folder; null: the folder of the data file
+    fraction: Rate | None = None  # use this share of the rows, chosen at random
+    first: Positive | None = None  # use this number of rows, from the start
+    random: Positive | None = None  # use this number of rows, chosen at random
+    weight: Annotated[float, Field(gt=0, le=1000)] | None = None  # 2.5 uses all rows twice and a random half once more
+    seed: Annotated[int, Field(ge=0)] = 0  # seed of the random choice
 
     @model_validator(mode="after")
     def _one_share(self) -> Part:
@@ -68,7 +68,7 @@ class Part(Frozen):
 class Mixture(Frozen):
     """The content of a mixture file."""
 
-    sources: tuple[Part, ...]  # one behind another
+    sources: tuple[Part, ...]  # sources in the order of their rows
 
 
 class Dataset(Frozen):
@@ -76,8 +76,8 @@ class Dataset(Frozen):
 
     json_path: Path  # JSON, JSONL, Parquet or tar, relative to the mixture's folder
     sampling_strategy: str = "all"  # all, or first, end or random with :N rows or :N% of them
-    images: Path | None = None  # image folder; None is the run's own
-    seed: Annotated[int, Field(ge=0)] = 0  # of `random`
+    images: Path | None = None  # image folder; null: that of the run
+    seed: Annotated[int, Field(ge=0)] = 0  # seed of `random`
 
     @property
     def path(self) -> Path:
@@ -108,25 +108,24 @@ class Dataset(Frozen):
 class Datasets(Frozen):
     """The content of a mixture file in LLaVA-NeXT's layout."""
 
-    datasets: tuple[Dataset, ...]  # one after the other
+    datasets: tuple[Dataset, ...]  # sources in the order of their rows
 
 
 @dataclass(frozen=True, eq=False)
 class MixtureSource:
-    """Rows of several sources, one source behind another."""
+    """The chosen rows of several sources, one source after another."""
 
     path: Path
     sources: tuple[Source, ...]
     names: tuple[str, ...]
-    chosen: tuple[NDArray[np.int64], ...]  # of each source its rows; repetitions come behind the whole
+    chosen: tuple[NDArray[np.int64], ...]  # rows of each source; repetitions follow after all rows
     starts: NDArray[np.int64]  # (sources + 1,)
 
     @classmethod
     def open(cls, path: Path, images: Path | None = None) -> MixtureSource:
         """Open every source and choose its rows; `images` is the image folder of LLaVA-NeXT's layout.
 
-        Raises `UsageError` for a file that is no mixture, and `DataError` for a source that is missing, broken or
-        smaller than what is asked of it.
+        Raises `UsageError` for an invalid mixture, and `DataError` for a source that is missing, broken or too small.
         """
         parts = _read(path)
         if images is not None and isinstance(parts[0], Part):
@@ -152,7 +151,7 @@ class MixtureSource:
         return int(self.starts[-1])
 
     def records(self, start: int, stop: int) -> Iterator[Record | DataError]:
-        """One item a row, in order."""
+        """Yield one item per row, in order; for a bad row, its `DataError`."""
         for number, chosen in enumerate(self.chosen):
             first = max(start - int(self.starts[number]), 0)
             rows = chosen[first : max(stop - int(self.starts[number]), 0)]
@@ -160,7 +159,7 @@ class MixtureSource:
                 yield self._own(item, number, at)
 
     def record(self, row: int) -> Record:
-        """The record of a row. Raises `DataError` for a bad one."""
+        """Return the record of a row. Raises `DataError` for a bad one."""
         number = int(np.searchsorted(self.starts, row, side="right")) - 1
         at = row - int(self.starts[number])
         own = self._own(next(_items(self.sources[number], self.chosen[number][at : at + 1])), number, at)
@@ -169,18 +168,18 @@ class MixtureSource:
         return own
 
     def origin(self, row: int) -> str:
-        """The name of the source that a row is from."""
+        """Return the name of the source of a row."""
         return self.names[int(np.searchsorted(self.starts, row, side="right")) - 1]
 
     def fingerprint(self) -> str:
-        """Of the sources' own, their names and the chosen rows."""
+        """Return the hash of the fingerprints and names of the sources and of the chosen rows."""
         digest = hashlib.sha256(b"mixture")
         for source, name, chosen in zip(self.sources, self.names, self.chosen, strict=True):
             digest.update(f"{source.fingerprint()} {name!r} {len(chosen)} ".encode() + chosen.astype("<i8").tobytes())
         return digest.hexdigest()
 
     def _own(self, item: Record | DataError, number: int, at: int) -> Record | DataError:
-        """The record under its id in the mixture, or the error with its source."""
+        """Return the record with its id in the mixture, or the error with the name of its source."""
         if isinstance(item, DataError):
             record = None if item.record is None else f"{self.names[number]}/{item.record}"
             return DataError(f"{self.names[number]}: {item}", kind=item.kind, record=record)
@@ -190,7 +189,7 @@ class MixtureSource:
 
 
 def mixture_files(path: Path) -> list[Path]:
-    """The YAML file and the files of its sources, of which none is opened."""
+    """Return the YAML file and the files of its sources, without opening those."""
     return [path, *(file for part in _read(path) for file in find_files(_resolve(part.path, path)))]
 
 
@@ -210,7 +209,7 @@ def _read(path: Path) -> tuple[Part | Dataset, ...]:
 
 
 def _items(source: Source, rows: NDArray[np.int64]) -> Iterator[Record | DataError]:
-    """Rows in the given order. Where they lie close, all between them are read too, for a stream is read once."""
+    """Yield rows in the given order. A dense range of rows is read as one stream, and the rows between are skipped."""
     for ascending in np.split(rows, np.flatnonzero(np.diff(rows) <= 0) + 1):
         if len(ascending) > 1 and ascending[-1] - ascending[0] < DENSE * len(ascending):
             wanted = np.zeros(ascending[-1] + 1 - ascending[0], bool)
@@ -264,7 +263,7 @@ def _resolve(path: Path, mixture: Path) -> Path:
 
 
 def _distinct(names: Sequence[str]) -> tuple[str, ...]:
-    """The names; equal ones are numbered."""
+    """Return the names, with numbers added to equal ones."""
     taken: list[str] = []
     for name in names:
         number, free = 1, name

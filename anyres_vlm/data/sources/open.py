@@ -1,4 +1,4 @@
-"""Which kind of source a path names, and a first look at one."""
+"""Find the files of a source, open it by its kind, and sample a few of its records."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from anyres_vlm.errors import DataError
 
 logger = logging.getLogger(__name__)
 
-PEEKED = 32
+PEEKED = 32  # records read by `peek`
 MIXTURE_SUFFIXES = (".yaml", ".yml")
 EXPECTED = ".json or .jsonl, .parquet or .tar files (a folder or pattern of them), or a .yaml mixture"
 COMPRESSED_TAR = re.compile(r"\.(tgz|tbz2?|txz|tar\.\w+)$", re.IGNORECASE)
@@ -28,9 +28,9 @@ BRACES = re.compile(r"\{(?:(?P<first>\d+)\.\.(?P<last>\d+)|(?P<choices>[^{}]*,[^
 
 
 def open_single(path: Path, images: Path | None) -> Source:
-    """Open a source that is no mixture: a file, a folder of Parquet or tar files, or their pattern (`*`, `{00..15}`).
+    """Open a source other than a mixture: a file, or a folder or pattern (`*`, `{00..15}`) of Parquet or tar files.
 
-    Raises `DataError` if it is missing, of no known kind or broken as a whole.
+    Raises `DataError` if it is missing, of an unknown kind or broken as a whole.
     """
     files = find_files(path)
     suffixes = {file.suffix.lower() for file in files}
@@ -52,7 +52,7 @@ def open_single(path: Path, images: Path | None) -> Source:
 def find_files(path: Path) -> list[Path]:
     """Return the files that a path stands for: itself, those of a folder, or the matches of a pattern; sorted.
 
-    What macOS and Windows write next to files is left out. Raises `DataError` if there is none.
+    Metadata files of macOS and Windows are left out. Raises `DataError` if there is no file.
     """
     if path.is_dir():
         found = sorted(_without_sidecars((file for file in path.iterdir() if SHARD.search(file.name)), path))
@@ -97,7 +97,7 @@ def _expand_braces(pattern: str) -> list[str]:
 
 @dataclass(frozen=True)
 class Peek:
-    """What a few records are like: how many were read, how many of them have images, and what is wrong."""
+    """A sample of the records: how many were read, how many of them have images, and the errors of bad ones."""
 
     looked: int
     with_images: int
@@ -105,7 +105,7 @@ class Peek:
 
 
 def peek(source: Source) -> Peek:
-    """Read up to `PEEKED` records, evenly spread."""
+    """Read up to `PEEKED` evenly spaced records, and the headers of their images."""
     last = len(source) - 1
     rows = sorted({row * last // (PEEKED - 1) for row in range(PEEKED)}) if last >= 0 else []
     with_images, bad = 0, []

@@ -20,7 +20,7 @@ from anyres_vlm.data.sources.record import CONVERSATION_KEYS, ENTRY_KEYS, folder
 from anyres_vlm.errors import DataError
 from anyres_vlm.schema import ImageRef, Record
 
-CACHED_GROUPS = 2  # row groups kept for random access: neighbours of a border, not more, for they can be large
+CACHED_GROUPS = 2  # row groups kept for random access; no more than two neighbours, because they can be large
 BATCH = 64  # rows turned into Python objects at once
 FOOTER_END = 8  # bytes: the footer's length and the magic number
 BROKEN = (OSError, ValueError, pa.ArrowException)  # ValueError: text that is no UTF-8, a row that is missing
@@ -38,7 +38,7 @@ class _Cursor:
         self.first = 0  # row of the group that the batch begins with
 
     def reaches(self, path: Path, group: int, row: int) -> bool:
-        """Whether it can go on to a row: not backwards, and not with a file that was opened before a fork."""
+        """Return whether it can continue to a row: not backwards, and not if the file was opened before a fork."""
         return (self.process, self.path, self.group) == (os.getpid(), path, group) and row >= self.first
 
     def entries(self, start: int, stop: int) -> Iterator[dict[str, Any]]:
@@ -48,7 +48,7 @@ class _Cursor:
                 self.first += 0 if self.batch is None else self.batch.num_rows
                 self.batch = next(self.batches, None)
                 if self.batch is None:
-                    raise pa.ArrowInvalid("it has fewer rows than its footer said")
+                    raise pa.ArrowInvalid("it has fewer rows than the footer states")
                 continue
             part = self.batch.slice(start - self.first, stop - start).to_pylist()
             start += len(part)
@@ -56,10 +56,10 @@ class _Cursor:
 
 
 class ParquetSource:
-    """A row is a row of the files one behind another. Memory holds where row groups begin, and two of them at most.
+    """Rows of one or more Parquet files, in order. At most two row groups are kept in memory.
 
-    An image is a struct of `bytes` and `path`, plain binary, a path, or a list of these; a path counts where there are
-    no bytes. Reading one row reads its row group: random access wants groups of a hundred rows, not of all.
+    An image is a struct of `bytes` and `path`, plain binary, a path, or a list of these; the path is used if there are
+    no bytes. Random access to a row reads its whole row group, so groups of about a hundred rows are best.
     """
 
     def __init__(self, files: Sequence[Path], images: Path | None) -> None:
@@ -77,7 +77,7 @@ class ParquetSource:
         self.groups = [(number, group) for number, group, _ in groups]
         self.starts: NDArray[np.int64] = np.cumsum([0, *(rows for *_, rows in groups)])
         self._cache: OrderedDict[int, pa.Table] = OrderedDict()
-        self._cursor: _Cursor | None = None  # where the last stream ended, for the next to go on
+        self._cursor: _Cursor | None = None  # where the last stream ended and the next may continue
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_cache": OrderedDict(), "_cursor": None}
@@ -90,7 +90,7 @@ class ParquetSource:
         return int(self.starts[-1])
 
     def records(self, start: int, stop: int) -> Iterator[Record | DataError]:
-        """One item a row, in order; every row group is read once, a few rows at a time."""
+        """Yield one item per row, in order; every row group is read once, a few rows at a time."""
         for group in range(self._group_of(start), len(self.groups)):
             first = int(self.starts[group])
             if first >= stop:
@@ -107,7 +107,7 @@ class ParquetSource:
                     yield self._broken(unread, error)
 
     def record(self, row: int) -> Record:
-        """The record of a row. Raises `DataError` for a bad one."""
+        """Return the record of a row. Raises `DataError` for a bad one."""
         group = self._group_of(row)
         try:
             table = self._table(group)
@@ -120,7 +120,7 @@ class ParquetSource:
         return record
 
     def fingerprint(self) -> str:
-        """Of the files' sizes and footers (schema, counts, offsets, statistics): the data may be hundreds of GB."""
+        """Return the hash of the sizes and footers (schema, counts, offsets, statistics); data may be hundreds of GB."""
         digest = hashlib.sha256(f"parquet {folder_key(self.images, self.files[0])}".encode())
         for path in self.files:
             with open_file(path, str(path)) as stream:
@@ -134,7 +134,7 @@ class ParquetSource:
         return int(np.searchsorted(self.starts, row, side="right")) - 1
 
     def _take_cursor(self, group: int, row: int) -> _Cursor:
-        """The last stream's, if it reaches the row, for this stream alone; else a new one."""
+        """Return the cursor of the last stream if it reaches the row, and do not share it; else a new one."""
         number, group_in_file = self.groups[group]
         path, cursor = self.files[number], self._cursor
         self._cursor = None
@@ -183,7 +183,7 @@ def _footer(path: Path) -> pq.FileMetaData:
 
 
 def _columns(footer: pq.FileMetaData, path: Path) -> list[str]:
-    """The columns to read. Raises `DataError` if none of them is a conversation."""
+    """Return the columns to read. Raises `DataError` if none of them is a conversation."""
     found = footer.schema.to_arrow_schema().names
     if not set(found) & set(CONVERSATION_KEYS):
         raise DataError(

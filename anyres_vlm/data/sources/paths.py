@@ -36,9 +36,9 @@ def image_file(item: Any, name: str, folder: Path) -> ImageRef:
 def path_inside(folder: Path, name: str, where: str) -> Path:
     """Return the path of a named file in a folder; the file may be missing.
 
-    Taken are relative names, absolute paths and `file://` URLs that lead into the folder, `\\` in place of `/`, and
-    names that differ from the file's in case or Unicode normalisation alone. Raises `DataError` for a URL, and for a
-    path that leaves the folder, by a symbolic link too unless `ANYRES_FOLLOW_LINKS=1` is set.
+    Accepted are relative names, absolute paths and `file://` URLs into the folder, `\\` in place of `/`, and names that
+    differ from that of the file only in case or Unicode normalisation. Raises `DataError` for other URLs, and for a path
+    that leaves the folder, also by a symbolic link unless `ANYRES_FOLLOW_LINKS=1` is set.
     """
     name = valid_text(name, f"{where}: the image's name")
     if UNUSUAL.search(name):
@@ -63,16 +63,16 @@ def follow_links() -> bool:
 
 
 def valid_text(text: str, what: str) -> str:
-    """Return the text. Raises `DataError` for a lone surrogate, which JSON can spell and tokenizers cannot read."""
+    """Return the text. Raises `DataError` for a lone surrogate, which JSON can contain and tokenizers cannot read."""
     try:
         text.encode()
     except UnicodeEncodeError:
-        raise DataError(f"{what} holds a lone surrogate, half of a character: correct the text") from None
+        raise DataError(f"{what} contains a lone surrogate, half of a character: correct the text") from None
     return text
 
 
 def _relative_name(folder: Path, name: str, where: str) -> str:
-    """Return the name relative to the folder. Raises `DataError` where it leads elsewhere."""
+    """Return the name relative to the folder. Raises `DataError` if it is outside the folder."""
     if found := FILE_URL.match(name):
         given = unquote(name[found.end() :])
     elif OTHER_URL.match(name):
@@ -105,7 +105,7 @@ def _relative_name(folder: Path, name: str, where: str) -> str:
 
 
 def _is_link(path: Path) -> bool | None:
-    """Whether a path is a symbolic link; None where nothing is there."""
+    """Return whether a path is a symbolic link; None if it does not exist."""
     try:
         return stat.S_ISLNK(os.lstat(path).st_mode)
     except (OSError, ValueError):
@@ -113,7 +113,7 @@ def _is_link(path: Path) -> bool | None:
 
 
 def _other_spelling(folder: Path, name: str) -> str | None:
-    """Return the one existing name that differs in case or Unicode normalisation alone, or None."""
+    """Return the only existing name that differs in nothing but case or Unicode normalisation, or None."""
     found = ""
     for part in PurePosixPath(name).parts:
         forms = [part, normalize("NFC", part), normalize("NFD", part)]

@@ -1,7 +1,7 @@
-"""What every kind of source offers, and how one entry of any of them becomes a record.
+"""The interface of a source, and the conversion of its entries to records.
 
-Entries are read as LLaVA reads them: a leading assistant turn is dropped, and an image of `""`, null or `[]` counts as
-none. What would change a record's meaning and cannot be used (videos, audio, tools) is a reject of its own kind.
+Entries are read as LLaVA reads them: a leading assistant turn is dropped, and an image of `""`, null or `[]` means no
+image. Content that is not supported and would change the meaning of a record (video, audio, tools) causes a reject.
 """
 
 from __future__ import annotations
@@ -54,18 +54,23 @@ REMEDIES: dict[RejectKind, str] = {
     "image_count": "list the images of all turns under the record's own 'images'",
     "remote_image": "download the images and name them under the record's own 'images'",
 }
+NOT_USED, NOT_TEXT = frozenset(REFUSED_KEYS), frozenset(TURN_KEYS)
+CHAT, LLAVA = ("role", "content"), ("from", "value")  # keys of a turn
 DROPPED_TURN = "dropped a leading assistant turn"
 
 BOM = b"\xef\xbb\xbf"
-LONGEST = 1 << 20  # bytes of a record: more than any that fits into a sample, and cheap to parse and to tokenise
+LONGEST = 1 << 20  # bytes of a record: more than fit into a sample, and still cheap to parse and to tokenise
 CHUNK = 1 << 20  # bytes searched at once for line breaks
 
-# (item of `image` or `images`, name of the record) -> where that image lies
+# (item of `image` or `images`, name of the record) -> reference to the image
 ImageFinder = Callable[[Any, str], ImageRef]
+
+# Role of a turn as one of ours, or an unknown one in lower case; the role as written; the text
+Spoken = tuple[Role | str | None, Any, str]
 
 
 class Source(Protocol):
-    """Conversations by row. A source is picklable, safe to use after a fork, and keeps no row in memory for long."""
+    """Conversations by row. A source is picklable, safe to use after a fork, and does not load all rows into memory."""
 
     @property
     def name(self) -> str:
@@ -75,7 +80,7 @@ class Source(Protocol):
     def __len__(self) -> int: ...
 
     def records(self, start: int, stop: int) -> Iterator[Record | DataError]:
-        """Yield one item a row, in order; a bad row comes as its `DataError`."""
+        """Yield one item per row, in order; for a bad row, its `DataError`."""
         ...
 
     def record(self, row: int) -> Record:
@@ -83,7 +88,7 @@ class Source(Protocol):
         ...
 
     def fingerprint(self) -> str:
-        """Return a SHA-256 in hex of what decides the records; the pixels of an image folder are not part of it."""
+        """Return a SHA-256 in hex of the content of the records, without the images of an image folder."""
         ...
 
 
@@ -100,16 +105,17 @@ def to_record(entry: Any, default_id: str, find_image: ImageFinder) -> Record:
 
 
 def _checked(entry: dict[str, Any], name: str, find_image: ImageFinder) -> Record:
-    _refuse(entry, REFUSED_KEYS, f"record {name}")
+    if not NOT_USED.isdisjoint(entry):
+        _refuse(entry, REFUSED_KEYS, f"record {name}")
     images = tuple(find_image(item, name) for item in _image_items(entry))
-    spoken = list(_spoken(entry, name, len(images)))
+    spoken = _spoken(entry, name, len(images))
     system = _system(entry, spoken, name)
-    first = int(_role(spoken[0][0]) == "system")
+    first = int(spoken[0][0] == "system")
     changes: tuple[str, ...] = ()
-    if first < len(spoken) and _role(spoken[first][0]) == "assistant":
+    if first < len(spoken) and spoken[first][0] == "assistant":
         first += 1
         changes = (DROPPED_TURN,)
-    turns = tuple(_turns(spoken, first, name))
+    turns = _turns(spoken, first, name)
     placeholders = sum(turn.text.count(IMAGE_TOKEN) for turn in turns if turn.role == "user")
     if placeholders != len(images):
         raise DataError(
@@ -121,8 +127,8 @@ def _checked(entry: dict[str, Any], name: str, find_image: ImageFinder) -> Recor
 
 def _refuse(content: dict[str, Any], keys: dict[str, RejectKind], where: str) -> None:
     """Raise `DataError` for the first key that holds something and cannot be used."""
-    for key in content.keys() & keys.keys():
-        if not _is_absent(content[key]):
+    for key in keys:
+        if key in content and not _is_absent(content[key]):
             kind = keys[key]
             raise DataError(f"{where}: it has {key!r}: {REMEDIES[kind]}", kind=kind)
 
@@ -138,63 +144,69 @@ def _is_absent(value: Any) -> bool:
 
 
 def _image_items(entry: dict[str, Any]) -> list[Any]:
-    """The images as the entry names them, empty ones left out."""
+    """Return the images as the entry names them, without empty ones."""
     for key in ("image", "images"):
         value = entry.get(key)
+        if isinstance(value, str) and value:
+            return [value]
         if value is not None and value != "" and value != []:
             return [item for item in (value if isinstance(value, list) else [value]) if not _is_absent(item)]
     return []
 
 
 def _role(said_by: Any) -> Role | str | None:
-    """The role of a turn in one of our words; an unknown one in lower case."""
+    """Return the role of a turn as one of ours; an unknown one in lower case."""
     if not isinstance(said_by, str):
         return None
+    if (known := ROLES.get(said_by)) is not None:
+        return known
     word = said_by.strip().lower()
     return ROLES.get(word, word)
 
 
-def _turns(spoken: Sequence[tuple[Any, str]], first: int, name: str) -> Iterator[Turn]:
-    """Yield the turns from `first` on: the user's first, alternating, the assistant's last."""
+def _turns(spoken: Sequence[Spoken], first: int, name: str) -> tuple[Turn, ...]:
+    """Return the turns from `first` on: the user's first, alternating, the assistant's last."""
     if first == len(spoken):
-        said_by = [role for role, _ in spoken]
-        raise DataError(f"record {name}: no question: expected a turn of the user, got only {said_by}")
+        raise DataError(f"record {name}: no question: expected a turn of the user, got only {[s[1] for s in spoken]}")
+    turns = []
+    wanted: Role = "assistant"
     for place in range(first, len(spoken)):
-        said_by, text = spoken[place]
-        where = f"record {name} turn {place + 1}"
-        wanted: Role = "assistant" if (place - first) % 2 else "user"
-        if (role := _role(said_by)) != wanted:
-            if role in TOOL_ROLES:
-                raise DataError(f"{where}: its role is {said_by!r}: {REMEDIES['tools']}", kind="tools")
+        role, said_by, text = spoken[place]
+        wanted = "user" if wanted == "assistant" else "assistant"
+        if role != wanted:
             remedy = ": a system turn must be the first" if role == "system" else ""
-            raise DataError(f"{where}: expected the {wanted}, got {said_by!r}{remedy}")
-        if not text.strip():
-            raise DataError(f"{where}: the text is empty")
-        if wanted == "user":
-            _refuse_tags(text, where)
-        yield Turn(wanted, valid_text(text.strip(), f"{where}: the text"))
+            raise DataError(f"record {name} turn {place + 1}: expected the {wanted}, got {said_by!r}{remedy}")
+        text = text.strip()
+        if not text:
+            raise DataError(f"record {name} turn {place + 1}: the text is empty")
+        if role == "user" and ("<video>" in text or "<audio>" in text):
+            _refuse_tags(text, f"record {name} turn {place + 1}")
+        if not text.isascii():
+            valid_text(text, f"record {name} turn {place + 1}: the text")
+        turns.append(Turn(wanted, text))
     if wanted != "assistant":
         raise DataError(f"record {name}: the last turn is the user's, nothing answers it", kind="no_answer")
+    return tuple(turns)
 
 
 def _refuse_tags(text: str, where: str) -> None:
+    """Raise `DataError` for a text with a placeholder of video or audio."""
     for tag, kind in REFUSED_TAGS.items():
         if tag in text:
             raise DataError(f"{where}: the text contains {tag}: {REMEDIES[kind]}", kind=kind)
 
 
-def _system(entry: dict[str, Any], spoken: Sequence[tuple[Any, str]], name: str) -> str:
-    """The system text, of a key or of a first turn. Raises `DataError` where two differ or it is no text."""
+def _system(entry: dict[str, Any], spoken: Sequence[Spoken], name: str) -> str:
+    """Return the system text from a key or the first turn. Raises `DataError` if two differ or one is not text."""
     texts = []
     for key in SYSTEM_KEYS:
-        value = entry.get(key)
-        if _is_absent(value):
+        if (value := entry.get(key)) is None or _is_absent(value):
             continue
         if not isinstance(value, str):
             raise DataError(f"record {name}: expected text under {key!r}, got {type(value).__name__}")
         texts.append(value.strip())
-    if _role(spoken[0][0]) == "system" and spoken[0][1].strip():
-        texts.append(spoken[0][1].strip())
+    if spoken[0][0] == "system" and spoken[0][2].strip():
+        texts.append(spoken[0][2].strip())
     if not texts:
         return ""
     if any(text != texts[0] for text in texts):
@@ -203,34 +215,45 @@ def _system(entry: dict[str, Any], spoken: Sequence[tuple[Any, str]], name: str)
     return valid_text(texts[0], f"record {name}: the system text")
 
 
-def _spoken(entry: dict[str, Any], name: str, num_images: int) -> Iterator[tuple[Any, str]]:
-    """Yield (role as written, text) of each turn, at least one.
+def _spoken(entry: dict[str, Any], name: str, num_images: int) -> list[Spoken]:
+    """Return what is said in each turn, at least one.
 
     `messages` and `conversations` hold turns of role/content or from/value. `texts`, the layout of the_cauldron, holds
     pairs of user/assistant without placeholders: its images come before the first question.
     """
-    present = [key for key in CONVERSATION_KEYS if entry.get(key) is not None]
-    key = next((key for key in present if entry[key]), present[0] if present else None)
+    key = next((key for key in CONVERSATION_KEYS if entry.get(key)), None)
     said_list = None if key is None else entry[key]
     if not isinstance(said_list, list) or not said_list:
         raise DataError(f"record {name}: expected a non-empty list under 'conversations' or 'messages'")
+    spoken: list[Spoken] = []
     if key == "texts":
-        opening = f"{IMAGE_TOKEN}\n" * num_images
         for position, said in enumerate(said_list):
-            yield "user", opening * (position == 0) + _text(said, ("user",), f"record {name} turn {2 * position + 1}")
-            yield "assistant", _text(said, ("assistant",), f"record {name} turn {2 * position + 2}")
-        return
+            opening = "" if position else f"{IMAGE_TOKEN}\n" * num_images
+            question = opening + _text(said, ("user",), f"record {name} turn {2 * position + 1}")
+            answer = _text(said, ("assistant",), f"record {name} turn {2 * position + 2}")
+            spoken += [("user", "user", question), ("assistant", "assistant", answer)]
+        return spoken
+    usual, other = (CHAT, LLAVA) if key == "messages" else (LLAVA, CHAT)
     for position, said in enumerate(said_list, start=1):
-        where = f"record {name} turn {position}"
         if not isinstance(said, dict):
-            raise DataError(f"{where}: expected an object with a role and a text, got {type(said).__name__}")
-        if said.keys() & TURN_KEYS.keys():
-            _refuse(said, TURN_KEYS, where)
-        is_chat = said.get("from") is None and (key == "messages" or said.get("role") is not None)
-        said_by = said.get("role") if is_chat else said.get("from")
-        if _role(said_by) in TOOL_ROLES:
-            raise DataError(f"{where}: its role is {said_by!r}: {REMEDIES['tools']}", kind="tools")
-        yield said_by, _text(said, ("content", "value") if is_chat else ("value", "content"), where)
+            kind = type(said).__name__
+            raise DataError(f"record {name} turn {position}: expected an object with a role and a text, got {kind}")
+        keys = other if said.get(usual[0]) is None and said.get(other[0]) is not None else usual
+        said_by, text = said.get(keys[0]), said.get(keys[1])
+        role = _role(said_by)
+        if role in TOOL_ROLES or not NOT_TEXT.isdisjoint(said):
+            _refuse_turn(said, said_by, role, f"record {name} turn {position}")
+        if not isinstance(text, str):
+            text = _text(said, (keys[1], CHAT[1], LLAVA[1]), f"record {name} turn {position}")
+        spoken.append((role, said_by, text))
+    return spoken
+
+
+def _refuse_turn(said: dict[str, Any], said_by: Any, role: Role | str | None, where: str) -> None:
+    """Raise `DataError` for a turn of a tool, and for one that holds more than text."""
+    if role in TOOL_ROLES:
+        raise DataError(f"{where}: its role is {said_by!r}: {REMEDIES['tools']}", kind="tools")
+    _refuse(said, TURN_KEYS, where)
 
 
 def _text(said: Any, keys: tuple[str, ...], where: str) -> str:

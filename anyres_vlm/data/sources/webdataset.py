@@ -31,7 +31,7 @@ from anyres_vlm.schema import IMAGE_TOKEN, ImageRef, Record
 logger = logging.getLogger(__name__)
 
 BLOCK = tarfile.BLOCKSIZE
-PADDING_READ = 1 << 20  # bytes behind the end that are looked at; tar pads with 10 kB as a rule
+PADDING_READ = 1 << 20  # bytes to check after the end mark; tar usually pads to 10 kB
 MEMBER = re.compile(r"(?P<key>(?:.*/)?[^./][^./]*)\.(?P<suffix>[^/]+)", re.DOTALL)
 DIGITS = re.compile(r"(\d+)")
 REFUSED_SUFFIXES: dict[str, RejectKind] = {
@@ -42,12 +42,12 @@ REFUSED_SUFFIXES: dict[str, RejectKind] = {
 
 @dataclass(frozen=True, eq=False)
 class Shard:
-    """Where the members of one tar lie. Sample i has the members from `firsts[i]` to `firsts[i + 1]`."""
+    """Offsets of the members of one tar. Sample i has the members from `firsts[i]` to `firsts[i + 1]` (exclusive)."""
 
     path: Path
-    keys: bytes  # of all samples, one behind another
+    keys: bytes  # of all samples, concatenated
     suffix_names: tuple[str, ...]
-    digest: str  # of the members' names, places and times
+    digest: str  # of the names, offsets, sizes and times of the members
     key_ends: NDArray[np.int64]  # (samples,)
     firsts: NDArray[np.int64]  # (samples + 1,)
     offsets: NDArray[np.int64]  # (members,) first byte of the member's data
@@ -58,12 +58,12 @@ class Shard:
         return len(self.key_ends)
 
     def key(self, sample: int) -> str:
-        """What the names of a sample's members have in common."""
+        """Return the key of a sample, the common part of its members' names."""
         start = int(self.key_ends[sample - 1]) if sample else 0
         return self.keys[start : int(self.key_ends[sample])].decode("utf-8", errors="replace")
 
     def members(self, sample: int) -> dict[str, ImageRef]:
-        """A sample's members by suffix in lower case. Raises `DataError` if two have the same."""
+        """Return the members of a sample by suffix in lower case. Raises `DataError` if two have the same suffix."""
         key = self.key(sample)
         found: dict[str, ImageRef] = {}
         for member in range(int(self.firsts[sample]), int(self.firsts[sample + 1])):
@@ -76,11 +76,11 @@ class Shard:
 
 
 class WebDatasetSource:
-    """A row is a sample: neighbours in a tar whose names agree up to the first dot of their last part.
+    """Samples of tar shards: consecutive members whose file names agree up to the first dot.
 
-    Images are the members with an image's suffix, in the order of what stands before it (`a.jpg`, `a.1.jpg`,
-    `a.2.jpg`, `a.10.jpg`). Text is a `.json` with a LLaVA entry, or else a `.txt` with a caption. A sample with a video
-    or sound is a reject; other members are not read. Memory holds a table of offsets and keys, some 40 bytes a member.
+    Images are the members with an image suffix, in the natural order of what precedes it (`a.jpg`, `a.1.jpg`,
+    `a.2.jpg`, `a.10.jpg`). The text is a `.json` member with a LLaVA entry, or else a `.txt` member with a caption. A
+    sample with video or audio is rejected; other members are not read. Memory holds about 40 bytes per member.
     """
 
     def __init__(self, files: Sequence[Path]) -> None:
@@ -96,7 +96,7 @@ class WebDatasetSource:
         return int(self.starts[-1])
 
     def records(self, start: int, stop: int) -> Iterator[Record | DataError]:
-        """One item a row, in order; a bad row comes as its `DataError`."""
+        """Yield one item per row, in order; for a bad row, its `DataError`."""
         for row in range(start, stop):
             try:
                 yield self.record(row)
@@ -104,7 +104,7 @@ class WebDatasetSource:
                 yield error
 
     def record(self, row: int) -> Record:
-        """The record of a row; its images are slices of the tar. Raises `DataError` for a bad one."""
+        """Return the record of a row; its images are slices of the tar. Raises `DataError` for a bad one."""
         number = int(np.searchsorted(self.starts, row, side="right")) - 1
         shard, sample = self.shards[number], row - int(self.starts[number])
         members, key = shard.members(sample), shard.key(sample)
@@ -118,7 +118,7 @@ class WebDatasetSource:
         return to_record(entry, key, lambda item, name: item)
 
     def fingerprint(self) -> str:
-        """Of the texts, and of the images' names, places, sizes and times: they may be hundreds of GB."""
+        """Return the hash of the texts and of the names, offsets, sizes and times of all members, not of their data."""
         digest = hashlib.sha256(b"webdataset")
         for shard in self.shards:
             digest.update(shard.digest.encode())
@@ -165,7 +165,7 @@ def scan_shard(path: Path) -> Shard:
 
 
 def _members(stream: BinaryIO, path: Path) -> Iterator[tarfile.TarInfo]:
-    """All members; then the end is looked at, because `tarfile` takes any garbage for one."""
+    """Yield all members, then check the end of the tar, because `tarfile` accepts garbage as an end."""
     try:
         with tarfile.open(fileobj=stream, mode="r:") as archive:
             place = -1
@@ -185,17 +185,19 @@ def _members(stream: BinaryIO, path: Path) -> Iterator[tarfile.TarInfo]:
     if any(ending[:BLOCK]):
         raise DataError(f"{path}: a broken tar: no header at byte {end}; fetch it again")
     if any(ending):
-        raise DataError(f"{path}: data behind the tar's end at byte {end}: unite tars with tar --concatenate, not cat")
+        raise DataError(
+            f"{path}: data after the end of the tar at byte {end}: join tars with tar --concatenate, not cat"
+        )
 
 
 def _entry(members: dict[str, ImageRef], key: str, num_images: int) -> Any:
-    """The sample's LLaVA entry, written out or made of its caption."""
+    """Return the LLaVA entry of a sample, either its `.json` member or one made from its caption."""
     entry = None
     if "json" in members:
         content, name = read_blob(members["json"]), members["json"].name
         entry = parse_json(content, lambda position: place_in_text(name, content, position))
         if "txt" not in members or (isinstance(entry, dict) and entry.keys() & set(CONVERSATION_KEYS)):
-            return entry  # else it is metadata beside the caption, as img2dataset writes it
+            return entry  # else it is metadata of the caption, as written by img2dataset
     if "txt" not in members:
         raise DataError(f"record {key}: expected a .json or .txt member, got .{', .'.join(members)}")
     try:
@@ -211,6 +213,6 @@ def _is_image(suffix: str) -> bool:
 
 
 def _image_order(suffix: str) -> list[str | int]:
-    """Numbers by value, and no number first; a split at digits has text and numbers in turn."""
+    """Return a sort key that orders numbers by value; a split at digits alternates between text and numbers."""
     middle = suffix.rpartition(".")[0]
     return [int(part) if place % 2 else part for place, part in enumerate(DIGITS.split(middle))]

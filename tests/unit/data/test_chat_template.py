@@ -225,7 +225,7 @@ def test_an_end_token_is_added_where_the_template_has_none(caplog: pytest.LogCap
     assert "the tokenizer's '</s>' follows each answer, in training and in prompts" in caplog.text
     tokenizer = deepcopy(encoder.tokenizer)
     tokenizer.eos_token = None
-    with pytest.raises(UsageError, match="writes no end token behind an answer"):
+    with pytest.raises(UsageError, match="writes no end token after an answer"):
         _ = ConversationTokenizer("chat_template", tokenizer).end_id
 
 
@@ -298,7 +298,7 @@ def test_labels_are_the_generation_blocks_of_the_template() -> None:
         ),
         (
             "{% for m in messages %}{{ m.role + m.content }}:<|im_end|>\n{% endfor %}",
-            "writes no end token behind an answer",
+            "writes no end token after an answer",
         ),
         ("{{ messages[-1].content }}</s>", "leaves out or repeats turns"),
         ("{% for m in messages %}{{ m.content + m.content + eos_token }}{% endfor %}", "leaves out or repeats turns"),

@@ -248,7 +248,7 @@ def test_tokens_before_the_unknown_one_are_tokens() -> None:
 @pytest.mark.parametrize(("length", "shown"), [(40, "a" * 40 + "'"), (41, "a" * 40 + "...'")])
 def test_long_answers_are_shown_in_part(length: int, shown: str) -> None:
     (result,) = ConversationTokenizer("chatml", by_hand()).encode([dialogue("a", "a" * length)])
-    assert f"'<|im_end|>' behind '{shown} is not a token of its own" in str(result)
+    assert f"'<|im_end|>' after '{shown} is not a separate token" in str(result)
 
 
 def test_a_begin_token_that_the_tokenizer_lacks() -> None:

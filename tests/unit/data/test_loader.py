@@ -96,7 +96,7 @@ def test_unreadable_samples_are_omitted_from_their_pack_only(samples: IndexedSam
     assert len(first.rejects) == 1
     assert "1.png" in first.rejects[0]
     assert sum(len(batch.sample_ids) for step in steps for batch in step) == 6
-    with pytest.raises(DataError, match=r"1 samples could not be read.*1\.png.*raise max_bad_fraction above 0\.1"):
+    with pytest.raises(DataError, match=r"1 of \d+ records are bad .*1\.png.*more than max_bad_fraction=0\.1"):
         load_steps(samples, STEPS, workers, max_bad_fraction=0.1)
 
 
