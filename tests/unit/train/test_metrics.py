@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import CLIPVisionConfig, LlamaConfig
 
-from anyres_vlm.data.packing.cost import Flops
+from anyres_vlm.data.packing.cost import Flops, forward_flops
 from anyres_vlm.train.engine.engine import StepResult
 from anyres_vlm.train.metrics import Throughput, device_peak
 from anyres_vlm.train.steps import model_flops
@@ -62,6 +63,15 @@ def test_a_cpu_has_no_known_peak() -> None:
 
 def test_a_transformer_of_timm_may_have_any_width() -> None:
     """A ViT-L's 1,024 are no multiple of the heads that transformers assumes."""
+    language = LlamaConfig(vocab_size=32_064)  # 7B
+    vision = CLIPVisionConfig(
+        hidden_size=1024,
+        intermediate_size=4096,
+        num_hidden_layers=24,
+        num_attention_heads=16,
+        image_size=336,
+        patch_size=14,
+    )
     tower = SimpleNamespace(width=2 * 1024, layers=(12, 23), tile=336, patch=14)
-    model: Any = SimpleNamespace(vision_tower=tower, language_model=SimpleNamespace(config=LANGUAGE))
-    assert model_flops(model) == forward_flops(LANGUAGE, VISION, (12, 23))
+    model: Any = SimpleNamespace(vision_tower=tower, language_model=SimpleNamespace(config=language))
+    assert model_flops(model) == forward_flops(language, vision, (12, 23))
