@@ -111,8 +111,8 @@ class OwnTemplate:
         past = self.read.past
         if not prompt and answers > 1 and past is not None and not past.startswith(self.read.prompt_suffix):
             return (
-                f"this llm's chat template ends its prompt with {self.read.prompt_suffix!r}, but writes {past!r} before earlier "
-                "answers, so only records with one answer can have exact labels: use another template"
+                f"this llm's chat template ends its prompt with {self.read.prompt_suffix!r}, but writes {past!r} "
+                "before earlier answers, so only records with one answer can have exact labels: use another template"
             )
         try:
             text = apply_own(tokenizer, turns, prompt, self.format, system)

@@ -122,7 +122,11 @@ def test_one_image_is_a_line_and_the_choice_explained(photo: Path, capsys: pytes
     [
         ((184, 161), ["--dialect", "llava"], "336x672 is the first in dialect llava of 2 equally good candidates"),
         ((184, 161), ["--dialect", "hf"], "672x336 is the first in dialect hf of 2 equally good candidates"),
-        ((640, 480), ["--grid", "3x3"], "672x672 wastes the least area of the 6 candidates that keep most of the image"),
+        (
+            (640, 480),
+            ["--grid", "3x3"],
+            "672x672 wastes the least area of the 6 candidates that keep most",
+        ),
         ((640, 480), ["--grid", "1x2"], "672x336 keeps most of the image"),
         ((640, 480), ["--grid", "1x1"], "There is no candidate canvas: only the thumbnail is used"),
     ],
