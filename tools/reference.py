@@ -89,7 +89,9 @@ def keys_page() -> str:
             properties = (schema if section is model else schema["$defs"][section.__name__])["properties"]
             rows = []
             for name, field in section.model_fields.items():
-                default = "required" if field.is_required() else _value(field.default)
+                default = (
+                    "required" if field.is_required() else "derived" if field.default_factory else _value(field.default)
+                )
                 rows.append((f"`{name}`", kind(properties[name]), default, meaning(section, name)))
             parts.append(table(("key", "type", "default", "meaning"), rows))
     return "\n".join(parts)

@@ -90,14 +90,12 @@ class Template:
                 piece = (self.again if number else "") + self.user_prefix + words
                 piece += "" if is_past else self.user_suffix
             else:
-                before, asked = self.assistant_prefix + self.lead, self.assistant_prefix
+                before, prompted = self.assistant_prefix + self.lead, self.assistant_prefix
                 if is_past and self.past is not None:
-                    before, asked = (
-                        self.past,
-                        self.prompt_suffix if self.past.startswith(self.prompt_suffix) else self.past,
-                    )
+                    before = self.past
+                    prompted = self.prompt_suffix if self.past.startswith(self.prompt_suffix) else self.past
                 piece = f"{before}{turn.text}{self.end}"
-                spans.append((length + len(asked), length + len(piece)))
+                spans.append((length + len(prompted), length + len(piece)))
                 piece += self.between
             pieces.append(piece)
             length += len(piece)

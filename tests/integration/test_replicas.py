@@ -146,7 +146,7 @@ def test_the_original_layout_is_imported_and_trained_further(kind: str, clip: Pa
 
 @pytest.mark.parametrize(
     ("name", "words"),
-    [(replicas.ORIGINAL_15, "LLaVA-1.5 pads an image to a square"), (replicas.LLAVA_15, "architecture")],
+    [(replicas.ORIGINAL_15, "image_aspect_ratio='pad'"), (replicas.LLAVA_15, "architecture")],
 )
 def test_what_is_not_anyres_is_refused_with_the_reason(name: str, words: str, tmp_path: Path, capsys) -> None:
     source = replicas.build_replica(name, tmp_path / "source")

@@ -121,7 +121,7 @@ def scan_rows(path: Path) -> Offsets:
 
 
 def _is_lines(data: Bytes, opening: int, is_named_so: bool) -> bool:
-    """Return whether rows are lines: in a `.jsonl` file unless it is one list, or if its first two are objects."""
+    """Return whether rows are lines: in a `.jsonl` file unless it is a list, or if the first two lines are objects."""
     first, _, rest = _start_of(data, opening).partition(b"\n")
     rest = rest.lstrip(WHITE_SPACE)
     if is_named_so and not first.startswith(b"["):

@@ -13,7 +13,7 @@ LLaVA-NeXT's layout is read too:
       - {json_path: charts.json, sampling_strategy: "first:10%", images: charts}  # or end:500, random:20%
 
 In that layout a share is rounded up, and a number above the size of the file takes the whole file, as in LLaVA-NeXT;
-`random` draws with the `seed` of the entry, 0 by default; `images` is optional and replaces the run's image folder.
+`random` uses the `seed` of the entry, 0 by default; `images` is optional and replaces the image folder of the run.
 
 Paths are relative to the folder of the YAML file. The choice of rows depends only on the seed and the number of rows,
 so it is the same on every rank and machine, and a larger share with the same seed contains the smaller one. Rows of a

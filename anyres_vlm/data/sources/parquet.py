@@ -120,7 +120,7 @@ class ParquetSource:
         return record
 
     def fingerprint(self) -> str:
-        """Return the hash of the sizes and footers (schema, counts, offsets, statistics): data may be large."""
+        """Return the hash of the sizes and footers (schema, counts, offsets, statistics), not of all the data."""
         digest = hashlib.sha256(f"parquet {folder_key(self.images, self.files[0])}".encode())
         for path in self.files:
             with open_file(path, str(path)) as stream:

@@ -37,8 +37,8 @@ def path_inside(folder: Path, name: str, where: str) -> Path:
     """Return the path of a named file in a folder; the file may be missing.
 
     Accepted are relative names, absolute paths and `file://` URLs into the folder, `\\` in place of `/`, and names that
-    differ from that of the file only in case or Unicode normalisation. Raises `DataError` for other URLs, and for paths
-    that leave the folder, also by a symbolic link unless `ANYRES_FOLLOW_LINKS=1` is set.
+    differ from that of the file only in case or Unicode normalisation. Raises `DataError` for other URLs and for a path
+    that leaves the folder, also by a symbolic link unless `ANYRES_FOLLOW_LINKS=1` is set.
     """
     name = valid_text(name, f"{where}: the image's name")
     if UNUSUAL.search(name):

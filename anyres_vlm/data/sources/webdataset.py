@@ -185,9 +185,7 @@ def _members(stream: BinaryIO, path: Path) -> Iterator[tarfile.TarInfo]:
     if any(ending[:BLOCK]):
         raise DataError(f"{path}: a broken tar: no header at byte {end}; fetch it again")
     if any(ending):
-        raise DataError(
-            f"{path}: data after the end of the tar at byte {end}: join tars with tar --concatenate, not cat"
-        )
+        raise DataError(f"{path}: data after the tar's end at byte {end}: join tars with tar --concatenate, not cat")
 
 
 def _entry(members: dict[str, ImageRef], key: str, num_images: int) -> Any:

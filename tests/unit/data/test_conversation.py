@@ -150,7 +150,7 @@ def test_the_end_token_stands_alone() -> None:
     ):
         (result,) = ConversationTokenizer("chatml", by_hand(*added)).encode([dialogue("a", answer)])
         assert isinstance(result, DataError) != fits
-        assert fits or "record r7: '<|im_end|>' behind 'b" in str(result)
+        assert fits or "record r7: '<|im_end|>' after 'b" in str(result)
 
 
 def test_a_character_that_the_tokenizer_lacks_is_refused() -> None:

@@ -65,8 +65,8 @@ def test_both_dialects_of_turns_and_images(tmp_path: Path, name: str) -> None:
         (record(image="/etc/passwd"), "outside the image folder"),
         (record(image=5), "must be a file name"),
         (record(image="a\0.png"), "must be a file name"),
-        (record(image="\ud800.png"), "record a: the image's name holds a lone surrogate"),
-        (record(conversations=turns("<image>", "\udcff")), "record a turn 2: the text holds a lone surrogate"),
+        (record(image="\ud800.png"), "record a: the image's name contains a lone surrogate"),
+        (record(conversations=turns("<image>", "\udcff")), "record a turn 2: the text contains a lone surrogate"),
         (
             record(conversations=None, messages=[{"role": "user", "content": 5}]),
             "turn 1: expected text under 'content'",

@@ -185,7 +185,7 @@ def test_tars_that_cannot_be_used(tmp_path: Path) -> None:
         "header": (whole[: last.offset + 100], "the tar is cut short: no end mark at byte"),
         "border": (whole[:end], rf"the tar is cut short: no end mark at byte {end}"),
         "bits": (bytes(broken), rf"a broken tar: no header at byte {last.offset}"),
-        "cat": (whole + whole, rf"data behind the tar's end at byte {end}: unite tars with tar --concatenate"),
+        "cat": (whole + whole, rf"data after the tar's end at byte {end}: join tars with tar --concatenate"),
         "back": (
             backwards.tobuf(tarfile.GNU_FORMAT) * 2 + bytes(1024),
             "a broken or truncated tar",

@@ -14,7 +14,7 @@ from anyres_vlm.checkpoints.bases import build_model
 from anyres_vlm.config import ModelConfig
 from anyres_vlm.errors import UsageError
 from anyres_vlm.inference.assistant import Assistant, Conversation, halve, text_pieces
-from anyres_vlm.inference.generation import Decoding
+from anyres_vlm.inference.generation import Decoding, stream_tokens
 from anyres_vlm.schema import ImageRef, Turn
 
 WORDS = "Ein Stern ⭐ und 'Größe' — 漢字, 👩‍🚀!\n\n  Ende: naïve   café\n"
@@ -126,13 +126,12 @@ def test_batching_changes_no_answer_and_no_order(assistant: Assistant, tmp_path:
 
 def test_a_batch_keeps_to_its_tokens(assistant: Assistant, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     read: list[list[int]] = []
-    stream = assistant.model.stream
 
-    def spy(ids, lengths, *rest):
+    def spy(model, ids, lengths, *rest):
         read.append(list(lengths))
-        return stream(ids, lengths, *rest)
+        return stream_tokens(model, ids, lengths, *rest)
 
-    monkeypatch.setattr(assistant.model, "stream", spy)
+    monkeypatch.setattr("anyres_vlm.inference.assistant.stream_tokens", spy)
     assistant.answer_many(conversations(tmp_path), Decoding(4), 120)
     assert all(len(lengths) == 1 or len(lengths) * (max(lengths) + 4) <= 120 for lengths in read)
     flat = [length for lengths in read for length in lengths]
