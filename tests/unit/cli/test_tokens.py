@@ -125,7 +125,7 @@ def test_one_image_is_a_line_and_the_choice_explained(photo: Path, capsys: pytes
         (
             (640, 480),
             ["--grid", "3x3"],
-            "672x672 wastes the least area of the 6 candidates that keep most",
+            "672x672 wastes the least area of the 6 candidates that keep most of",
         ),
         ((640, 480), ["--grid", "1x2"], "672x336 keeps most of the image"),
         ((640, 480), ["--grid", "1x1"], "There is no candidate canvas: only the thumbnail is used"),
@@ -260,7 +260,7 @@ def test_interruption_exits_130(photo: Path, monkeypatch: pytest.MonkeyPatch) ->
     def interrupt(path: Path) -> Size:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("anyres_vlm.cli.tokens.read_size", interrupt)
+    monkeypatch.setattr("anyres_vlm.data.token_counts.read_size", interrupt)
     assert anyres("tokens", photo) == 130
 
 
@@ -294,10 +294,33 @@ def test_script_works_from_a_clone_without_torch(photo: Path, tmp_path: Path) ->
     """Run from elsewhere and without the repository on the path, as a person with a fresh clone would."""
     check = f"import runpy, sys; sys.argv = ['count_tokens.py', {str(photo)!r}, '--json']\n"
     check += f"try: runpy.run_path({str(SCRIPT)!r}, run_name='__main__')\n"
-    check += "finally: print(*{'torch', 'transformers', 'numpy'} & set(sys.modules), file=sys.stderr)"
+    check += "finally: print(*{'torch', 'transformers', 'numpy', 'typer'} & set(sys.modules), file=sys.stderr)"
     done = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, cwd=tmp_path)
     assert (done.returncode, done.stderr.strip()) == (0, "")
     assert json.loads(done.stdout)[0]["total"] == 2340
+
+
+@pytest.mark.parametrize(
+    ("options", "status"),
+    [
+        ([], 0),
+        (["--json", "--grid", "3x3", "--layout", "flat", "--dialect", "llava"], 0),
+        (["--tile", "224", "--patch", "16"], 0),
+        (["--grid", "2"], 2),
+        (["--tile", "15"], 2),
+        (["--layout", "round"], 2),
+        (["missing.jpg"], 1),
+    ],
+)
+def test_script_does_what_the_command_does(
+    photo: Path, capsys: pytest.CaptureFixture[str], options: list[str], status: int
+) -> None:
+    assert anyres("tokens", photo, *options) == status
+    printed = capsys.readouterr()
+    done = subprocess.run([sys.executable, SCRIPT, photo, *options], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (status, printed.out)
+    if "--layout" not in options:  # the parsers word it differently
+        assert done.stderr == printed.err
 
 
 def test_what_macos_and_windows_leave_in_folders_is_no_image(
