@@ -18,6 +18,7 @@ from anyres_vlm.files import parse_yaml
 from anyres_vlm.geometry import Dialect, Grid, Layout, Tiling, expand_pinpoints
 
 StageName = Literal["stage1", "stage2"]
+STAGES: tuple[StageName, ...] = get_args(StageName)
 TemplateName = Literal[
     "plain", "tiny", "vicuna_v1", "llama_2", "mistral", "llama_3", "chatml", "chatml_direct", "chat_template"
 ]  # `chat_template` is the tokenizer's own
@@ -240,7 +241,7 @@ class RunConfig(Frozen):
 
     @model_validator(mode="after")
     def _validate_cached_encoder_is_frozen(self) -> RunConfig:
-        for stage in get_args(StageName):
+        for stage in STAGES:
             rate = self.stage(stage).vision_lr
             if self.cache_features is not None and rate is not None:
                 raise ValueError(f"{stage}.vision_lr={rate:g} trains the encoder: remove it or cache_features")

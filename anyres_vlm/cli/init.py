@@ -1,4 +1,4 @@
-"""`anyres init`: a configuration for one's own data, after a few questions."""
+"""`anyres init`: write a configuration for the user's data after a few questions."""
 
 from __future__ import annotations
 
@@ -16,23 +16,23 @@ GPU_FILES = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")  # of the drivers of NVID
 
 
 def init(
-    folder: Path = typer.Argument(Path(), help="Folder to write config.yaml and mixture.yaml into; made if need be."),
+    folder: Path = typer.Argument(Path(), help="Folder for config.yaml and mixture.yaml; created if needed."),
     data: list[Path] = typer.Option(
         [], help="Conversations: LLaVA JSON or JSONL, Parquet, tar shards or a folder of these; may be repeated."
     ),
-    images: Path | None = typer.Option(None, help="Image folder of the data; without it, the data's own folder."),
+    images: Path | None = typer.Option(None, help="Image folder of the data; default: the data's own folder."),
     model: str | None = typer.Option(
         None, help="tiny, vicuna-7b, mistral-7b, llama3-8b, vicuna-13b, yi-34b, or a LlavaNext checkpoint."
     ),
-    grid: str | None = typer.Option(None, help="Largest grid of tiles, ROWSxCOLUMNS; 1x1 is the thumbnail alone."),
-    gpus: int | None = typer.Option(None, min=0, help="GPUs of the run; 0 is the CPU."),
+    grid: str | None = typer.Option(None, help="Largest grid of tiles, ROWSxCOLUMNS; 1x1 is only the thumbnail."),
+    gpus: int | None = typer.Option(None, min=0, help="GPUs of the run; 0 for the CPU."),
     memory_gb: float | None = typer.Option(None, "--memory-gb", min=0, help="Memory of one GPU in GB."),
-    yes: bool = typer.Option(False, "--yes", "-y", help="Ask nothing: take the default of what is not given."),
+    yes: bool = typer.Option(False, "--yes", "-y", help="Do not prompt: use defaults for options that are not given."),
 ) -> None:
-    """Write a commented config and mixture for data of one's own; what no option answers is asked.
+    """Write a commented config and mixture for your data; prompts for options that are not given.
 
-    The data is opened and counted, some records and their images are looked at, and the template follows from the
-    model. Files that exist are not touched.
+    Opens and counts the data, reads some records and their images, and derives the template from the model. Existing
+    files are not overwritten.
 
     Example: anyres init runs/mine --data data.json --images images --model mistral-7b --gpus 8 --memory-gb 80
     """
@@ -54,11 +54,12 @@ def init(
     for source in sources:
         looked = source.peek
         print(
-            f"data:   {source.path}: {source.kind}, {source.records:,} records; of {looked.looked} looked at "
-            f"{looked.looked - len(looked.bad)} are good, {looked.with_images} have images"
+            f"data:   {source.path}: {source.kind}, {source.records:,} records; "
+            f"{looked.looked - len(looked.bad)} of {looked.looked} inspected ones are usable, "
+            f"{looked.with_images} have images"
         )
     present, memory = (0, 80.0) if gpus is not None and memory_gb is not None else _find_gpus()
-    count = ask(gpus, "--gpus", "GPUs (0: the CPU)", present)
+    count = ask(gpus, "--gpus", "GPUs (0 for the CPU)", present)
     answers = Answers(
         model=ask(model, "--model", f"model ({', '.join(MODELS)} or a checkpoint)", "mistral-7b" if count else TINY),
         grid=str(Grid.parse(ask(grid, "--grid", "largest grid of tiles", "2x2"))),
@@ -83,7 +84,7 @@ def _find_gpus() -> tuple[int, float]:
 
 
 def _prompt(option: str, question: str, default: Value | None) -> Value:
-    """Ask; the default's type is the answer's. Raises `UsageError` where nobody answers."""
+    """Prompt for a value of the default's type. Raises `UsageError` at the end of the input."""
     try:
         answer: Value = typer.prompt(question, default=default, show_default=default != "", err=True)
     except typer.Abort:

@@ -1,9 +1,13 @@
-"""What one run needs: its models, data, memory and disk. As in `machine`, libraries are imported inside the checks."""
+"""Checks of what one run needs: models, data, memory and disk.
+
+As in `machine`, libraries are imported inside the checks.
+"""
 
 from __future__ import annotations
 
 import math
 import os
+import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -11,9 +15,9 @@ from functools import cached_property
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, get_args
+from typing import TYPE_CHECKING
 
-from anyres_vlm.config import CheckpointConfig, ModelConfig, RunConfig, StageName
+from anyres_vlm.config import STAGES, CheckpointConfig, ModelConfig, RunConfig, StageName
 from anyres_vlm.errors import DataError, UsageError
 from anyres_vlm.preflight.machine import Finding, gigabytes, judge
 
@@ -21,140 +25,164 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
     from anyres_vlm.geometry import Tiling
+    from anyres_vlm.train.engine.deepspeed_settings import DeepSpeedSettings
 
 SHM = Path("/dev/shm")
-PREFETCHED = 2  # batches that torch's loader keeps ready for each worker
-SHARE_OF_BAD = 0.1  # of the records looked at; more than any sane cap, so that it is no accident
-PATIENCE_S = 5  # for a connection to the hub
 CGROUP = Path("/sys/fs/cgroup")
 MEMORY = Path("/proc/meminfo")
-CHECKPOINT_BYTES = 12  # of a trained weight: itself and AdamW's two moments in fp32
+PREFETCHED = 2  # batches that torch's loader prefetches for each worker
+FAILING_SHARE = 0.1  # bad records among those inspected; a larger share is no accident
+HUB_TIMEOUT_S = 5
 
 
 @dataclass(frozen=True)
 class Case:
-    """A configuration and the folder of its run."""
+    """A configuration and the output folder of its run."""
 
     config: RunConfig
     output: Path
-    faults: list[str] = field(default_factory=list)  # of describing the model
+    faults: list[str] = field(default_factory=list)  # why the model cannot be described
 
     @cached_property
     def described(self) -> tuple[ModelConfig, Tiling, PreTrainedTokenizerFast] | None:
-        """The model's configuration, tiling and tokenizer; None where it is not at hand, which `check_models` tells."""
+        """The model's configuration, tiling and tokenizer, or None if they are unavailable; see `faults`."""
         from anyres_vlm.checkpoints.describe import describe_model
+        from anyres_vlm.checkpoints.folders import parsing
 
+        name = next(iter(base_names(self.config.model).values()))
         try:
             require_reachable(self.config.model)
-            return describe_model(self.config.model)
+            with parsing(Path(name), "its tokenizer or configuration"):
+                return describe_model(self.config.model)
         except (DataError, UsageError) as error:
             self.faults.append(str(error))
             return None
 
-    @property
-    def stages(self) -> tuple[StageName, ...]:
-        """Those that a run of this config has."""
-        return get_args(StageName)
+
+def base_names(model: ModelConfig | CheckpointConfig) -> dict[str, str]:
+    """Return the folders or hub ids of a model's weights by part; timm's encoders have neither."""
+    if isinstance(model, CheckpointConfig):
+        return {"checkpoint": model.checkpoint}
+    return {"llm": model.llm} | ({"encoder": model.encoder.name} if model.encoder.kind == "clip" else {})
 
 
 def check_deepspeed(case: Case) -> Iterator[Finding]:
-    """Whether it is there, agrees with the machine and takes a step under each preset that the run names."""
-    presets = sorted({preset for name in case.stages if (preset := case.config.stage(name).deepspeed)})
-    if find_spec("deepspeed") is None:
-        words = f"not installed, the config names {', '.join(presets) or 'no preset'}"
-        yield judge("deepspeed", not presets, words, "pip install 'anyres-vlm[deepspeed]'")
-        return
+    """Check that DeepSpeed is installed, agrees with the run and takes a step under each preset of the config."""
+    presets = sorted({preset for name in STAGES if (preset := case.config.stage(name).deepspeed)})
     if not presets:
-        yield Finding("deepspeed", "ok", f"{version('deepspeed')}, not used by this config")
+        found = f"{version('deepspeed')}" if find_spec("deepspeed") else "not installed"
+        yield Finding("deepspeed", "ok", f"{found}, not used by this config")
         return
-    import torch  # start-up time
-
-    from anyres_vlm.train.engine.deepspeed_settings import find_preset, resolve_deepspeed
+    findings = [finding for name in STAGES for finding in check_preset(case, name)]
+    yield from dict.fromkeys(findings)
+    if any(finding.level == "fail" for finding in findings):
+        return
     from anyres_vlm.train.engine.ranks import try_presets
 
-    resolved = [
-        resolve_deepspeed(find_preset(preset), case.config, name, ranks=0, has_cuda=torch.cuda.is_available())
-        for name in case.stages
-        if (preset := case.config.stage(name).deepspeed)
-    ]
-    for warning in dict.fromkeys(line for settings in resolved for line in settings.warnings):
-        yield Finding("deepspeed", "warn", warning)
+    resolved = [_resolve(case, name, preset) for name in STAGES if (preset := case.config.stage(name).deepspeed)]
     split = {settings.path: settings for settings in resolved if settings.zero_stage}
     device = try_presets(list(split.values()), bf16=case.config.precision == "bf16")
     words = f"{version('deepspeed')} on {device} took a step under {', '.join(presets)}"
-    yield Finding("deepspeed", "ok", f"{words}; AdamW is torch's, so that no op has to be compiled")
+    yield Finding("deepspeed", "ok", f"{words}; AdamW is torch's, so no op has to be compiled")
+
+
+def check_preset(case: Case, stage: StageName) -> Iterator[Finding]:
+    """Check that DeepSpeed is installed and that a stage's preset agrees with the run; no finding without a preset."""
+    preset = case.config.stage(stage).deepspeed
+    if not preset:
+        return
+    if find_spec("deepspeed") is None:
+        words = f"{stage}: not installed, but the config sets preset {preset}"
+        yield Finding("deepspeed", "fail", words, "pip install 'anyres-vlm[deepspeed]'")
+        return
+    try:
+        settings = _resolve(case, stage, preset)
+    except UsageError as error:
+        yield Finding("deepspeed", "fail", f"{stage}: {error}")
+        return
+    for warning in settings.warnings:
+        yield Finding("deepspeed", "warn", f"{stage}: {warning}")
+    yield Finding("deepspeed", "ok", f"{stage}: {preset} agrees with the run")
+
+
+def _resolve(case: Case, stage: StageName, preset: str) -> DeepSpeedSettings:
+    import torch
+
+    from anyres_vlm.train.engine.deepspeed_settings import find_preset, resolve_deepspeed
+
+    has_cuda = torch.cuda.is_available()
+    return resolve_deepspeed(find_preset(preset), case.config, stage, ranks=0, has_cuda=has_cuda)
 
 
 def check_trackers(case: Case) -> Iterator[Finding]:
-    """Whether what the run reports to, and what draws its pictures, is installed."""
+    """Check that the run's trackers are installed, and matplotlib for its pictures."""
     from anyres_vlm.train.engine.engine import require_trackers
 
     require_trackers(case.config.trackers)
     yield Finding("trackers", "ok", ", ".join(("tensorboard", *case.config.trackers)))
     if find_spec("matplotlib") is None:
-        rendered = any(case.config.stage(name).data.rendered for name in case.stages)
-        words = "matplotlib is missing: " + ("its fonts draw the rendered data" if rendered else "no loss curves")
-        yield Finding("matplotlib", "fail" if rendered else "warn", words, "pip install 'anyres-vlm[demo]'")
+        is_needed = any(case.config.stage(name).data.rendered for name in STAGES)
+        words = "matplotlib is not installed: " + ("rendered data needs its fonts" if is_needed else "no loss curves")
+        yield Finding("matplotlib", "fail" if is_needed else "warn", words, "pip install 'anyres-vlm[demo]'")
 
 
 def check_recipe(case: Case) -> Iterator[Finding]:
-    """Settings that are known to spoil the recipe."""
+    """Warn about settings that are known to harm the recipe."""
     from anyres_vlm.train.recipe import recipe_warnings
 
-    warnings = dict.fromkeys(line for name in case.stages for line in recipe_warnings(case.config, name))
+    warnings = dict.fromkeys(line for name in STAGES for line in recipe_warnings(case.config, name))
     for warning in warnings:
         yield Finding("recipe", "warn", warning)
     if not warnings:
-        yield Finding("recipe", "ok", "no setting that is known to spoil it")
+        yield Finding("recipe", "ok", "no setting that is known to harm it")
 
 
 def check_models(case: Case) -> Iterator[Finding]:
-    """Whether tokenizer, encoder and weights are at hand, and whether memory holds them for every rank."""
+    """Check that tokenizer, encoder and weights are available and that the ranks of this node fit into memory."""
     if case.described is None:
         yield Finding("model", "fail", case.faults[0])
         return
     model, tiling, tokenizer = case.described
     yield Finding("model", "ok", f"{len(tokenizer):,} tokens, tiles of {tiling.tile} px, template {model.template}")
-    names = [case.config.model.checkpoint] if isinstance(case.config.model, CheckpointConfig) else [model.llm]
-    if not isinstance(case.config.model, CheckpointConfig) and model.encoder.kind == "clip":
-        names.append(model.encoder.name)
-    sizes = {name: _numbers(name) for name in names}
+    sizes = {name: _count_parameters(name) for name in base_names(case.config.model).values()}
     for name, size in sizes.items():
         if size is None:
-            remedy = f"the first start fetches what is missing; before: hf download {name}"
-            yield Finding("weights", "warn", f"{name}: no weights at hand", remedy)
+            remedy = f"the run downloads what is missing; to do it beforehand: hf download {name}"
+            yield Finding("weights", "warn", f"{name}: no weights on this machine", remedy)
         else:
             is_pickle = any(path.suffix == ".bin" for path in _weight_files(name))
-            kind = ", in .bin files: pickle, of which only tensors are read" if is_pickle else ""
-            yield Finding("weights", "ok", f"{name}: {size / 1e6:,.1f} M numbers{kind}")
+            kind = ", in .bin files (pickle; only tensors are read)" if is_pickle else ""
+            yield Finding("weights", "ok", f"{name}: {size / 1e6:,.1f} M parameters{kind}")
     ranks, free = _local_ranks(), free_memory()
-    held = 4 * sum(size or 0 for size in sizes.values()) * ranks
-    words = f"{gigabytes(free)} free; weights in fp32, whole on each of {ranks} local ranks, take {gigabytes(held)}"
-    remedy = "fewer ranks a node, or a smaller model; anyres estimate says what training needs on the device"
-    yield judge("memory", held < free, words, remedy)
+    need = 4 * sum(size or 0 for size in sizes.values()) * ranks
+    words = f"{gigabytes(free)} free; fp32 weights, complete on each of {ranks} local ranks, take {gigabytes(need)}"
+    remedy = "use fewer ranks per node or a smaller model; for device memory see anyres estimate"
+    yield judge("memory", need < free, words, remedy)
 
 
 def check_shared_memory(case: Case) -> Iterator[Finding]:
-    """Loader workers hand tiles over through /dev/shm, of which containers have 64 MB unless told."""
+    """Check the size of /dev/shm, through which loader workers pass tiles; containers default to 64 MB."""
     if case.config.workers == 0 or not SHM.is_dir():
         yield Finding("shared memory", "ok", "not used: no loader workers" if SHM.is_dir() else "no /dev/shm here")
         return
     if case.described is None:
-        yield Finding("shared memory", "warn", "not judged: it depends on the model")
+        yield Finding("shared memory", "warn", "not checked: depends on the model")
         return
     _, tiling, _ = case.described
-    capacity = max(case.config.stage(name).capacity for name in case.stages)
-    pack = capacity / tiling.patches * 3 * tiling.tile**2  # bytes, where every tile keeps all of its tokens
+    capacity = max(case.config.stage(name).capacity for name in STAGES)
+    pack_bytes = capacity / tiling.patches * 3 * tiling.tile**2  # if every tile keeps all of its tokens
     batches = case.config.workers * PREFETCHED * _local_ranks()
     size = os.statvfs(SHM).f_bavail * os.statvfs(SHM).f_frsize
-    words = f"{gigabytes(size)} free; about {gigabytes(batches * pack)} for {batches} batches of loader workers"
-    remedy = "docker run --shm-size, a larger emptyDir at /dev/shm, or fewer workers"
-    yield judge("shared memory", size > batches * pack, words, remedy)
+    words = f"{gigabytes(size)} free; {batches} batches of loader workers take about {gigabytes(batches * pack_bytes)}"
+    remedy = "use docker run --shm-size, a larger emptyDir at /dev/shm, or fewer workers"
+    yield judge("shared memory", size > batches * pack_bytes, words, remedy)
 
 
-def check_disk(case: Case) -> Iterator[Finding]:
-    """A file is written, synced and renamed where the run's folder is or will be; room for its checkpoints."""
-    place = next(path for path in (case.output.absolute(), *case.output.absolute().parents) if path.is_dir())
+def check_output(case: Case) -> Iterator[Finding]:
+    """Write, sync and rename a file in the run's folder, or in the nearest parent that exists."""
+    place = case.output.absolute()
+    while not place.exists():  # a file in place of the folder fails below
+        place = place.parent
     try:
         with tempfile.TemporaryDirectory(dir=place, prefix=".anyres-doctor-") as folder:
             file = Path(folder) / "new"
@@ -164,24 +192,55 @@ def check_disk(case: Case) -> Iterator[Finding]:
                 os.fsync(stream.fileno())
             file.replace(Path(folder) / "written")
     except OSError as error:
-        yield Finding("disk", "fail", f"{place}: {error.strerror}", "choose another --output, or make room")
+        remedy = "choose another --output, make it writable, or free disk space"
+        yield Finding("output", "fail", f"{case.output}: {place}: {error.strerror}", remedy)
         return
-    free = os.statvfs(place).f_bavail * os.statvfs(place).f_frsize
-    model = case.config.model
-    names = [model.checkpoint] if isinstance(model, CheckpointConfig) else [model.llm]
-    kept = case.config.keep_checkpoints + 1  # the new one is written before the oldest goes
-    need = CHECKPOINT_BYTES * kept * sum(_numbers(name) or 0 for name in names)
-    words = f"{place} can be written, {gigabytes(free)} free; {kept} checkpoints take "
-    words += f"about {gigabytes(need)}" if need else f"{CHECKPOINT_BYTES} bytes a weight each"
-    yield judge("disk", free > need, words, "make room, or lower keep_checkpoints")
+    yield Finding("output", "ok", f"{place} is writable")
+
+
+def check_disk(case: Case) -> Iterator[Finding]:
+    """Check that the checkpoints and models of both stages fit on the disk, from the model's number of parameters."""
+    if case.described is None:
+        yield Finding("disk", "warn", "not checked: depends on the model")
+        return
+    import torch
+
+    from anyres_vlm.checkpoints.bases import skeleton
+
+    with torch.device("meta"):
+        model = skeleton(case.config.model)
+    sizes: dict[str, int] = {}
+    for name, parameter in model.named_parameters():
+        part = name.partition(".")[0]
+        sizes[part] = sizes.get(part, 0) + parameter.numel()
+    kept = case.config.keep_checkpoints
+    one, two = (checkpoint_bytes(case.config, name, sizes) for name in STAGES)
+    model_bytes = 4 * sum(sizes.values())
+    need = kept * one + model_bytes + (kept + 1) * two  # a new checkpoint is written before the oldest is deleted
+    output = case.output.absolute()
+    place = next(path for path in (output, *output.parents) if path.is_dir())
+    written = sum(file.stat().st_size for file in output.rglob("*") if file.is_file())
+    free = shutil.disk_usage(place).free + written
+    words = f"{sum(sizes.values()) / 1e9:.2f} B parameters: {kept} checkpoints per stage and two models take about "
+    words += f"{gigabytes(need)}; {gigabytes(free)} free at {place}"
+    yield judge("disk", need <= free, words, "free disk space, lower keep_checkpoints, or choose another --output")
+
+
+def checkpoint_bytes(config: RunConfig, stage: StageName, sizes: dict[str, int]) -> int:
+    """Return the bytes of a checkpoint: trained weights with two moments in fp32, frozen weights in their own dtype."""
+    from anyres_vlm.train.recipe import trained_rates
+
+    trained = trained_rates(config, stage)
+    frozen = 2 if config.stage(stage).deepspeed and config.precision == "bf16" else 4
+    return sum(size * (12 if part in trained else frozen) for part, size in sizes.items())
 
 
 def check_data(case: Case) -> Iterator[Finding]:
-    """Each stage's data: opened, and some records and their images looked at, from the first to the last."""
+    """Open each stage's data and read some records with their images, spread over the whole source."""
     from anyres_vlm.data.sources import open_source
     from anyres_vlm.data.sources.open import peek
 
-    for name in case.stages:
+    for name in STAGES:
         data, check = case.config.stage(name).data, f"{name} data"
         if data.path is None:
             yield Finding(check, "ok", f"{data.samples:,} rendered {data.rendered}")
@@ -192,55 +251,56 @@ def check_data(case: Case) -> Iterator[Finding]:
             yield Finding(check, "fail", str(error), f"set {name}.data.path and {name}.data.images")
             continue
         looked = peek(source)
-        words = f"{data.path}: {len(source):,} records, {looked.looked - len(looked.bad)} of {looked.looked} looked at"
+        good = looked.looked - len(looked.bad)
+        words = f"{data.path}: {len(source):,} records, {good} of {looked.looked} inspected ones are usable"
         if looked.looked and not looked.bad:
-            yield Finding(check, "ok", f"{words} are good")
+            yield Finding(check, "ok", words)
             continue
-        is_cause = len(looked.bad) >= max(data.max_bad_fraction, SHARE_OF_BAD) * looked.looked
-        first = f" are good; the first bad one: {looked.bad[0]}" if looked.bad else ""
-        remedy = f"anyres index {data.path} lists all of them" if looked.bad else "there is nothing to train on"
-        yield Finding(check, "fail" if is_cause else "warn", words + first, remedy)
+        is_fatal = len(looked.bad) >= max(data.max_bad_fraction, FAILING_SHARE) * looked.looked
+        first = f"; first error: {looked.bad[0]}" if looked.bad else ""
+        remedy = f"anyres index {data.path} lists all errors" if looked.bad else "add records: the source is empty"
+        yield Finding(check, "fail" if is_fatal else "warn", words + first, remedy)
 
 
 def check_index(case: Case) -> Iterator[Finding]:
-    """Each stage's index: whether there is one, and whether it is of these settings."""
+    """Check whether each stage has an index and whether it was built with the current settings."""
     from anyres_vlm.data.conversation import ConversationTokenizer
     from anyres_vlm.data.index.rows import IndexSettings
     from anyres_vlm.data.index.table import read_index
     from anyres_vlm.train.steps import INDEX_FILE
 
     if case.described is None:
-        yield Finding("index", "warn", "not judged: it depends on the model")
+        yield Finding("index", "warn", "not checked: depends on the model")
         return
     model, tiling, tokenizer = case.described
-    for name in case.stages:
+    for name in STAGES:
         stage = case.config.stage(name)
         path, check = stage.data.index or case.output / name / INDEX_FILE, f"{name} index"
         if not path.exists():
-            yield Finding(check, "ok", f"none at {path} yet: the run makes it, or anyres index beforehand")
+            yield Finding(check, "ok", f"none at {path} yet: the run builds it, or anyres index beforehand")
             continue
         try:
             index = read_index(path)
         except DataError as error:
-            yield Finding(check, "warn", str(error), "the run makes it again")
+            yield Finding(check, "warn", str(error), "the run rebuilds it")
             continue
         conversation = ConversationTokenizer(stage.template or model.template, tokenizer, stage.data.image_position)
-        now = IndexSettings(conversation, tiling, stage.max_length).words
-        then = {"image_position": "as_is", **index.settings}  # older indexes do not say it
-        other = [key for key in now if _tupled(now[key]) != _tupled(then.get(key))]
-        if other:
-            yield Finding(check, "warn", f"{path} was made for another {', '.join(other)}", "the run makes it again")
+        current = IndexSettings(conversation, tiling, stage.max_length).words
+        stored = {"image_position": "as_is", **index.settings}  # missing in older indices
+        changed = [key for key in current if _tupled(current[key]) != _tupled(stored.get(key))]
+        if changed:
+            yield Finding(check, "warn", f"{path} was built with another {', '.join(changed)}", "the run rebuilds it")
         else:
-            yield Finding(check, "ok", f"{path}: {int(index.ok.sum()):,} of {len(index):,} records are samples")
+            yield Finding(check, "ok", f"{path}: {int(index.ok.sum()):,} of {len(index):,} records are usable")
 
 
 def _tupled(value: object) -> object:
-    """A value as it compares equal before and after JSON, which knows no tuples."""
+    """Return a value with lists as tuples, so that it compares equal after a round trip through JSON."""
     return tuple(map(_tupled, value)) if isinstance(value, (list, tuple)) else value
 
 
 def require_reachable(model: ModelConfig | CheckpointConfig) -> None:
-    """Raise `DataError` for base models that are neither here nor to be had; the client itself tries for minutes."""
+    """Raise `DataError` for base models that are neither local nor downloadable; the hub client retries for minutes."""
     import socket
     from urllib.parse import urlsplit
     from urllib.request import getproxies
@@ -250,42 +310,42 @@ def require_reachable(model: ModelConfig | CheckpointConfig) -> None:
     from anyres_vlm.checkpoints.folders import HUB_ID, resolve
 
     names = [model.checkpoint] if isinstance(model, CheckpointConfig) else [model.llm, model.encoder.name]
-    absent = [
+    missing = [
         name
         for name in names
         if HUB_ID.fullmatch(name)
         and not Path(resolve(name)).exists()
         and not try_to_load_from_cache(name, "config.json")
     ]
-    if not absent or getproxies():
+    if not missing or getproxies():
         return
     host = urlsplit(constants.ENDPOINT)
     try:
         if constants.HF_HUB_OFFLINE:
             raise OSError("HF_HUB_OFFLINE is set")
-        socket.create_connection((host.hostname or "", host.port or 443), timeout=PATIENCE_S).close()
+        socket.create_connection((host.hostname or "", host.port or 443), timeout=HUB_TIMEOUT_S).close()
     except OSError as error:
         raise DataError(
-            f"{' and '.join(absent)} not in the cache ({constants.HF_HUB_CACHE}), and {constants.ENDPOINT} cannot be "
-            f"reached ({error}): name local folders, or fill the cache elsewhere with hf download and set HF_HOME"
+            f"{' and '.join(missing)} not in the cache ({constants.HF_HUB_CACHE}), and {constants.ENDPOINT} cannot be "
+            f"reached ({error}): use local folders, or run hf download on another machine and set HF_HOME"
         ) from None
 
 
 def free_memory() -> int:
-    """Bytes of host memory that may still be used: the machine's, or what the container's limit leaves."""
+    """Return the bytes of free host memory: the machine's, or what the container's limit leaves."""
     if MEMORY.exists():
-        free = _lines(MEMORY)["MemAvailable"] * 1024
-    else:  # no Linux: all that there is
+        free = _read_numbers(MEMORY)["MemAvailable"] * 1024
+    else:  # not Linux: count all memory as free
         free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     limit = CGROUP / "memory.max"
     if limit.exists() and (most := limit.read_text().strip()) != "max":
-        cached = _lines(CGROUP / "memory.stat").get("inactive_file", 0)  # files that give way
+        cached = _read_numbers(CGROUP / "memory.stat").get("inactive_file", 0)  # file cache, evicted when needed
         free = min(free, int(most) - int((CGROUP / "memory.current").read_text()) + cached)
     return free
 
 
-def _lines(path: Path) -> dict[str, int]:
-    """The numbers of a file of names and numbers, as the kernel writes them."""
+def _read_numbers(path: Path) -> dict[str, int]:
+    """Read a file of the kernel with one name and number per line."""
     lines = (line.replace(":", " ").split() for line in path.read_text(encoding="ascii").splitlines())
     return {name: int(number) for name, number, *_ in lines}
 
@@ -297,7 +357,7 @@ def _local_ranks() -> int:
 
 
 def _weight_files(name: str) -> list[Path]:
-    """The weight files of a folder or of a hub id's snapshot, as far as they are at hand."""
+    """Return the weight files of a folder or of a cached hub id; empty if there are none."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
@@ -313,8 +373,8 @@ def _weight_files(name: str) -> list[Path]:
         return []
 
 
-def _numbers(name: str) -> int | None:
-    """How many numbers the weights of a folder or hub id have; None where none is at hand."""
+def _count_parameters(name: str) -> int | None:
+    """Return the number of parameters in the weight files of a folder or hub id; None if there are no files."""
     from safetensors import SafetensorError, safe_open
 
     from anyres_vlm.checkpoints.weights import read_pickled
@@ -328,7 +388,7 @@ def _numbers(name: str) -> int | None:
             with safe_open(path, framework="numpy") as file:
                 total += sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
         except (OSError, SafetensorError) as error:
-            raise DataError(f"{path}: its weights cannot be read ({error}): fetch it again") from None
+            raise DataError(f"{path}: its weights cannot be read ({error}): download it again") from None
     return total or None
 
 
@@ -338,6 +398,7 @@ CHECKS: dict[str, Callable[[Case], Iterable[Finding]]] = {
     "recipe": check_recipe,
     "model": check_models,
     "shared memory": check_shared_memory,
+    "output": check_output,
     "disk": check_disk,
     "data": check_data,
     "index": check_index,

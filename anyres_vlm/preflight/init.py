@@ -1,4 +1,4 @@
-"""`anyres init`: a commented configuration and mixture for the user's own data."""
+"""Inspect the user's data and write a commented configuration and mixture for it (`anyres init`)."""
 
 from __future__ import annotations
 
@@ -19,6 +19,8 @@ from anyres_vlm.data.sources.parquet import ParquetSource
 from anyres_vlm.data.sources.webdataset import WebDatasetSource
 from anyres_vlm.errors import DataError, UsageError, did_you_mean
 
+CONFIG, MIXTURE = "config.yaml", "mixture.yaml"
+KINDS = {JsonSource: "LLaVA JSON", ParquetSource: "Parquet", WebDatasetSource: "WebDataset tar"}
 TINY = "tiny"
 # short name -> shipped configuration
 MODELS = {
@@ -29,16 +31,16 @@ MODELS = {
     "vicuna-13b": "llava_next_13b",
     "yi-34b": "llava_next_34b",
 }
-CHECKPOINT_RECIPE = "llava_next_mistral_7b"  # a checkpoint brings its own model: only the recipe is taken
-CAPACITIES = {80.0: 16_384, 40.0: 8_192, 0.0: 4_096}  # GB of a device -> tokens of a pack
-LEAST_STEPS = 50  # an epoch should have, which a recipe's batch of 256 gives only to 12,800 samples
-LEAST_BATCH = 8
+CHECKPOINT_RECIPE = "llava_next_mistral_7b"  # for a checkpoint, whose model replaces the recipe's
+CAPACITIES = {80.0: 16_384, 40.0: 8_192, 0.0: 4_096}  # memory of a device in GB -> tokens of a pack
+MIN_STEPS = 50  # of an epoch; a recipe's batch of 256 reaches that with 12,800 samples
+MIN_BATCH = 8
 MAX_LENGTH = 4_096
 
 
 @dataclass(frozen=True)
 class Answers:
-    """What `anyres init` asks beside the data; `gpus` 0 is the CPU."""
+    """The user's choices besides the data; `gpus` is 0 for a run on the CPU."""
 
     model: str
     grid: str
@@ -47,11 +49,11 @@ class Answers:
 
     @property
     def checkpoint(self) -> str | None:
-        """The checkpoint to start from, where the model is no short name."""
+        """The checkpoint to start from, unless the model is one of the short names."""
         return None if self.model in MODELS else self.model
 
     def recipe(self) -> RunConfig:
-        """The shipped configuration whose rates and batches hold. Raises `UsageError` for a model that is none."""
+        """Return the shipped configuration with the learning rates and batch sizes to use. Raises `UsageError`."""
         from anyres_vlm.checkpoints.folders import HUB_ID
 
         if (name := MODELS.get(self.model)) is not None:
@@ -65,24 +67,15 @@ class Answers:
 
     @property
     def capacity(self) -> int:
-        """Tokens of a pack."""
+        """Maximum number of tokens of a pack."""
         if self.model == TINY or self.gpus == 0:
             return MAX_LENGTH
         return next(tokens for gigabytes, tokens in CAPACITIES.items() if self.memory_gb >= gigabytes)
 
 
-def fitting_batch(recipe_s: int, samples: int) -> int:
-    """Samples an optimizer step: the recipe's, or fewer where an epoch would end after a few steps."""
-    return min(recipe_s, max(LEAST_BATCH, samples // LEAST_STEPS))
-
-
-KINDS = {JsonSource: "LLaVA JSON", ParquetSource: "Parquet", WebDatasetSource: "WebDataset tar"}
-CONFIG, MIXTURE = "config.yaml", "mixture.yaml"
-
-
 @dataclass(frozen=True)
 class Found:
-    """One source of the data: where it is, of what kind, how large, and what some of its records are like."""
+    """One source of the data, with what was found in some of its records."""
 
     path: Path
     images: Path | None
@@ -92,49 +85,54 @@ class Found:
 
 
 def look_at(path: Path, images: Path | None) -> Found:
-    """Open a source and read some records. Raises `DataError` if it is none or empty, or none with an image is good."""
+    """Open a source and read some records. Raises `DataError` if it is no source, is empty or has no usable images."""
     if path.suffix.lower() in MIXTURE_SUFFIXES:
-        raise UsageError(f"--data {path}: a mixture already: name it under data.path, or give the sources in it")
+        raise UsageError(f"--data {path}: already a mixture: set data.path to it, or give the sources that it lists")
     source = open_source(path, images)
     found = Found(path, images, KINDS[type(source)], len(source), peek(source))
     looked, bad = found.peek.looked, found.peek.bad
     if looked == 0:
         raise DataError(f"{path}: contains no records")
     if bad and len(bad) >= found.peek.with_images:
-        raise DataError(f"{path}: {len(bad)} of {looked} records looked at cannot be used: {bad[0]}; see --images")
+        raise DataError(f"{path}: {len(bad)} of {looked} inspected records are unusable: {bad[0]}; see --images")
     return found
 
 
 def require_free(folder: Path) -> None:
-    """Raise `UsageError` for a folder that has one of the files already."""
+    """Raise `UsageError` if the folder already has one of the files."""
     for path in (folder / CONFIG, folder / MIXTURE):
         if path.exists():
             raise UsageError(f"{path} exists and is not overwritten: choose another folder, or remove it")
 
 
 def write_files(answers: Answers, sources: list[Found], folder: Path) -> Path:
-    """Write both files into a folder that has none of them. Returns the configuration's path.
+    """Write both files and return the configuration's path.
 
-    Raises `UsageError` where one of them exists.
+    Raises `UsageError` if one of them exists.
     """
     config, mixture = folder / CONFIG, folder / MIXTURE
     require_free(folder)
-    words = _words(answers, sources, config, mixture)
+    variables = _variables(answers, sources, config, mixture)
     folder.mkdir(parents=True, exist_ok=True)
-    mixture.write_text(_fill("mixture.yaml.j2", words), encoding="utf-8")
-    config.write_text(_fill("config.yaml.j2", words), encoding="utf-8")
+    mixture.write_text(_fill("mixture.yaml.j2", variables), encoding="utf-8")
+    config.write_text(_fill("config.yaml.j2", variables), encoding="utf-8")
     load_config(config)
     return config
 
 
 def train_command(answers: Answers, config: Path) -> str:
-    """How the run is started."""
+    """Return the command that starts the run."""
     launcher = f"torchrun --nproc-per-node {answers.gpus} -m anyres_vlm" if answers.gpus > 1 else "anyres"
-    stage = " --stage 2" if answers.checkpoint else ""  # its projector is trained
+    stage = " --stage 2" if answers.checkpoint else ""  # the projector is already trained
     return f"{launcher} train --config {config}{stage} --output {config.parent / 'run'}"
 
 
-def _words(answers: Answers, sources: list[Found], config: Path, mixture: Path) -> dict[str, Any]:
+def fitting_batch(recipe_size: int, samples: int) -> int:
+    """Return the samples per optimizer step: the recipe's, or fewer if an epoch would have too few steps."""
+    return min(recipe_size, max(MIN_BATCH, samples // MIN_STEPS))
+
+
+def _variables(answers: Answers, sources: list[Found], config: Path, mixture: Path) -> dict[str, Any]:
     recipe, records = answers.recipe(), sum(source.records for source in sources)
     adapters = answers.gpus <= 1 and answers.model != TINY
     cpus = os.cpu_count() or 1
@@ -170,7 +168,7 @@ def _words(answers: Answers, sources: list[Found], config: Path, mixture: Path) 
 
 
 def _own_template(checkpoint: str | None) -> str | None:
-    """The template that a checkpoint folder is known by; None for one that is not at hand."""
+    """Return the template of a checkpoint folder; None if it is not on this machine."""
     if checkpoint is None or not Path(checkpoint).expanduser().is_dir():
         return None
     from anyres_vlm.checkpoints.describe import describe
@@ -178,6 +176,6 @@ def _own_template(checkpoint: str | None) -> str | None:
     return describe(Path(checkpoint).expanduser()).config.template
 
 
-def _fill(template: str, words: Mapping[str, Any]) -> str:
+def _fill(template: str, variables: Mapping[str, Any]) -> str:
     environment = Environment(undefined=StrictUndefined, trim_blocks=True, keep_trailing_newline=True)
-    return environment.from_string((Path(__file__).parent / template).read_text(encoding="utf-8")).render(words)
+    return environment.from_string((Path(__file__).parent / template).read_text(encoding="utf-8")).render(variables)

@@ -1,7 +1,7 @@
-"""Stand-ins for a rehearsal: base models shrunk to two layers, and some of the user's records.
+"""Replacements for a rehearsal: base models shrunk to a few layers, and a selection of the user's records.
 
-A replica has the real configuration and tokenizer files. Of a configuration only depth and widths change; vocabulary,
-tile, patch and every other key stay. Weights are random.
+A replica keeps the real configuration and tokenizer files. Only depth and widths of the configuration change;
+vocabulary, tile, patch and every other key stay. Weights are random.
 """
 
 from __future__ import annotations
@@ -10,7 +10,8 @@ import json
 import random
 import shutil
 import time
-from collections.abc import Iterator
+from contextlib import suppress
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,6 @@ import timm
 import torch
 from huggingface_hub import list_repo_files, save_torch_state_dict, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-from numpy.typing import NDArray
 from torch import nn
 from transformers import (
     CONFIG_MAPPING,
@@ -31,8 +31,9 @@ from transformers import (
     PreTrainedConfig,
 )
 
+from anyres_vlm.checkpoints import weights
 from anyres_vlm.checkpoints.describe import describe, timm_network
-from anyres_vlm.checkpoints.folders import HUB_ID, parsing, read_json, resolve
+from anyres_vlm.checkpoints.folders import HUB_ID, PICKLED, parsing, read_json, resolve
 from anyres_vlm.checkpoints.load_save import empty_model
 from anyres_vlm.config import CheckpointConfig, EncoderConfig, ModelConfig
 from anyres_vlm.data.blobs import read_blob
@@ -43,23 +44,23 @@ from anyres_vlm.errors import DataError
 from anyres_vlm.schema import ImageRef
 
 SMALL_FILES = ("*.json", "*.model", "*.txt", "*.jinja")
-WEIGHT_FILES = (".safetensors", ".bin")
+HUB_ERRORS = (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError)
 WEIGHT_INDEX = ".index.json"  # names the shards of the real weights
-LAYERS, HEAD_DIM, HEADS = 2, 8, 4  # a CPU without bf16 units multiplies a vocabulary by the width for each label
-DEVIATION = 0.1  # of random weights: large enough that every position counts in the logits
+LAYERS, HEAD_DIM, HEADS = 2, 8, 4  # small, since a CPU without bf16 units is slow at the output head
+DEVIATION = 0.1  # of random weights: large enough that every position affects the logits
 
-LOOKED_AT = 20_000  # records of a source that are indexed at most
-LOOK_S = 20.0  # and seconds
+INDEXED = 20_000  # maximum number of records of a source that are indexed
+INDEXING_S = 20.0  # time limit for that
 CHUNK = 256  # records indexed at once
-CHOSEN = 256  # records of a stage at most
-EACH = 4  # of the longest, of those with most images, without images, of each source
-EACH_REJECT = 2  # of each kind of reject
+CHOSEN = 256  # maximum number of records of a stage
+PER_GROUP = 4  # longest records, records with most images, records without images, records of each source
+PER_REJECT = 2  # records of each kind of reject
 
 
 def small_files(name: str) -> Path:
-    """The folder of a base model or checkpoint with all of its files but the weights, downloaded where it is absent.
+    """Return the folder of a base model or checkpoint with all of its files but the weights, downloaded if missing.
 
-    Raises `DataError` for a name that is neither a folder nor to be had from the hub.
+    Raises `DataError` for a name that is neither a folder nor available on the hub.
     """
     folder = Path(resolve(name))
     if folder.is_dir():
@@ -68,95 +69,95 @@ def small_files(name: str) -> Path:
         raise DataError(f"{name}: no such folder, and not a hub id: name a folder, a hub id or an embedded: model")
     try:
         return Path(snapshot_download(name, allow_patterns=list(SMALL_FILES)))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+    except HUB_ERRORS as error:
         reason = str(error).strip().splitlines()[0]
-        raise DataError(f"{name}: no such folder, and its files cannot be had from the hub: {reason}") from None
+        raise DataError(f"{name}: no such folder, and the download from the hub failed: {reason}") from None
 
 
 def weight_files(name: str) -> list[str]:
-    """The names of a model's files of weights, in its folder or on the hub.
+    """Return the names of a model's weight files, in its folder or on the hub.
 
-    Raises `DataError` where there are none, and for a shard that the index of the shards names and that is missing.
+    Raises `DataError` if there are none or if a shard of a local folder is missing.
     """
     folder = Path(resolve(name))
-    try:
-        there = [path.name for path in folder.iterdir()] if folder.is_dir() else list_repo_files(name)
-    except (HfHubHTTPError, HFValidationError, OSError):  # offline: what is in the cache is what a run would read
-        there = [path.name for path in small_files(name).iterdir()]
-    weights = sorted(file for file in there if file.endswith(WEIGHT_FILES))
-    if not weights:
-        raise DataError(f"{name}: no weights in it (*.safetensors or *.bin): fetch the whole model")
-    for index in small_files(name).glob(f"*{WEIGHT_INDEX}"):
-        named = set(read_json(index).get("weight_map", {}).values())
-        used = any(file in named for file in weights)
-        if used and (missing := sorted(named - set(weights))):
-            raise DataError(f"{name}: {index.name} names {missing[0]}, which is missing: fetch the whole model")
-    return weights
+    if not folder.is_dir():
+        with suppress(*HUB_ERRORS):  # offline, a run would read the cache
+            patterns = ("*.safetensors", PICKLED)
+            if found := [file for file in list_repo_files(name) if any(fnmatch(file, one) for one in patterns)]:
+                return sorted(found)
+        folder = small_files(name)
+    paths = weights.weight_files(folder)
+    if missing := [path.name for path in paths if not path.exists()]:
+        raise DataError(f"{name}: {missing[0]} is missing: download the complete model again")
+    return [path.name for path in paths]
 
 
 def replicate(model: ModelConfig | CheckpointConfig, folder: Path, seed: int) -> ModelConfig | CheckpointConfig:
-    """Make replicas of a model's parts in a folder. Returns the configuration that names them.
+    """Write replicas of a model's parts into a folder and return the configuration that names them.
 
-    Raises `DataError` for parts that are not at hand or of a kind that transformers does not know.
+    Raises `DataError` for parts that are unavailable or of a kind that transformers does not know.
     """
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         if isinstance(model, CheckpointConfig):
-            target = _copied(small_files(model.checkpoint), folder / "checkpoint")
+            target = _copy_small_files(small_files(model.checkpoint), folder / "checkpoint")
             _replicate_checkpoint(target)
             return model.model_copy(update={"checkpoint": str(target)})
-        llm = _copied(small_files(model.llm), folder / "llm")
+        llm = _copy_small_files(small_files(model.llm), folder / "llm")
         _replicate_llm(llm, weight_files(model.llm))
         encoder = folder / "encoder"
         if model.encoder.kind == "timm":
             _replicate_timm(model.encoder, encoder)
         else:
-            _copied(small_files(model.encoder.name), encoder)
+            _copy_small_files(small_files(model.encoder.name), encoder)
             _replicate_clip(encoder, _depth(model.encoder.layer), weight_files(model.encoder.name))
     named = model.encoder.model_copy(update={"name": str(encoder)})
     return model.model_copy(update={"llm": str(llm), "encoder": named})
 
 
 def shrink(settings: dict[str, Any], layers: int) -> dict[str, Any]:
-    """The keys of a language model's or encoder's configuration that make it small.
+    """Return the configuration keys that make a language model or encoder small, with their values.
 
-    The ratio of heads to key-value heads stays. Raises `DataError` for a kind that transformers does not know.
+    The ratio of heads to key-value heads is kept. Raises `DataError` for a kind that transformers does not know.
     """
     kind = settings.get("model_type")
     if kind not in CONFIG_MAPPING:
-        raise DataError(f"model_type {kind!r} is not known to this release of transformers: install one that has it")
+        raise DataError(
+            f"model_type {kind!r} is unknown to this release of transformers: install a release that supports it"
+        )
     config: Any = CONFIG_MAPPING[kind].from_dict(dict(settings))
     heads = config.num_attention_heads
-    pairs = getattr(config, "num_key_value_heads", None) or heads
-    ratio = max(heads // pairs, 1)
-    small_pairs = min(pairs, max(HEADS // ratio, 1))
+    kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    ratio = max(heads // kv_heads, 1)
+    small_kv_heads = min(kv_heads, max(HEADS // ratio, 1))
     dim = getattr(config, "head_dim", None) or config.hidden_size // heads
     scaling = settings.get("rope_scaling") or settings.get("rope_parameters") or {}
-    small_dim = dim if any(isinstance(value, list) for value in scaling.values()) else HEAD_DIM  # a factor a frequency
-    width = small_pairs * ratio * small_dim
+    has_factors = any(isinstance(value, list) for value in scaling.values())  # one per frequency
+    small_dim = dim if has_factors else HEAD_DIM
+    width = small_kv_heads * ratio * small_dim
     sizes = {
         "hidden_size": width,
         "intermediate_size": 2 * width,
         "moe_intermediate_size": width,
         "shared_expert_intermediate_size": width,
         "num_hidden_layers": layers,
-        "num_attention_heads": small_pairs * ratio,
-        "num_key_value_heads": small_pairs,
+        "num_attention_heads": small_kv_heads * ratio,
+        "num_key_value_heads": small_kv_heads,
         "head_dim": small_dim,
         "initializer_range": DEVIATION,
     }
     names = type(config).attribute_map
     small = {names.get(key, key): value for key, value in sizes.items() if getattr(config, key, None) is not None}
-    a_layer_each = {
+    per_layer = {
         key: value[:layers]
         for key, value in settings.items()
         if isinstance(value, list) and len(value) == config.num_hidden_layers
     }
-    return small | a_layer_each
+    return small | per_layer
 
 
-def _copied(source: Path, target: Path) -> Path:
-    """A folder with the small files of another."""
+def _copy_small_files(source: Path, target: Path) -> Path:
+    """Copy the small files of a folder into a new one and return it."""
     target.mkdir(parents=True)
     for pattern in SMALL_FILES:
         for file in source.glob(pattern):
@@ -188,7 +189,7 @@ def _replicate_clip(folder: Path, layers: int, real_weights: list[str]) -> None:
 
 
 def _replicate_timm(encoder: EncoderConfig, folder: Path) -> None:
-    """A folder as timm reads it, of the same architecture with a smaller depth and width."""
+    """Write a folder that timm can read, of the same architecture with a smaller depth and width."""
     with torch.device("meta"):
         real = timm_network(encoder, pretrained=False)
     facts = real.pretrained_cfg
@@ -220,7 +221,7 @@ def _replicate_checkpoint(folder: Path) -> None:
 
 
 def _depth(layer: int | tuple[int, ...] | list[int]) -> int:
-    """So many layers that the chosen hidden states exist."""
+    """Return the number of layers that is needed for the chosen hidden states."""
     layers = [layer] if isinstance(layer, int) else layer
     return max(LAYERS, *(abs(number) for number in layers))
 
@@ -236,7 +237,7 @@ def _write_config(folder: Path, settings: dict[str, Any]) -> None:
 
 
 def _save(model: Any, folder: Path, real_weights: list[str]) -> None:
-    """The weights alone, of the real ones' format: transformers' own method would also rewrite the configuration."""
+    """Save only the weights, in the real ones' format; `save_pretrained` would rewrite the configuration, too."""
     if any(name.endswith(".safetensors") for name in real_weights):
         save_torch_state_dict(model.state_dict(), folder, shared_tensors_to_discard=_tied(model))
     else:
@@ -244,40 +245,46 @@ def _save(model: Any, folder: Path, real_weights: list[str]) -> None:
 
 
 def _tied(model: Any) -> list[str] | None:
-    """The head that a language model shares with its embedding."""
+    """Return the name of the output head if it is tied to the embedding."""
     return ["lm_head.weight"] if getattr(model.config, "tie_word_embeddings", False) else None
 
 
-def look(source: Source, settings: IndexSettings) -> pa.Table:
-    """Index records from the first to the last, all of a small source; of a large one what the limits allow."""
+def index_part(source: Source, settings: IndexSettings) -> pa.Table:
+    """Index a whole source, or as many chunks of a large one, in random order, as the limits allow."""
     count = len(source)
     starts = list(range(0, count, CHUNK))
-    random.Random(0).shuffle(starts)  # so that a source cut short by the limits is seen from end to end
-    deadline = time.monotonic() + LOOK_S
+    random.Random(0).shuffle(starts)  # so that a part of the source covers all of it
+    deadline = time.monotonic() + INDEXING_S
     tables: list[pa.Table] = []
     for number, start in enumerate(starts):
-        if number * CHUNK >= LOOKED_AT or (tables and time.monotonic() > deadline):
+        if number * CHUNK >= INDEXED or (tables and time.monotonic() > deadline):
             break
         tables.append(index_rows(source, settings, start, min(start + CHUNK, count)))
     return pa.concat_tables(tables)
 
 
 def choose(table: pa.Table, tokens: int, seed: int) -> list[int]:
-    """Rows of the source for a rehearsal: the extremes, each source, each kind of reject, and random ones.
+    """Choose rows of a source for a rehearsal: extremes, each subsource, each kind of reject, and random ones.
 
-    Random ones are added up to about so many tokens in all. Malformed records, which cannot be copied, stay out.
+    Random rows are added up to about `tokens` tokens in all. Malformed records cannot be copied and are left out.
     """
-    row, length, status, origin, images = _columns(table)
+    row, length = table["row"].to_numpy(), table["tokens"].to_numpy()
+    status, origin = np.array(table["status"].to_pylist()), np.array(table["source"].to_pylist())
+    images = np.array([len(sides) for sides in table["heights"].to_pylist()])
     good = np.flatnonzero(status == OK)
     by_length = good[np.argsort(-length[good], kind="stable")]
-    strata = [by_length[:EACH], good[np.argsort(-images[good], kind="stable")][:EACH], good[images[good] == 0][:EACH]]
-    strata += [good[origin[good] == name][:EACH] for name in np.unique(origin[good])]
-    strata += [
-        np.flatnonzero(status == kind)[:EACH_REJECT]
+    groups = [
+        by_length[:PER_GROUP],
+        good[np.argsort(-images[good], kind="stable")][:PER_GROUP],
+        good[images[good] == 0][:PER_GROUP],
+    ]
+    groups += [good[origin[good] == name][:PER_GROUP] for name in np.unique(origin[good])]
+    groups += [
+        np.flatnonzero(status == kind)[:PER_REJECT]
         for kind in np.unique(status)
         if kind not in (OK, "malformed_record", "no_answer", "image_count")
     ]
-    chosen = list(dict.fromkeys(position for stratum in strata for position in stratum.tolist()))
+    chosen = list(dict.fromkeys(position for group in groups for position in group.tolist()))
     total = int(length[[position for position in chosen if status[position] == OK]].sum())
     rest = np.random.default_rng(seed).permutation(np.setdiff1d(good, chosen)).tolist()
     for position in rest:
@@ -288,36 +295,26 @@ def choose(table: pa.Table, tokens: int, seed: int) -> list[int]:
     return sorted(int(row[position]) for position in chosen)
 
 
-def _columns(table: pa.Table) -> tuple[NDArray[Any], ...]:
-    """Row, length in tokens, status, source and number of images of each record."""
-    images = np.array([len(sides) for sides in table["heights"].to_pylist()])
-    rows, tokens = table["row"].to_numpy(), table["tokens"].to_numpy()
-    return rows, tokens, np.array(table["status"].to_pylist()), np.array(table["source"].to_pylist()), images
-
-
 def write_records(source: Source, rows: list[int], folder: Path) -> Path:
-    """Write rows of any source as JSON lines with their images beside them. Returns the file."""
+    """Write rows of any source as JSON lines, with their images in the folder `images`, and return the file."""
     (folder / "images").mkdir(parents=True)
     path = folder / "records.jsonl"
     with path.open("w", encoding="utf-8") as file:
-        for entry in _entries(source, rows, folder / "images"):
+        for row in rows:
+            try:
+                record = source.record(row)
+            except DataError:  # a reject without content, or a file that has changed since
+                continue
+            targets = (folder / "images" / f"{row}-{number}" for number in range(len(record.images)))
+            names = [_write_image(image, target) for image, target in zip(record.images, targets, strict=True)]
+            messages = [{"role": turn.role, "content": turn.text} for turn in record.turns]
+            entry = {"id": record.id, "images": names, "system": record.system, "messages": messages}
             file.write(json.dumps(entry) + "\n")
     return path
 
 
-def _entries(source: Source, rows: list[int], folder: Path) -> Iterator[dict[str, Any]]:
-    for row in rows:
-        try:
-            record = source.record(row)
-        except DataError:  # it was readable a moment ago, or is a reject that has no content
-            continue
-        names = [_place(image, folder / f"{row}-{number}") for number, image in enumerate(record.images)]
-        messages = [{"role": turn.role, "content": turn.text} for turn in record.turns]
-        yield {"id": record.id, "images": names, "system": record.system, "messages": messages}
-
-
-def _place(image: ImageRef, path: Path) -> str:
-    """Link or write an image; a missing file stays missing. Returns its name in the folder."""
+def _write_image(image: ImageRef, path: Path) -> str:
+    """Link or write an image, and return its name in the folder; a missing file stays missing."""
     path = path.with_suffix(Path(image.name).suffix)
     if image.path is not None and image.offset == 0 and image.length is None:
         path.symlink_to(image.path.absolute())

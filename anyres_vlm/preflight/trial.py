@@ -1,4 +1,4 @@
-"""The training of a rehearsal: `anyres train` in processes of its own, killed, resumed, and its model tried."""
+"""Training of a rehearsal: run `anyres train` in separate processes, kill it, resume it and test the final model."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import torch
 import yaml
@@ -20,7 +20,7 @@ from transformers import GenerationConfig, LlavaNextForConditionalGeneration, Ll
 
 from anyres_vlm.checkpoints.load_save import load_pretrained
 from anyres_vlm.checkpoints.stock import stock_obstacle
-from anyres_vlm.config import RunConfig, StageName
+from anyres_vlm.config import STAGES, RunConfig
 from anyres_vlm.data.images import open_image
 from anyres_vlm.data.sources import open_source
 from anyres_vlm.inference.assistant import Assistant, Conversation
@@ -30,85 +30,91 @@ from anyres_vlm.schema import IMAGE_TOKEN, Record
 from anyres_vlm.train.checkpoint import PREFIX
 from anyres_vlm.train.metrics import METRICS_FILE, read_metrics
 
-STAGES: tuple[StageName, ...] = get_args(StageName)
 STEPS = 6  # optimizer steps of a stage
-SAVE_EVERY = 3  # of them
-KILL_AFTER = 5  # so that steps 4 and 5 are repeated: the second of them depends on the restored optimizer
-PATIENCE_S = 600  # for the next line of a training process
-GRACE_S = 2  # after one rank has failed
-REPLAYED = ("train/loss", "train/grad_norm")  # equal to the last digit when a step is repeated
-DEVICE_RTOL = 1e-3  # on a GPU, whose attention adds up gradients in no fixed order
+SAVE_EVERY = 3  # steps
+KILL_AFTER = 5  # steps, so that 4 and 5 are repeated; step 5 depends on the restored optimizer state
+TIMEOUT_S = 600  # without a new line in the log
+GRACE_S = 2  # for the other ranks' messages after one rank has failed
+REPEATED = ("train/loss", "train/grad_norm")  # bit-identical when a step is repeated
+DEVICE_RTOL = 1e-3  # on a GPU, where attention accumulates gradients in no fixed order
 NEW_TOKENS = 8  # of an answer that is compared
-SAID = re.compile(r"^(?:\[rank\d+\]: )?error: (.*)$", re.MULTILINE)
+REPORTED = re.compile(r"^(?:\[rank\d+\]: )?error: (.*)$", re.MULTILINE)
 RAISED = re.compile(r"^(?:\[rank\d+\]: )?([\w.]+(?:Error|Exception): .*(?:\n.+)?)$", re.MULTILINE)
 LOST = "another rank has ended"
-LAUNCHER = re.compile(r"RANK$|WORLD_SIZE$|MASTER_|SLURM_|TORCHELASTIC_|PET_")  # variables of a process that is a rank
+LAUNCHER = re.compile(r"RANK$|WORLD_SIZE$|MASTER_|SLURM_|TORCHELASTIC_|PET_")  # variables that launchers set for ranks
 
 
-class NotTried(Exception):
-    """A step lacks what an earlier one should have made."""
+class Skipped(Exception):
+    """Raised by a step that lacks the result of an earlier one."""
 
 
 class Trial:
-    """A run on replicas; `example` is a record with an image that the finished model is asked about."""
+    """A run on replicas; `example` is a record with an image for a question to the final model."""
 
     def __init__(self, config: RunConfig, work: Path, ranks: int, example: Record | None) -> None:
         self.config, self.work, self.ranks, self.example = config, work, ranks, example
-        self.before: dict[int, dict[str, float]] = {}  # steps of stage 2 that the killed run logged
+        self.before: dict[int, dict[str, float]] = {}  # metrics by step of stage 2, logged by the killed run
         self.is_trained = False
 
     def train_and_kill(self) -> Iterator[Finding]:
-        """Train both stages; in the second all ranks are killed when a checkpoint and later steps are there."""
+        """Train both stages; kill all ranks in stage 2 once there are a checkpoint and later steps."""
         metrics, saved = self._run / "stage2" / METRICS_FILE, self._run / "stage2" / "checkpoints"
 
-        def is_far_enough() -> bool:
+        def is_due() -> bool:
             return len(_logged(metrics)) >= KILL_AFTER and any(saved.glob(f"{PREFIX}*"))
 
-        codes = self._train(is_far_enough)
+        codes = self._train(is_due)
         self.before = _logged(metrics)
         if any(code not in (None, 0) for code in codes):
             yield self._failure("train")
             return
         if len(self.before) < KILL_AFTER:
-            yield Finding("train", "fail", f"nothing was logged for {PATIENCE_S} s", self._log_hint())
+            yield Finding("train", "fail", f"nothing was logged for {TIMEOUT_S} s", self._log_hint())
             return
         self.is_trained = True
-        shutil.rmtree(self._run / "stage2" / "model", ignore_errors=True)  # of a run that was faster than the kill
+        shutil.rmtree(self._run / "stage2" / "model", ignore_errors=True)  # in case the run ended before the kill
         where = torch.cuda.get_device_name(0) if torch.cuda.is_available() else "CPU"
         presets = ", ".join(f"{stage} {self.config.stage(stage).deepspeed or 'without DeepSpeed'}" for stage in STAGES)
         words = f"{STEPS} and {len(self.before)} steps on {self.ranks} x {where} ({presets}), then killed"
         yield Finding("train", "ok", words)
         if lost := sorted(set(re.findall(r"left out: (.*)", self._text))):
-            words = f"{len(lost)} of the chosen records could not be read in training, such as: {lost[0]}"
-            yield Finding("train", "warn", words, "replace those images: more than max_bad_fraction of them end a run")
+            words = f"{len(lost)} of the chosen records could not be read in training, for example: {lost[0]}"
+            yield Finding(
+                "train",
+                "warn",
+                words,
+                "replace these images: a run ends if there are more than max_bad_fraction of them",
+            )
 
     def resume(self) -> Iterator[Finding]:
-        """Run the same command again to its end: the steps that are repeated must have the same numbers."""
+        """Run the same command again to its end and check that repeated steps have the same loss and gradient norm."""
         if not self.is_trained:
-            raise NotTried("it needs the killed run")
+            raise Skipped("needs the killed run")
         if any(code != 0 for code in self._train(lambda: False)):
             yield self._failure("resume")
             return
         after = _logged(self._run / "stage2" / METRICS_FILE)
         tolerance = DEVICE_RTOL if torch.cuda.is_available() else 0.0
         for step, row in self.before.items():
-            for key in REPLAYED:
+            for key in REPEATED:
                 then, now = row.get(key, 0.0), after[step].get(key, 0.0)
                 if abs(then - now) > tolerance * abs(then):
-                    words = f"step {step} had {key}={then} before the kill and {now} when it was repeated"
-                    yield Finding("resume", "fail", words, "resuming changes the result: report this with the config")
+                    words = f"step {step} had {key}={then} before the kill and {now} when repeated"
+                    yield Finding(
+                        "resume", "fail", words, "resuming changes the result: please report this with the config"
+                    )
                     return
         resumed = re.search(r"stage2: .*resumed after step (\d+)", self._text)
         if resumed is None:
-            yield Finding("resume", "fail", "the run began again instead of resuming", self._log_hint())
+            yield Finding("resume", "fail", "the run started over instead of resuming", self._log_hint())
             return
         repeated = len(self.before) - int(resumed[1])
         words = f"after step {resumed[1]}; {repeated} repeated steps have the same loss and gradient norm"
         yield Finding("resume", "ok", words)
 
     def compare_answers(self) -> Iterator[Finding]:
-        """Compare greedy answers of the finished folder: ours and, where it can load it, stock transformers'."""
-        folder = self._finished()
+        """Compare greedy answers of our code and of stock transformers, if it can load the final model."""
+        folder = self._final_model()
         model, tokenizer = load_pretrained(folder)
         assistant = Assistant(model, tokenizer)
         question = self._question()
@@ -118,7 +124,7 @@ class Trial:
         ):
             pass
         if (obstacle := stock_obstacle(model)) is not None:
-            yield Finding("answers", "ok", f"{len(ours)} tokens from the finished folder; {obstacle}")
+            yield Finding("answers", "ok", f"{len(ours)} tokens generated; {obstacle}")
             return
         text = assistant.conversation.render(question.turns, prompt=True)[0]
         stock: Any = LlavaNextForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
@@ -132,11 +138,16 @@ class Trial:
         theirs = stock.generate(**inputs, generation_config=greedy)[0, length:].tolist()
         words = f"greedy tokens are {ours}, with stock transformers {theirs}"
         if ours == theirs:
-            words = f"{len(ours)} greedy tokens after a prompt of {length:,} are those of stock transformers"
-        yield judge("answers", ours == theirs, words, "the folder would be served wrongly: report this with the config")
+            words = f"{len(ours)} greedy tokens after a prompt of {length:,} equal those of stock transformers"
+        yield judge(
+            "answers",
+            ours == theirs,
+            words,
+            "stock transformers would answer wrongly: please report this with the config",
+        )
 
     def _question(self) -> Conversation:
-        """The first question of a real record with images, or of a rendered one."""
+        """Return the first question of the example, or of a rendered record with images."""
         record = self.example
         if record is None:
             source = open_source(next((self._run / "data").glob("instructions/*.json")))
@@ -146,21 +157,21 @@ class Trial:
         return Conversation([turn], [open_image(image) for image in shown])
 
     def export(self) -> Iterator[Finding]:
-        """Export the finished folder, which is refused where stock transformers cannot express the model."""
-        folder, out = self._finished(), self.work / "export"
+        """Export the final model; a refusal because stock transformers cannot express it is no failure."""
+        folder, out = self._final_model(), self.work / "export"
         words = [sys.executable, "-m", "anyres_vlm", "export", str(folder), str(out)]
-        done = subprocess.run(words, env=self._environment(), capture_output=True, text=True)
-        said = SAID.search(done.stderr)
-        if done.returncode == 2 and said is not None and "cannot be exported" in said[1]:
-            yield Finding("export", "ok", said[1].partition("cannot be exported: ")[2])
+        ended = subprocess.run(words, env=self._environment(), capture_output=True, text=True)
+        reported = REPORTED.search(ended.stderr)
+        if ended.returncode == 2 and reported is not None and "cannot be exported" in reported[1]:
+            yield Finding("export", "ok", reported[1].partition("cannot be exported: ")[2])
             return
-        last = next(reversed(done.stderr.splitlines()), "ended without a message")
-        found = "a stock LlavaNext folder" if done.returncode == 0 else said[1] if said else last
-        yield judge("export", done.returncode == 0, found, f"try it: anyres export {folder} OUT")
+        last = next(reversed(ended.stderr.splitlines()), "ended without a message")
+        found = "a stock LlavaNext folder" if ended.returncode == 0 else reported[1] if reported else last
+        yield judge("export", ended.returncode == 0, found, f"to reproduce: anyres export {folder} OUT")
 
     def read_card(self) -> Iterator[Finding]:
-        """Look for the model card's head, which hubs read."""
-        path = self._finished() / "README.md"
+        """Check that the model card has the metadata block that hubs read."""
+        path = self._final_model() / "README.md"
         front = yaml.safe_load(path.read_text(encoding="utf-8").split("---\n")[1])
         yield judge("model card", "library_name" in front, f"{path.name} with {', '.join(front)}", self._log_hint())
 
@@ -179,16 +190,16 @@ class Trial:
     def _log_hint(self) -> str:
         return f"see {self._log}"
 
-    def _finished(self) -> Path:
+    def _final_model(self) -> Path:
         folder = self._run / "stage2" / "model"
         if not folder.is_dir():
-            raise NotTried("it needs the finished run")
+            raise Skipped("needs the finished run")
         return folder
 
-    def _train(self, is_enough: Callable[[], bool]) -> list[int | None]:
-        """Run the ranks of `anyres train` to their end, or kill them as soon as it is enough or takes too long.
+    def _train(self, should_stop: Callable[[], bool]) -> list[int | None]:
+        """Run the ranks of `anyres train` to their end, or kill them when `should_stop` returns true or time is up.
 
-        Returns their exit statuses, None for those that were killed here.
+        Returns their exit statuses, None for killed ones.
         """
         path = self.work / "config.yaml"
         path.write_text(yaml.safe_dump(self.config.model_dump(mode="json"), sort_keys=False), encoding="utf-8")
@@ -199,13 +210,13 @@ class Trial:
                 subprocess.Popen(words, env=environment, stdout=log, stderr=log, start_new_session=True)
                 for environment in self._rank_environments()
             ]
-        length, deadline = 0, time.monotonic() + PATIENCE_S
+        length, deadline = 0, time.monotonic() + TIMEOUT_S
         try:
-            while any(rank.poll() is None for rank in ranks) and not is_enough() and time.monotonic() < deadline:
+            while any(rank.poll() is None for rank in ranks) and not should_stop() and time.monotonic() < deadline:
                 if (logged := self._log.stat().st_size) > length:
-                    length, deadline = logged, time.monotonic() + PATIENCE_S
+                    length, deadline = logged, time.monotonic() + TIMEOUT_S
                 if any(rank.poll() not in (None, 0) for rank in ranks):
-                    time.sleep(GRACE_S)  # the others may still have to say what they know
+                    time.sleep(GRACE_S)  # let the other ranks report their errors
                     break
                 time.sleep(0.02)
             return [rank.poll() for rank in ranks]
@@ -216,10 +227,10 @@ class Trial:
                 rank.wait()
 
     def _rank_environments(self) -> Iterator[dict[str, str]]:
-        """What a launcher would set for each rank."""
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = str(free.getsockname()[1])
+        """Yield the environment that a launcher would give each rank."""
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = str(probe.getsockname()[1])
         size = str(self.ranks)
         for rank in map(str, range(self.ranks)):
             group = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size}
@@ -227,18 +238,20 @@ class Trial:
             yield self._environment() | (group if self.ranks > 1 else {})
 
     def _environment(self) -> dict[str, str]:
-        """Without the variables of a launcher or of Slurm that this process may have been started under."""
+        """Return this process's environment without the variables of a launcher or of Slurm."""
         kept = {name: value for name, value in os.environ.items() if not LAUNCHER.search(name)}
         threads = max((os.cpu_count() or 1) // self.ranks, 1)
         return kept | {"OMP_NUM_THREADS": kept.get("OMP_NUM_THREADS", str(threads)), "ANYRES_FOLLOW_LINKS": "1"}
 
     def _failure(self, check: str) -> Finding:
-        """The first error that a rank reported or raised; that it lost another rank is no cause."""
-        said = [line for line in [*SAID.findall(self._text), *RAISED.findall(self._text)] if not line.startswith(LOST)]
+        """Return the first error that a rank reported or raised, other than the loss of another rank."""
+        errors = [
+            line for line in [*REPORTED.findall(self._text), *RAISED.findall(self._text)] if not line.startswith(LOST)
+        ]
         last = next((line for line in reversed(self._text.splitlines()) if line.strip()), "ended without a message")
-        return Finding(check, "fail", " ".join((said[0] if said else last).split()), self._log_hint())
+        return Finding(check, "fail", " ".join((errors[0] if errors else last).split()), self._log_hint())
 
 
 def _logged(metrics: Path) -> dict[int, dict[str, float]]:
-    """The steps that a run has logged."""
+    """Return the logged metrics by step."""
     return {int(row["step"]): row for row in read_metrics(metrics)} if metrics.exists() else {}

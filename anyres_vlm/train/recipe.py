@@ -11,20 +11,19 @@ from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from anyres_vlm.config import RunConfig, StageConfig, StageName
+from anyres_vlm.config import STAGES, RunConfig, StageConfig, StageName
 from anyres_vlm.model.lora import is_adapter
 from anyres_vlm.model.vlm import VisionLanguageModel
 
 ADAPTER_PARTS = ("multi_modal_projector", "image_newline")
 LORA_PART = "lora"  # the adapters in the language model
 
-_BOTH: tuple[StageName, ...] = ("stage1", "stage2")
 _LAST: tuple[StageName, ...] = ("stage2",)
 # part of the model -> the stages that train it, and its rate there; without a rate it stays frozen
 TRAINED_PARTS: dict[str, tuple[tuple[StageName, ...], Callable[[StageConfig], float | None]]] = {
-    "multi_modal_projector": (_BOTH, lambda stage: stage.learning_rate),
-    "image_newline": (_BOTH, lambda stage: stage.learning_rate),
-    "vision_tower": (_BOTH, lambda stage: stage.vision_lr),
+    "multi_modal_projector": (STAGES, lambda stage: stage.learning_rate),
+    "image_newline": (STAGES, lambda stage: stage.learning_rate),
+    "vision_tower": (STAGES, lambda stage: stage.vision_lr),
     "language_model": (_LAST, lambda stage: None if stage.lora else stage.learning_rate),
     LORA_PART: (_LAST, lambda stage: (stage.lora.learning_rate or stage.learning_rate) if stage.lora else None),
 }

@@ -29,9 +29,9 @@ def test_defaults_are_written_and_trained(data: Path, tmp_path: Path, capsys: py
     folder = tmp_path / "mine"
     assert init(folder, "--data", data, "--model", "tiny", "--gpus", 0, "--yes") == 0
     said = capsys.readouterr().out
-    assert "LLaVA JSON, 12 records; of 12 looked at 12 are good" in said
+    assert "LLaVA JSON, 12 records; 12 of 12 inspected ones are usable" in said
     assert len(open_source(folder / "mixture.yaml")) == 12
-    assert (folder / "config.yaml").read_text().count("#") > 15, "it explains itself"
+    assert (folder / "config.yaml").read_text().count("#") > 15, "commented"
     (command,) = [line.removeprefix("train:") for line in said.splitlines() if line.startswith("train:")]
     assert main([*shlex.split(command)[1:], "--max-steps", "1", "--set", "workers=0"]) == 0
     trained = folder / "run" / "stage2" / "model"
@@ -107,7 +107,7 @@ def test_nothing_is_overwritten_and_mistakes_are_named(
         (("--yes", "--data", data, "--model", "vicuna7b"), 2, "did you mean vicuna-7b?"),
         (("--yes", "--data", data, "--grid", "2by2"), 2, "expected ROWSxCOLUMNS"),
         (("--yes", "--data", tmp_path / "none.json"), 1, "no such file"),
-        (("--yes", "--data", tmp_path / "mixture.yaml"), 2, "a mixture already"),
+        (("--yes", "--data", tmp_path / "mixture.yaml"), 2, "already a mixture"),
         (("--yes", "--data", data, "--images", tmp_path), 1, "see --images"),
     ):
         assert init(tmp_path / "new", *flags) == status

@@ -1,8 +1,7 @@
-"""Bytes that one micro-step holds beside weights and gradients, counted on a pass over tensors without content.
+"""Memory of one micro-step in addition to weights and gradients, measured on torch's fake tensors.
 
-The real modules run, forward and backward, on torch's fake tensors: what autograd keeps, what checkpointing computes
-again, how the loss works in chunks are not told a second time here. Two models of few layers are traced, and each
-further layer adds what the last one added.
+The real modules run forward and backward, so that saved activations, recomputation and the chunked loss need no second
+description here. Models of one and two layers are traced; every further layer adds as much as the second one.
 """
 
 from __future__ import annotations
@@ -28,14 +27,14 @@ from anyres_vlm.model.vlm import VisionLanguageModel
 from anyres_vlm.train.recipe import freeze, trained_rates
 
 Numbers = Literal["fp32", "bf16", "autocast"]
-"""What weights and activations are: both fp32, both bf16, or fp32 weights that are cast where they are used."""
+"""Dtype of weights and activations: both fp32, both bf16, or fp32 weights that are cast on use."""
 
 FEW_LAYERS = (1, 2)
 
 
 @dataclass(frozen=True)
 class PackSize:
-    """Positions of the sequence, equal documents in it, tiles for the encoder, supervised positions."""
+    """Numbers of positions, of documents of equal length, of tiles and of supervised positions in a pack."""
 
     tokens: int
     documents: int
@@ -44,14 +43,14 @@ class PackSize:
 
     @property
     def lengths(self) -> list[int]:
-        """Of the documents; the last takes what is left."""
+        """Lengths of the documents; the last one has the remainder."""
         each = self.tokens // self.documents
         return [each] * (self.documents - 1) + [self.tokens - each * (self.documents - 1)]
 
 
 @dataclass(frozen=True)
 class StepBytes:
-    """Of one micro-step, over weights and gradients: at most in the forward pass, held behind it, at most backward."""
+    """Bytes in addition to weights and gradients: peak of the forward pass, held after it, peak of the backward pass."""
 
     forward: int
     held: int
@@ -59,17 +58,17 @@ class StepBytes:
 
     @property
     def peak(self) -> int:
-        """The most at any time."""
+        """The peak of the micro-step."""
         return max(self.forward, self.backward)
 
-    def beyond(self, other: StepBytes, times: int) -> StepBytes:
-        """This and so many times what it has over `other`, which is in the same place of the step but a layer less."""
-        ours, theirs = astuple(self), astuple(other)
-        return StepBytes(*(more + times * (more - less) for more, less in zip(ours, theirs, strict=True)))
+    def extrapolate(self, fewer: StepBytes, layers: int) -> StepBytes:
+        """Return the bytes of a model with `layers` more layers; `fewer` is of a model with one layer less."""
+        pairs = zip(astuple(self), astuple(fewer), strict=True)
+        return StepBytes(*(more + layers * (more - less) for more, less in pairs))
 
 
 def stage_skeleton(config: RunConfig, stage: StageName, layers: int | None = None) -> VisionLanguageModel:
-    """The model as a stage trains it: adapters in place, checkpointing on, all else frozen."""
+    """Return the model as a stage trains it, with adapters, checkpointing and frozen parameters."""
     settings = config.stage(stage)
     model = skeleton(config.model, layers)
     if settings.lora is not None:
@@ -83,13 +82,13 @@ def stage_skeleton(config: RunConfig, stage: StageName, layers: int | None = Non
 def micro_step_bytes(
     config: RunConfig, stage: StageName, packs: Sequence[PackSize], numbers: Numbers
 ) -> list[StepBytes]:
-    """Trace packs, one by one, through forward and backward of a stage."""
+    """Return the bytes of each pack's forward and backward pass in a stage."""
     layers: int = describe_bases(config.model).text_config.num_hidden_layers
     more = FEW_LAYERS[-1]
     if layers <= more:
         return _trace(config, stage, packs, numbers, layers)
     traces = zip(*(_trace(config, stage, packs, numbers, count) for count in FEW_LAYERS), strict=True)
-    return [last.beyond(first, layers - more) for first, last in traces]
+    return [last.extrapolate(first, layers - more) for first, last in traces]
 
 
 def _trace(
@@ -103,8 +102,8 @@ def _trace(
 
 
 def _make_fake(model: VisionLanguageModel, numbers: Numbers) -> None:
-    """Put fake tensors in place of a model's meta tensors; tied ones stay tied. Gradients are dropped as they come."""
-    made: dict[int, tuple[nn.Parameter, nn.Parameter]] = {}  # the old ones too, so that no number comes twice
+    """Replace a model's meta tensors by fake ones; tied ones stay tied. Gradients are released as they are computed."""
+    made: dict[int, tuple[nn.Parameter, nn.Parameter]] = {}  # old tensors are kept, so that no id is reused
     for module in model.modules():
         for name, old in module._parameters.items():
             if old is not None and id(old) not in made:
@@ -139,7 +138,7 @@ class _FakeBatch:
 
 
 def _loss(model: VisionLanguageModel, pack: PackSize, batch: _FakeBatch) -> Tensor:
-    """As the model's own `forward`, where that asks no tensor for its content."""
+    """Compute the loss as the model's `forward` does, without operations that read the content of a tensor."""
     projected = model.multi_modal_projector(model.vision_tower(batch.tiles))
     embedded = model.language_model.get_input_embeddings()(batch.tokens)
     visual = projected.flatten(0, 1) + 0.0 * model.image_newline.to(projected.dtype)
@@ -159,7 +158,7 @@ def _release(parameter: Tensor) -> None:
 
 
 class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Bytes of all storages that are made under this mode and are still there; `known` tensors do not count."""
+    """Count the bytes of all live storages that were created under this mode; `known` tensors do not count."""
 
     def __init__(self, known: Iterable[Tensor]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -167,7 +166,7 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._known = {tensor.untyped_storage()._cdata for tensor in known}
 
     def restart(self) -> int:
-        """The peak so far; it is taken anew from now on."""
+        """Return the peak since the last call and start a new one."""
         peak, self.peak = self.peak, self.now
         return peak
 
@@ -175,17 +174,17 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
         result = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(result):
             if isinstance(tensor, Tensor):
-                self._see(tensor.untyped_storage())
+                self._add(tensor.untyped_storage())
         return result
 
-    def _see(self, storage: torch.UntypedStorage) -> None:
+    def _add(self, storage: torch.UntypedStorage) -> None:
         key, size = storage._cdata, storage.nbytes()
         if key not in self._known:
             self._known.add(key)
             self.now += size
             self.peak = max(self.peak, self.now)
-            weakref.finalize(storage, self._forget, key, size)
+            weakref.finalize(storage, self._remove, key, size)
 
-    def _forget(self, key: int, size: int) -> None:
+    def _remove(self, key: int, size: int) -> None:
         self._known.discard(key)
         self.now -= size

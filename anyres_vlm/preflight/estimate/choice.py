@@ -1,4 +1,4 @@
-"""The cheapest way to run each stage that fits the devices, and the estimate of the whole run: memory, packs, hours."""
+"""Cheapest setup of each stage that fits the devices, and the estimate of a run: memory, packs, hours."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from itertools import product
 from pathlib import Path
 
 from anyres_vlm.checkpoints.describe import describe_bases
-from anyres_vlm.config import RunConfig, StageName
+from anyres_vlm.config import STAGES, RunConfig, StageName
 from anyres_vlm.data.packing.cost import Flops, derive_cost
 from anyres_vlm.data.packing.plan import plan_epoch
 from anyres_vlm.data.packing.report import PlanReport, measure
@@ -40,9 +40,9 @@ from anyres_vlm.train.steps import model_flops
 class Way:
     """A preset with or without activation checkpointing.
 
-    `memory` is that of a pack of the stage's capacity, None where not even the weights fit; `least` are the bytes that
-    are held whatever the pack. `largest` is the capacity
-    up to which packs fit, None where the longest sample does not. `reason` says why the stage's capacity does not fit.
+    `memory` is for packs of the stage's capacity, or None if not even the weights fit; `least` is the peak in bytes
+    without packs. `largest` is the largest capacity that fits, or None if the longest sample does not. `reason` says
+    why the stage's capacity does not fit.
     """
 
     sharding: Sharding
@@ -54,18 +54,18 @@ class Way:
 
     @property
     def name(self) -> str:
-        """The preset, and whether it computes activations again."""
+        """The preset, with `checkpointing` if activations are recomputed."""
         return self.sharding.name + (" + checkpointing" if self.recomputes else "")
 
     @property
     def price(self) -> tuple[bool, bool, int]:
-        """What it costs beside the useful work, the dearest first: the host's work, recomputation, communication."""
+        """Sort key: offloading costs most time, then recomputation, then communication."""
         offloads = self.sharding.offloads_optimizer or self.sharding.offloads_weights
         return offloads, self.recomputes, self.sharding.stage
 
 
 def compare_ways(stage: StageMemory, usable: float) -> list[Way]:
-    """The shipped presets and the stage's own, each with and without checkpointing, on devices of so many bytes."""
+    """Return all shipped presets and the stage's own, with and without checkpointing, for devices of `usable` bytes."""
     own = stage.config.stage(stage.stage).deepspeed
     width = stage.model.language_model.config.hidden_size
     presets = [*PRESETS, *([own] if own not in PRESETS else [])]
@@ -76,7 +76,7 @@ def compare_ways(stage: StageMemory, usable: float) -> list[Way]:
 
 
 def cheapest(ways: Sequence[Way]) -> Way | None:
-    """The cheapest way that fits the stage's capacity, or else the longest sample."""
+    """Return the cheapest way that fits the stage's capacity, otherwise one that fits the longest sample, or None."""
     fitting = [way for way in ways if way.largest is not None]
     return min(fitting, key=lambda way: (way.reason is not None, way.price), default=None)
 
@@ -85,7 +85,7 @@ def _way(stage: StageMemory, sharding: Sharding, recomputes: bool, usable: float
     reason: str | None = None
     alone = stage.without_packs(sharding)
     if sharding.stage == 3 and stage.config.cache_features is not None:
-        return Way(sharding, recomputes, alone.peak, None, None, "cache_features does not go with ZeRO-3")
+        return Way(sharding, recomputes, alone.peak, None, None, "cache_features does not work with ZeRO-3")
     if alone.peak > usable:
         reason = f"weights, gradients and optimizer alone take {alone.peak / GB:.1f} GB"
         return Way(sharding, recomputes, alone.peak, None, None, reason)
@@ -99,12 +99,9 @@ def _way(stage: StageMemory, sharding: Sharding, recomputes: bool, usable: float
     return Way(sharding, recomputes, alone.peak, memory, largest, reason)
 
 
-STAGES: tuple[StageName, ...] = ("stage1", "stage2")
-
-
 @dataclass(frozen=True)
 class Machines:
-    """`gpus` devices, a rank each; `headroom` is the share of a device's memory for what is not a tensor."""
+    """Devices with one rank each; `headroom` is the share of their memory that tensors cannot use."""
 
     device: Device
     gpus: int
@@ -113,13 +110,13 @@ class Machines:
 
     @property
     def usable(self) -> float:
-        """Bytes for tensors on a device."""
+        """Bytes available for tensors on one device."""
         return self.device.memory * (1 - self.headroom)
 
 
 @dataclass(frozen=True)
 class StageEstimate:
-    """What a stage takes. `chosen`, `plan`, `work` and `hours` are None where nothing fits."""
+    """Resources of one stage. `chosen`, `plan`, `work` and `hours` are None if nothing fits."""
 
     stage: StageName
     samples: StageSamples
@@ -134,16 +131,15 @@ class StageEstimate:
 
     @property
     def reason(self) -> str | None:
-        """Why nothing fits: what stops the way that comes furthest."""
+        """Why nothing fits, for the way that needs the least memory."""
         if self.chosen is not None:
             return None
-        # the way that holds least, among those that come as far as any
         last = min(self.ways, key=lambda way: (way.memory is None, way.least))
-        return f"nothing fits; {last.name}, which holds least, does not: {last.reason}"
+        return f"nothing fits; {last.name} needs the least memory, but: {last.reason}"
 
 
 def estimate_run(config: RunConfig, indexes: Mapping[StageName, Path], machines: Machines) -> list[StageEstimate]:
-    """Both stages. Without an index, of the command line or of the configuration, the recipe's data is assumed."""
+    """Estimate both stages. Without an index, given here or in the configuration, the recipe's data is assumed."""
     return [_estimate_stage(config, stage, indexes.get(stage), machines) for stage in STAGES]
 
 
@@ -156,26 +152,20 @@ def _estimate_stage(config: RunConfig, stage: StageName, index: Path | None, mac
     chosen = cheapest(ways)
     plan = work = hours = None
     if chosen is not None:
-        flops = count_flops(memory)
-        plan = _plan(config, stage, samples, flops, min(memory.capacity, chosen.largest or 0), machines.gpus)
+        flops = model_flops(memory.model)
+        if flops is None:
+            raise UsageError(f"cannot count the FLOPs of {memory.model.config.llm}: its time is unknown, see --debug")
+        plan = _measure_plan(config, stage, samples, flops, min(memory.capacity, chosen.largest or 0), machines.gpus)
         work = stage_work(samples, flops, trained_rates(config, stage), settings.epochs, recomputes=chosen.recomputes)
         hours = work.hours(machines.device, machines.gpus, machines.mfu, plan.straggler)
     count = count_parameters(memory.model.parameters(), ways[0].sharding)
     return StageEstimate(stage, samples, count, memory.capacity, memory.longest, ways, chosen, plan, work, hours)
 
 
-def count_flops(memory: StageMemory) -> Flops:
-    """The model's FLOPs. Raises `UsageError` for a model that is not like Llama."""
-    flops = model_flops(memory.model)
-    if flops is None:
-        raise UsageError(f"cannot count the FLOPs of {memory.model.config.llm}: its time is unknown, see --debug")
-    return flops
-
-
-def _plan(
+def _measure_plan(
     config: RunConfig, stage: StageName, samples: StageSamples, flops: Flops, capacity: int, ranks: int
 ) -> PlanReport:
-    """What training's own planner makes of the first epoch."""
+    """Plan the first epoch as training does and return its figures."""
     settings = config.stage(stage)
     made = plan_epoch(
         samples.tokens,

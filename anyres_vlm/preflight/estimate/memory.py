@@ -1,4 +1,4 @@
-"""What a rank holds: weights, gradients, optimizer state and activations, by preset, checkpointing and pack size."""
+"""Memory of a rank: weights, gradients, optimizer state and activations, by preset, checkpointing and pack size."""
 
 from __future__ import annotations
 
@@ -19,15 +19,13 @@ from anyres_vlm.preflight.estimate.workload import StageSamples
 from anyres_vlm.train.engine.deepspeed_settings import find_preset, read_zero
 
 FP32, BF16 = 4, 2  # bytes
-
-
-# The shipped presets from the one that moves least between ranks and host to the one that moves most.
+# Shipped presets in order of the data that they move between ranks and host.
 PRESETS = (None, "zero1", "zero2", "zero3", "zero2_offload", "zero3_offload")
 
 
 @dataclass(frozen=True)
 class Sharding:
-    """A preset's figures; sizes are numbers of elements. `stage` 0 is the plain backend: the whole model on a rank."""
+    """Settings of a preset; sizes are numbers of elements. `stage` 0 is the plain backend, a full model on each rank."""
 
     name: str
     stage: int = 0
@@ -42,9 +40,9 @@ class Sharding:
 
 
 def read_sharding(preset: str | None, width: int | None = None) -> Sharding:
-    """Read a shipped preset or a JSON file by name, with DeepSpeed's defaults for what it leaves out. None is plain.
+    """Read a shipped preset or a JSON file by name; missing keys have DeepSpeed's defaults. None is the plain backend.
 
-    `width`, the language model's hidden size, decides bucket sizes of "auto", as in a run.
+    `width`, the language model's hidden size, sets bucket sizes that are "auto", as in a run.
     """
     if preset is None:
         return Sharding("none")
@@ -80,7 +78,7 @@ def _is_offloaded(zero: dict[str, Any], part: str) -> bool:
 
 @dataclass(frozen=True)
 class Parameters:
-    """Numbers of a stage's parameters: all, trained, in tensors that ZeRO-3 leaves whole, and in the largest tensor."""
+    """Numbers of parameters: all, trained, in tensors that ZeRO-3 does not partition, and in the largest tensor."""
 
     total: int
     trained: int
@@ -89,7 +87,7 @@ class Parameters:
 
 
 def count_parameters(parameters: Iterable[nn.Parameter], sharding: Sharding) -> Parameters:
-    """Count a model's parameters; `small` ones are as a preset says."""
+    """Count parameters; the preset decides which tensors are `small`."""
     sizes = [(parameter.numel(), parameter.requires_grad) for parameter in parameters]
     return Parameters(
         total=sum(size for size, _ in sizes),
@@ -101,12 +99,11 @@ def count_parameters(parameters: Iterable[nn.Parameter], sharding: Sharding) -> 
 
 @dataclass(frozen=True)
 class RankMemory:
-    """Bytes on one rank's device, but for `host`.
+    """Bytes on one rank's device, and those of rank 0 on its `host`.
 
-    `buckets` of gradients, `gathered` weights, `activations` that autograd keeps and what is `working` on them are
-    there during a micro-step; `update` is what the optimizer step takes for a moment. On the host every rank first
-    reads the whole model, in bf16 where DeepSpeed casts it, before it is split; later rank 0, of which `host` is,
-    puts checkpoints together there.
+    Gradient `buckets`, `gathered` weights, saved `activations` and `working` memory exist only during a micro-step,
+    `update` only during the optimizer step. On the host, every rank first reads the complete model, in bf16 if
+    DeepSpeed casts it, and rank 0 later assembles checkpoints.
     """
 
     weights: float
@@ -122,18 +119,18 @@ class RankMemory:
 
     @property
     def resting(self) -> float:
-        """What stays on the device through all micro-steps of a step."""
+        """Bytes that stay on the device throughout a step."""
         return self.weights + self.masters + self.moments + self.gradients
 
     @property
     def peak(self) -> float:
-        """The most that is there at any time."""
+        """Peak bytes on the device."""
         micro_step = self.buckets + self.gathered + self.activations + self.working
         return self.resting + max(micro_step, self.update)
 
 
 def numbers_of(sharding: Sharding, precision: str) -> Numbers:
-    """What a backend computes in: DeepSpeed casts the weights, the plain backend casts as it goes."""
+    """Return the dtypes of a backend: with bf16, DeepSpeed casts the weights and the plain backend uses autocast."""
     if precision == "fp32":
         return "fp32"
     return "autocast" if sharding.stage == 0 else "bf16"
@@ -142,7 +139,7 @@ def numbers_of(sharding: Sharding, precision: str) -> Numbers:
 def rank_memory(
     count: Parameters, sharding: Sharding, numbers: Numbers, ranks: int, step: StepBytes, *, fused: bool = True
 ) -> RankMemory:
-    """What a rank holds. Without `fused` AdamW, as on the CPU, an update takes two more tensors as large as its own."""
+    """Return the memory of a rank. AdamW that is not `fused`, as on the CPU, needs two more tensors for an update."""
     stage, item = sharding.stage, BF16 if numbers == "bf16" else FP32
     mine = count.trained / ranks if stage else count.trained
     host = sharding.offloads_optimizer
@@ -179,7 +176,7 @@ def _gradients(count: Parameters, sharding: Sharding, item: int, ranks: int) -> 
 
 def _buckets(count: Parameters, sharding: Sharding, item: int, ranks: int) -> float:
     if sharding.stage == 0:
-        return FP32 * count.trained if ranks > 1 else 0  # DistributedDataParallel's hold all gradients once more
+        return FP32 * count.trained if ranks > 1 else 0  # DistributedDataParallel copies all gradients to its buckets
     if sharding.stage == 1 and item == BF16:  # whole gradients are reduced in place
         return 0
     staged = count.largest if sharding.stage < 3 and sharding.offloads_optimizer else 0
@@ -203,7 +200,7 @@ def _update(count: Parameters, sharding: Sharding, item: int, mine: float, fused
 
 
 def _host(count: Parameters, sharding: Sharding, item: int, ranks: int) -> float:
-    """Masters, gradients, moments, and the weights that go back; with ZeRO-3 accumulated gradients beside them."""
+    """Return the bytes of masters, moments, gradients and updated weights; ZeRO-3 also accumulates gradients."""
     if not sharding.offloads_optimizer:
         return 0
     each = 4 * FP32 + (FP32 if sharding.stage == 3 else item)
@@ -212,19 +209,19 @@ def _host(count: Parameters, sharding: Sharding, item: int, ranks: int) -> float
 
 
 def _snapshot(count: Parameters, item: int) -> float:
-    """A checkpoint before it is written: weights and two moments of what is trained in fp32, the rest as it is."""
+    """Return the bytes of a checkpoint: trained weights and both moments in fp32, frozen weights in their dtype."""
     return 3 * FP32 * count.trained + item * (count.total - count.trained)
 
 
-LARGEST = 65_536  # tokens: up to there packs are looked at
-DOCUMENTS = 2  # of a pack: more hold the same bytes, and take the trace longer
-DENSEST = 0.99  # of the samples, by tiles and by supervised tokens a token: packs of many samples are nearer the mean
+LARGEST = 65_536  # tokens of the largest pack that is considered
+DOCUMENTS = 2  # in a pack: more of them need no more memory, but a longer trace
+DENSEST = 0.99  # quantile of tiles and supervised tokens per token; packs of many samples are closer to the mean
 
 
 class StageMemory:
-    """Traces a few packs and answers for any capacity between the longest sample and `LARGEST`.
+    """Memory of a stage for any capacity between the longest sample and `LARGEST`, from traces of a few packs.
 
-    Between two packs a straight line is drawn. The most of several phases that each grow in a line lies below it.
+    Other sizes are interpolated linearly. This overestimates: the peak is a maximum of phases that grow linearly.
     """
 
     def __init__(self, config: RunConfig, stage: StageName, samples: StageSamples, ranks: int) -> None:
@@ -237,28 +234,28 @@ class StageMemory:
             self.model = stage_skeleton(config, stage)
 
     def pack(self, tokens: int) -> PackSize:
-        """A full pack of the samples' kind, as rich in tiles and labels as they come."""
+        """Return a full pack of samples with many tiles and labels."""
         lengths = self.samples.tokens
         tiles = np.quantile(self.samples.tiles / lengths, DENSEST)
         supervised = np.quantile(self.samples.supervised / lengths, DENSEST)
         return PackSize(tokens, DOCUMENTS, math.ceil(tokens * tiles), math.ceil(tokens * supervised))
 
     def at(self, sharding: Sharding, recomputes: bool, tokens: int) -> RankMemory:
-        """On one rank, with packs of so many tokens."""
+        """Return the memory of a rank with packs of `tokens` tokens."""
         numbers = numbers_of(sharding, self.config.precision)
         count = count_parameters(self.model.parameters(), sharding)
         return rank_memory(count, sharding, numbers, self.ranks, self._step_bytes(numbers, recomputes, tokens))
 
     def without_packs(self, sharding: Sharding) -> RankMemory:
-        """On one rank, with no pack at all."""
+        """Return the memory of a rank without packs."""
         numbers = numbers_of(sharding, self.config.precision)
         count = count_parameters(self.model.parameters(), sharding)
         return rank_memory(count, sharding, numbers, self.ranks, StepBytes(0, 0, 0))
 
     def largest(self, sharding: Sharding, recomputes: bool, usable: float) -> int | None:
-        """The most tokens a pack may have; None where not even the longest sample fits."""
+        """Return the largest number of tokens in a pack that fits; None if not even the longest sample does."""
         if self.without_packs(sharding).peak > usable:
-            return None  # and nothing needs to be traced
+            return None  # saves the trace
         low, high = self.longest, self.sizes[-1]
         if self.at(sharding, recomputes, low).peak > usable:
             return None

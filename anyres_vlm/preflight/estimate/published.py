@@ -1,4 +1,4 @@
-"""Published runs beside the time model: what share of their devices' peak their hours stand for."""
+"""Published runs compared with the time model: the MFU that their hours imply."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from anyres_vlm.train.steps import model_flops
 
 @dataclass(frozen=True)
 class PublishedRun:
-    """A run as its authors report it: hours for each stage, or for both under `stage2` where only the sum is told."""
+    """A run as reported by its authors; `hours` are per stage, or for both if only their sum is known."""
 
     name: str
     config: str
@@ -64,7 +64,7 @@ PUBLISHED = (
 
 @dataclass(frozen=True)
 class PublishedRow:
-    """One reported time: hours as published and as predicted at a stated MFU, and the MFU that the former imply."""
+    """One reported time: published hours, predicted hours at a given MFU, and the MFU that the published hours imply."""
 
     run: PublishedRun
     stages: tuple[StageName, ...]
@@ -75,15 +75,15 @@ class PublishedRow:
     implied_mfu: float
 
 
-def published_rows(mfu: float, device: str = "a100-80gb") -> Iterator[PublishedRow]:
-    """Every reported time. Their runs checkpoint activations; nothing else of how they ran enters."""
-    a100 = find_device(device)
+def published_rows(mfu: float) -> Iterator[PublishedRow]:
+    """Yield a row for each reported time, on A100s with activation checkpointing, as these runs had."""
+    a100 = find_device("a100-80gb")
     for run in PUBLISHED:
         config = load_config(shipped_config(run.config), run.changes)
         with torch.device("meta"):
             model = skeleton(config.model)
         flops = model_flops(model)
-        assert flops is not None, "all shipped recipes are like Llama"
+        assert flops is not None, "all shipped recipes have Llama-like models"
         recipes: dict[StageName, Recipe] = {"stage1": ASSUMED["stage1"], "stage2": run.stage2}
         samples = {stage: assumed_samples(recipe, model.tiling) for stage, recipe in recipes.items()}
         work = {

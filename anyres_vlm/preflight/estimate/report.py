@@ -1,4 +1,4 @@
-"""An estimate in words and as JSON."""
+"""Text and JSON of an estimate."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from anyres_vlm.preflight.estimate.memory import LARGEST, RankMemory
 from anyres_vlm.preflight.estimate.published import PublishedRow
 from anyres_vlm.preflight.estimate.workload import GB
 
-# What a field of `RankMemory` is called in the table.
+# Fields of `RankMemory` and their labels in the table.
 PARTS = {
     "weights": "weights",
     "masters": "optimizer: fp32 weights",
@@ -20,16 +20,16 @@ PARTS = {
     "gradients": "gradients",
     "buckets": "communication buckets",
     "gathered": "weights gathered by ZeRO-3",
-    "activations": "activations and the loss's gradients",
-    "working": "at work on them",
+    "activations": "saved activations and loss gradients",
+    "working": "working memory",
 }
 
 
 def describe(estimates: Sequence[StageEstimate], machines: Machines, price: float | None) -> str:
-    """A table a stage and the sum."""
+    """Return a table per stage and the sum."""
     device = machines.device
     lines = [
-        f"{machines.gpus} x {device.name}: {device.memory / GB:.0f} GB each, {machines.usable / GB:.1f} of them for "
+        f"{machines.gpus} x {device.name}: {device.memory / GB:.0f} GB each, {machines.usable / GB:.1f} GB for "
         f"tensors (headroom {machines.headroom:.0%}); {device.peak / 1e12:.0f} TFLOP/s in bf16, MFU {machines.mfu:.0%}",
     ]
     for estimate in estimates:
@@ -46,7 +46,7 @@ def _stage_lines(estimate: StageEstimate, machines: Machines) -> Iterator[str]:
     samples = estimate.samples
     yield f"  {len(samples.tokens):,} samples, {int(samples.tokens.sum()):,} tokens, {int(samples.tiles.sum()):,} tiles"
     yield f"  {samples.origin}"
-    yield f"  {'preset':30} {'GB a rank':>10} {'host GB':>8}  largest pack (host: rank 0's, with a checkpoint)"
+    yield f"  {'preset':30} {'GB/rank':>10} {'host GB':>8}  largest pack (host: of rank 0, with a checkpoint)"
     for way in estimate.ways:
         yield f"  {way.name:30} {_peak(way):>10} {_host(way):>8}  {_largest(way)}"
     if estimate.chosen is None or estimate.plan is None or estimate.hours is None:
@@ -55,11 +55,11 @@ def _stage_lines(estimate: StageEstimate, machines: Machines) -> Iterator[str]:
     chosen, plan = estimate.chosen, estimate.plan
     yield f"  cheapest that fits: {chosen.name}" + (f"; {chosen.reason}" if chosen.reason else "")
     if chosen.memory is not None:
-        yield f"    GB a rank, with packs of {estimate.capacity:,} tokens"
+        yield f"    GB per rank with packs of {estimate.capacity:,} tokens"
         for name, words in PARTS.items():
             yield f"    {words:38} {getattr(chosen.memory, name) / GB:8.2f}"
-        yield f"    {'the optimizer step, for a moment':38} {chosen.memory.update / GB:8.2f}"
-        yield f"    {'at the most':38} {chosen.memory.peak / GB:8.2f}"
+        yield f"    {'optimizer step (temporary)':38} {chosen.memory.update / GB:8.2f}"
+        yield f"    {'peak':38} {chosen.memory.peak / GB:8.2f}"
     yield (
         f"    {plan.steps:,} steps of {plan.packs_per_step} packs, {plan.efficiency:.1%} full, straggler factor "
         f"{plan.straggler:.3f}: {_hours(estimate.hours, machines.gpus, None)}"
@@ -83,11 +83,11 @@ def _largest(way: Way) -> str:
 
 def _hours(hours: float, gpus: int, price: float | None) -> str:
     words = f"{hours:.1f} hours, {hours * gpus:,.0f} GPU-hours"
-    return words if price is None else f"{words}, {hours * gpus * price:,.0f} at {price:g} a GPU-hour"
+    return words if price is None else f"{words}, {hours * gpus * price:,.0f} at {price:g} per GPU-hour"
 
 
 def to_json(estimates: Sequence[StageEstimate], machines: Machines, price: float | None) -> str:
-    """All figures; bytes and hours."""
+    """Return all figures as JSON, in bytes and hours."""
     stages = [_stage_json(estimate, machines, price) for estimate in estimates]
     settings = {**asdict(machines), "usable": machines.usable, "price": price}
     return json.dumps({"machines": settings, "stages": stages}, indent=2)
@@ -134,7 +134,7 @@ def _memory_json(memory: RankMemory) -> dict[str, float]:
 
 
 def describe_published(rows: Sequence[PublishedRow], mfu: float) -> str:
-    """The table of published runs and what is assumed of them."""
+    """Return the table of published runs with the assumptions about them."""
     lines = [
         f"{'run':20} {'GPUs':>4}  {'stage':6} {'G tokens':>8} {'EFLOP':>7} {'hours':>6} {f'at {mfu:.0%}':>6}  "
         "implied MFU",
@@ -145,18 +145,18 @@ def describe_published(rows: Sequence[PublishedRow], mfu: float) -> str:
             f"{row.run.name:20} {row.run.gpus:4}  {stages:6} {row.tokens / 1e9:8.2f} {row.flops / 1e18:7.1f} "
             f"{row.published_hours:6.1f} {row.predicted_hours:6.1f}  {row.implied_mfu:11.1%}"
         )
-    lines.append("hours are those published, then those predicted for A100s that compute activations again")
+    lines.append("hours: published, then predicted for A100s with activation checkpointing")
     for run in {row.run.name: row.run for row in rows}.values():
         mix = run.stage2
         lines.append(
-            f"{run.name}: {run.source}; assumed for stage 2: {mix.samples:,} samples, {mix.with_image:,} with a "
-            f"picture of 640x480, {mix.text_tokens} tokens of text, {mix.supervised} supervised"
+            f"{run.name}: {run.source}; assumed for stage 2: {mix.samples:,} samples, {mix.with_image:,} with an "
+            f"image of 640x480, {mix.text_tokens} tokens of text, {mix.supervised} supervised"
         )
     return "\n".join(lines)
 
 
 def published_json(rows: Sequence[PublishedRow]) -> str:
-    """The same as JSON."""
+    """Return the table of published runs as JSON."""
     found = [
         {
             "run": row.run.name,

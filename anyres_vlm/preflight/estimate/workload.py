@@ -1,4 +1,4 @@
-"""Devices, the samples of a stage, and the hours that its FLOPs take."""
+"""Devices, the samples of a stage, and the hours of its FLOPs."""
 
 from __future__ import annotations
 
@@ -18,13 +18,9 @@ from anyres_vlm.train.metrics import PEAKS
 
 Ints = NDArray[np.int64]
 
-PICTURE = Size(height=480, width=640)  # the commonest size in COCO, from which most of the recipe's pictures are
-
-
+PICTURE = Size(height=480, width=640)  # the commonest size in COCO, the source of most images of the recipe
 GB = 1e9
-
-
-# What a name is called in `PEAKS`, and the memory in GB (10^9 bytes) that the maker states.
+# Device name -> its name in `PEAKS` and its memory in GB (10^9 bytes) as specified.
 MEMORY = {
     "a100-40gb": ("A100", 40), "a100-80gb": ("A100", 80), "a10g-24gb": ("A10G", 24), "l4-24gb": ("L4", 24),
     "l40s-48gb": ("L40S", 48), "rtx4090-24gb": ("RTX 4090", 24), "h100-80gb": ("H100", 80), "h800-80gb": ("H800", 80),
@@ -34,7 +30,7 @@ MEMORY = {
 
 @dataclass(frozen=True)
 class Device:
-    """`memory` in bytes; `peak` in dense bf16 FLOP/s, as for the MFU that training reports."""
+    """A GPU; `memory` in bytes, `peak` in dense bf16 FLOP/s as in the MFU of training."""
 
     name: str
     memory: float
@@ -42,7 +38,7 @@ class Device:
 
 
 def find_device(name: str) -> Device:
-    """A device by its name. Raises `UsageError` with the nearest one for a name that is none."""
+    """Return a device by name. Raises `UsageError` with the nearest name for an unknown one."""
     known = MEMORY.get(name.lower())
     if known is None:
         near = did_you_mean(name.lower(), list(MEMORY))
@@ -53,7 +49,7 @@ def find_device(name: str) -> Device:
 
 @dataclass(frozen=True)
 class Recipe:
-    """A stage's data: sizes as published; tokens a sample, which are not, as assumed from the size of the files."""
+    """Data of a stage: published sample counts, and tokens per sample estimated from file sizes."""
 
     samples: int
     with_image: int
@@ -69,7 +65,7 @@ ASSUMED: dict[StageName, Recipe] = {
 
 @dataclass(frozen=True)
 class StageSamples:
-    """One entry a sample, rejects left out; `origin` says where the numbers are from."""
+    """One entry per sample, without rejects; `origin` says where the numbers come from."""
 
     tokens: Ints
     tiles: Ints
@@ -78,12 +74,12 @@ class StageSamples:
 
     @property
     def pairs(self) -> int:
-        """Pairs of a token and one that it sees, over all samples."""
+        """Number of pairs of a query and a visible key, over all samples."""
         return int((self.tokens * (self.tokens + 1)).sum()) // 2
 
 
 def indexed_samples(path: Path) -> StageSamples:
-    """The good samples of an index. Raises `DataError` for a file that is none, or that has none."""
+    """Return the good samples of an index. Raises `DataError` for any other file and if there are none."""
     index = read_index(path)
     good = np.flatnonzero(index.ok)
     if not len(good):
@@ -92,11 +88,11 @@ def indexed_samples(path: Path) -> StageSamples:
 
 
 def assumed_samples(recipe: Recipe, tiling: Tiling) -> StageSamples:
-    """So many equal samples with a picture each, then those of text alone."""
+    """Return equal samples with one image each, followed by those with only text."""
     plan = plan_tiles(PICTURE, tiling)
     has_image = np.arange(recipe.samples) < recipe.with_image
     origin = (
-        f"assumed: {recipe.samples:,} samples, {recipe.with_image:,} of them with a picture of {PICTURE.width}x"
+        f"assumed: {recipe.samples:,} samples, {recipe.with_image:,} of them with an image of {PICTURE.width}x"
         f"{PICTURE.height} ({plan.total_tokens:,} tokens), {recipe.text_tokens} tokens of text, "
         f"{recipe.supervised} supervised"
     )
@@ -111,22 +107,22 @@ def assumed_samples(recipe: Recipe, tiling: Tiling) -> StageSamples:
 
 @dataclass(frozen=True)
 class Work:
-    """FLOPs of a stage: useful ones, as MFU counts them, and those that checkpointing computes again."""
+    """FLOPs of a stage: useful ones, which MFU counts, and those of recomputation by checkpointing."""
 
     useful: float
     recomputed: float
 
     def hours(self, device: Device, gpus: int, mfu: float, straggler: float = 1.0) -> float:
-        """At an MFU that a busy rank reaches where nothing is computed again; others wait for the slowest rank."""
+        """Return the hours if busy ranks reach this MFU without recomputation and wait for the slowest rank."""
         return (self.useful + self.recomputed) * straggler / (gpus * device.peak * mfu * 3600)
 
     def implied_mfu(self, device: Device, gpus: int, hours: float) -> float:
-        """The share of the peak that a run of so many hours made useful."""
+        """Return the MFU of a run that took `hours`."""
         return self.useful / (gpus * device.peak * hours * 3600)
 
 
 def stage_work(samples: StageSamples, flops: Flops, trained: Collection[str], epochs: int, *, recomputes: bool) -> Work:
-    """Of all epochs of a stage. Checkpointing runs the language model's layers forward once more, not the head."""
+    """Return the FLOPs of all epochs; checkpointing repeats the forward pass of the language model's layers, not the head."""
     tokens = int(samples.tokens.sum())
     useful = training_flops(
         flops,

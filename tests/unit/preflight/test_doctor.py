@@ -73,7 +73,7 @@ def test_the_whole_command_on_a_sound_machine(make: Make, tmp_path: Path, preset
     for check in "python packages torch accelerator attention gloo nccl config deepspeed memory disk".split():
         assert by_check[check]
     assert ("step under zero2, zero3" if presets else "not used") in by_check["deepspeed"]
-    assert "4 records, 4 of 4 looked at are good" in by_check["stage1 data"]
+    assert "4 records, 4 of 4 inspected ones are usable" in by_check["stage1 data"]
     assert not (tmp_path / "run").exists(), "it looks and leaves nothing behind"
 
 
@@ -172,7 +172,7 @@ def test_models_that_are_not_here(make: Make, tmp_path: Path, monkeypatch: pytes
     assert {f.check: f.level for f in doctor.check_models(make(f"model.llm={broken}"))}[
         "weights"
     ] == "ok"  # the encoder's
-    assert any("no weights at hand" in f.found for f in doctor.check_models(make(f"model.llm={broken}")))
+    assert any("no weights on this machine" in f.found for f in doctor.check_models(make(f"model.llm={broken}")))
     from huggingface_hub import constants
 
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")  # the discard port: nobody listens
@@ -183,7 +183,9 @@ def test_models_that_are_not_here(make: Make, tmp_path: Path, monkeypatch: pytes
     finding = only(doctor.check_models(case))
     assert finding.level == "fail"
     assert "someone/model not in the cache" in finding.found
-    assert [f.level for f in (*doctor.check_index(case), *doctor.check_shared_memory(case))] == ["warn", "warn"]
+    assert [
+        f.level for f in (*doctor.check_index(case), *doctor.check_shared_memory(case), *doctor.check_disk(case))
+    ] == ["warn"] * 3
 
 
 def test_memory_that_is_too_small(make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -205,8 +207,11 @@ def test_shared_memory_and_disk_that_are_too_small(make: Make) -> None:
     assert only(doctor.check_disk(make())).level == "ok"
     finding = only(doctor.check_disk(make("keep_checkpoints=1000000000")))
     assert (finding.level, "lower keep_checkpoints" in finding.remedy) == ("fail", True)
+    assert only(doctor.check_output(make())).level == "ok"
     unwritable = doctor.Case(make().config, Path("/proc/run"))
-    assert "choose another --output" in only(doctor.check_disk(unwritable)).remedy
+    assert "choose another --output" in only(doctor.check_output(unwritable)).remedy
+    make().output.write_text("a file")
+    assert only(doctor.check_output(make())).level == "fail"
 
 
 def test_the_memory_limit_of_a_container(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -247,4 +252,4 @@ def test_an_index_of_other_settings(make: Make, tmp_path: Path, capsys: pytest.C
     assert "another pinpoints, max_length" in other.found
     out.write_bytes(b"PAR1")
     _, broken = doctor.check_index(case)
-    assert (broken.level, broken.remedy) == ("warn", "the run makes it again")
+    assert (broken.level, broken.remedy) == ("warn", "the run rebuilds it")

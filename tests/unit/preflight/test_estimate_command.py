@@ -56,7 +56,7 @@ def test_without_an_index_the_recipe_s_data_is_assumed_and_said(capsys: pytest.C
     assert anyres("estimate", "--gpus", 1) == 0
     text = capsys.readouterr().out
     assert "assumed: 558,128 samples" in text
-    assert "assumed: 665,298 samples, 624,610 of them with a picture" in text
+    assert "assumed: 665,298 samples, 624,610 of them with an image" in text
     assert "cheapest that fits: none" in text
     assert "both stages:" in text
 

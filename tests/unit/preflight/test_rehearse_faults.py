@@ -1,4 +1,4 @@
-"""Each fault that would stop a real run is planted, and `anyres rehearse` names it before anything is trained."""
+"""`anyres rehearse` names each planted fault that would stop a real run before it trains anything."""
 
 from __future__ import annotations
 
@@ -17,8 +17,9 @@ from replicas import CLIP, MISTRAL, VICUNA_7B, build_replica
 
 from anyres_vlm.cli.main import main
 from anyres_vlm.config import RunConfig, load_config, shipped_config
+from anyres_vlm.preflight.doctor import checkpoint_bytes
 from anyres_vlm.preflight.machine import Finding
-from anyres_vlm.preflight.rehearse import Rehearsal, _checkpoint_bytes
+from anyres_vlm.preflight.rehearse import Rehearsal
 
 BEFORE_TRAINING = ("installation", "output", "deepspeed", "bases", "stage1 data", "stage2 data", "replica")
 RECORDS = 20
@@ -34,7 +35,7 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class Run:
-    """A sound run in a folder of its own, whose files and settings a fault may change."""
+    """A valid run in its own folder; faults change its files and settings."""
 
     def __init__(self, folder: Path, bases: Path) -> None:
         self.folder, self.output = folder, folder / "run"
@@ -74,7 +75,7 @@ class Run:
         return [f"{key}={json.dumps(value)}" for key, value in self.settings.items()]
 
     def findings(self) -> list[Finding]:
-        """What everything before the training finds."""
+        """Return the findings of all steps before the training."""
         rehearsal = Rehearsal(self.config(), self.output, self.folder / "work")
         rehearsal.steps = {name: rehearsal.steps[name] for name in BEFORE_TRAINING}
         return [one.finding for one in rehearsal.run()]
@@ -227,8 +228,8 @@ FAULTS: dict[Plant, str] = {
     capped_logits: "caps or scales the logits of its head",
     unknown_model_type: "llama9",
     missing_tracker: "wandb is not installed",
-    no_weights: "no weights in it",
-    missing_shard: "which is missing: fetch the whole model",
+    no_weights: "is missing: download the complete model again",
+    missing_shard: "is missing: download the complete model again",
     layer_beyond_the_depth: "layer 30: the encoder has 3 layers",
     no_encoder_config: "config.json",
 }
@@ -246,7 +247,7 @@ def test_too_little_disk(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = shutil.disk_usage(run.folder)
     monkeypatch.setattr("shutil.disk_usage", lambda _: usage._replace(free=100_000))
     (failure,) = [finding for finding in run.findings() if finding.level == "fail"]
-    assert re.search(r"2 checkpoints a stage and two models take about \S+ MB, 0 MB are free", failure.found)
+    assert re.search(r"2 checkpoints per stage and two models take about \S+ MB; 0 MB free at", failure.found)
 
 
 def test_disk_is_counted_from_the_real_model_and_what_is_there_already(run: Run) -> None:
@@ -255,8 +256,8 @@ def test_disk_is_counted_from_the_real_model_and_what_is_there_already(run: Run)
     found = [finding.found for finding in rehearsal.steps["bases"]() if finding.check == "disk"]
     assert len(found) == 1
     sizes = {"vision_tower": 1000, "language_model": 10_000, "multi_modal_projector": 100, "image_newline": 10}
-    assert _checkpoint_bytes(rehearsal.config, "stage1", sizes) == 2 * 11_000 + 12 * 110
-    assert _checkpoint_bytes(rehearsal.config, "stage2", sizes) == 2 * 1000 + 12 * 10_110
+    assert checkpoint_bytes(rehearsal.config, "stage1", sizes) == 2 * 11_000 + 12 * 110
+    assert checkpoint_bytes(rehearsal.config, "stage2", sizes) == 2 * 1000 + 12 * 10_110
 
 
 def test_missing_sentencepiece(run: Run) -> None:
@@ -268,7 +269,7 @@ def test_missing_sentencepiece(run: Run) -> None:
     )
     assert done.returncode == 1, done.stderr
     assert "needs sentencepiece: pip install sentencepiece" in done.stdout
-    assert "not tried: it needs the replica" in done.stdout
+    assert "skipped: needs the replica" in done.stdout
 
 
 def test_all_independent_faults_are_named_in_one_call(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
