@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from anyres_vlm.ablate.jobs import Job, SweepRun
 
 MEASURES = typer.Typer(rich_markup_mode=None, pretty_exceptions_enable=False)
-"""The commands that a sweep may use as measures; here they only parse their options."""
+"""Commands that a sweep may use as measures, only to parse their options."""
 MEASURES.command("eval")(wraps(evaluate)(lambda **options: None))
 MEASURES.command("probe")(wraps(probe)(lambda **options: None))
 
@@ -81,10 +81,10 @@ def _report(run: SweepRun) -> None:
 
 
 def _check(command: str, has_data: bool) -> None:
-    """Raise `UsageError` for a measure that its command would refuse, before hours of training."""
+    """Raise `UsageError` before hours of training if the command would reject the measure's options."""
     words = [*shlex.split(command), "--model", "MODEL", "--json", *(["--data", "DATA"] if has_data else [])]
     try:
         MEASURES(words, prog_name="anyres")
-    except SystemExit as end:  # typer always exits, and has printed what is wrong
+    except SystemExit as end:  # typer always exits, and has printed the error
         if end.code:
             raise UsageError(f"measure {command!r} is not a command of anyres (see above)") from None

@@ -1,4 +1,4 @@
-"""`anyres chat`: ask a checkpoint about images."""
+"""`anyres chat`: ask a checkpoint questions about images."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from anyres_vlm.cli.options import TEMPLATE
+from anyres_vlm.cli.options import MODEL, TEMPLATE
 from anyres_vlm.data.headers import read_size
 from anyres_vlm.errors import DataError, UsageError
 
@@ -20,19 +20,21 @@ if TYPE_CHECKING:
 
 
 def chat(
-    model: str = typer.Argument(..., help="Checkpoint folder, ours or LlavaNext's, or a hub id."),
-    image: list[Path] = typer.Option([], help="Image that the first question is about; may be repeated."),
-    prompt: str | None = typer.Option(None, help="One question; without it, questions are read line by line."),
-    max_new_tokens: int = typer.Option(256, min=1, help="Tokens of an answer at most."),
-    temperature: float = typer.Option(0.0, min=0.0, help="0 takes the likeliest token."),
-    top_p: float = typer.Option(1.0, "--top-p", min=0.0, max=1.0, help="Sample from this share of likeliest tokens."),
-    seed: int = typer.Option(0, min=0, help="Another seed gives other samples."),
+    model: str = MODEL,
+    image: list[Path] = typer.Option([], help="Image for the first question; may be repeated."),
+    prompt: str | None = typer.Option(None, help="A single question; default: read questions line by line."),
+    max_new_tokens: int = typer.Option(256, min=1, help="Maximum tokens per answer."),
+    temperature: float = typer.Option(0.0, min=0.0, help="0 for greedy decoding."),
+    top_p: float = typer.Option(
+        1.0, "--top-p", min=0.0, max=1.0, help="Sample from the likeliest tokens with this total share."
+    ),
+    seed: int = typer.Option(0, min=0, help="Seed of the sampling."),
     template: str | None = TEMPLATE,
-    as_json: bool = typer.Option(False, "--json", help="Print one JSON object an answer, with token counts."),
+    as_json: bool = typer.Option(False, "--json", help="Print one JSON object per answer, with token counts."),
 ) -> None:
-    """Ask a checkpoint about images, in one question or a conversation; it works over a pipe, too.
+    """Ask a checkpoint about images, in one question or a conversation, on a terminal or over a pipe.
 
-    In a conversation /image FILE shows another image, /reset begins anew, /save FILE.json keeps it, /help lists these.
+    Commands in a conversation: /image FILE adds an image, /reset starts over, /save FILE.json saves, /help lists them.
 
     Example: anyres chat runs/tiny/stage2/model --image sign.png --prompt "What does it say?"
     """
@@ -43,7 +45,7 @@ def chat(
     from anyres_vlm.serve.chat import ChatSession
 
     for path in image:
-        read_size(path)  # before the model, which may take minutes to load
+        read_size(path)  # fail before loading the model, which may take minutes
     decoding = Decoding(max_new_tokens, temperature, top_p, seed)
     session = ChatSession(Assistant.load(model, template_name(template)), decoding)
     for path in image:
@@ -51,16 +53,16 @@ def chat(
     if prompt is not None:
         _reply(session, prompt, as_json)
         return
-    mistakes = sum(not _go_on(session, line, as_json) for line in _lines())
-    if mistakes and not sys.stdin.isatty():
+    errors = sum(not _handle(session, line, as_json) for line in _lines())
+    if errors and not sys.stdin.isatty():
         raise typer.Exit(1)
 
 
 def _lines() -> Iterator[str]:
-    """Lines of a pipe or of the terminal that say something, until the end of the input."""
+    """Yield the nonempty lines of a pipe or of the terminal."""
     if sys.stdin.isatty():
         with suppress(ImportError):  # not on Windows
-            import readline  # noqa: F401, editing and history for `input`
+            import readline  # noqa: F401, gives `input` editing and history
     while True:
         try:
             line = input("you: " if sys.stdin.isatty() else "")
@@ -70,8 +72,8 @@ def _lines() -> Iterator[str]:
             yield line.strip()
 
 
-def _go_on(session: ChatSession, line: str, as_json: bool) -> bool:
-    """One line of a conversation, which a mistake does not end; whether there was none."""
+def _handle(session: ChatSession, line: str, as_json: bool) -> bool:
+    """Handle one line of a conversation; print an error and return False if there is one."""
     from anyres_vlm.serve.chat import run_command
 
     try:
@@ -79,21 +81,21 @@ def _go_on(session: ChatSession, line: str, as_json: bool) -> bool:
             print(run_command(session, line), file=sys.stderr, flush=True)
         else:
             _reply(session, line, as_json)
-    except BrokenPipeError:  # nobody reads the answers
+    except BrokenPipeError:  # the reader of the answers has ended
         raise
     except (UsageError, DataError, OSError) as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         return False
-    except KeyboardInterrupt:  # ends the answer; without one it ends the chat
+    except KeyboardInterrupt:  # Ctrl-C ends the answer, or the chat if there is none
         if not sys.stdin.isatty():
             raise
-        print("\n(stopped: this question and its answer are forgotten)", file=sys.stderr)
+        print("\n(stopped; this question and its answer are not kept)", file=sys.stderr)
     return True
 
 
 def _reply(session: ChatSession, question: str, as_json: bool) -> None:
     if not question.strip():
-        raise UsageError("the prompt is empty: ask something")
+        raise UsageError("the prompt is empty: enter a question")
     if as_json:
         answer = session.ask(question)
         print(

@@ -1,4 +1,4 @@
-"""`anyres doctor`: what would stop a run, before it starts."""
+"""`anyres doctor`: find what would stop a run before it starts."""
 
 from __future__ import annotations
 
@@ -13,19 +13,20 @@ from pathlib import Path
 
 import typer
 
+from anyres_vlm.cli.options import CONFIG, SETTINGS
 from anyres_vlm.errors import UsageError
 
 
 def doctor(
-    config: Path | None = typer.Option(None, help="YAML file; without it the embedded default, configs/tiny.yaml."),
-    output: Path | None = typer.Option(None, help="Folder of the run; without it runs/NAME-OF-CONFIG."),
-    settings: list[str] = typer.Option([], "--set", metavar="KEY=VALUE", help="Override a key of the config."),
+    config: Path | None = CONFIG,
+    output: Path | None = typer.Option(None, help="Folder of the run; default: runs/NAME-OF-CONFIG."),
+    settings: list[str] = SETTINGS,
     as_json: bool = typer.Option(False, "--json", help="Print the findings as a JSON list."),
 ) -> None:
-    """Check the machine, the installation and what a config names, and say what to do.
+    """Check the machine, the installation and the files of a config, with a remedy for each problem.
 
-    Python, torch, devices, attention, gloo and NCCL, DeepSpeed, models, memory, disk, shared memory, data and index are
-    looked at or really tried, a line each. The exit status is 1 if one of them fails.
+    Checks Python, torch, devices, attention, gloo and NCCL, DeepSpeed, models, memory, disk, shared memory, data and
+    index, and prints a line for each. The exit status is 1 if a check fails.
 
     Example: anyres doctor --config configs/llava_next_mistral_7b.yaml --output runs/7b
     """
@@ -49,7 +50,7 @@ def doctor(
 
     found = []
     with redirect_stdout(sys.stderr), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # libraries print and warn about themselves
+        warnings.simplefilter("ignore")  # libraries print and warn
         for finding in findings():
             found.append(finding)
             if not as_json:
@@ -60,4 +61,4 @@ def doctor(
     if any(finding.level == "fail" for finding in found):
         raise typer.Exit(1)
     if not as_json:
-        print(f"next:  anyres rehearse --config {path}: the whole run in minutes, on shrunk models")
+        print(f"next:  anyres rehearse --config {path}: tries the whole run in minutes on shrunk models")

@@ -1,4 +1,4 @@
-"""`anyres estimate`: memory, time and the cheapest preset that fits, before a GPU is touched."""
+"""`anyres estimate`: memory, time and the cheapest preset that fits, without a GPU."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import typer
 
+from anyres_vlm.cli.options import SETTINGS
 from anyres_vlm.errors import UsageError
 
 if TYPE_CHECKING:
@@ -14,22 +15,20 @@ if TYPE_CHECKING:
 
 
 def estimate(
-    config: Path | None = typer.Option(None, help="YAML file of the run; without it the embedded default."),
-    gpus: int = typer.Option(8, min=1, help="Devices, a rank each."),
+    config: Path | None = typer.Option(None, help="YAML file of the run; default: the embedded default."),
+    gpus: int = typer.Option(8, min=1, help="Number of devices, with one rank each."),
     device: str = typer.Option("h100-80gb", help="Device, such as a100-80gb, h200-141gb, l40s-48gb, rtx4090-24gb."),
     index: list[str] = typer.Option(
-        [],
-        metavar="[STAGE=]FILE",
-        help="Index of stage 2's data, or of stage1=FILE's; may be repeated.",
+        [], metavar="[STAGE=]FILE", help="Index of stage 2's data, or stage1=FILE; may be repeated."
     ),
-    mfu: float = typer.Option(0.4, min=0.01, max=1.0, help="Share of the device's bf16 peak that a busy rank uses."),
-    headroom: float = typer.Option(0.08, min=0.0, max=0.9, help="Share of a device's memory for what is not a tensor."),
-    price: float | None = typer.Option(None, min=0.0, help="Of a GPU-hour; without it no cost is told."),
-    published: bool = typer.Option(False, "--published", help="Published runs, and the MFU that each implies."),
+    mfu: float = typer.Option(0.4, min=0.01, max=1.0, help="Share of the device's bf16 peak that a busy rank reaches."),
+    headroom: float = typer.Option(0.08, min=0.0, max=0.9, help="Share of a device's memory that tensors cannot use."),
+    price: float | None = typer.Option(None, min=0.0, help="Price of a GPU-hour, to print the cost."),
+    published: bool = typer.Option(False, "--published", help="Only list published runs and their implied MFU."),
     as_json: bool = typer.Option(False, "--json", help="Print the figures as JSON."),
-    settings: list[str] = typer.Option([], "--set", metavar="KEY=VALUE", help="Override a key of the config."),
+    settings: list[str] = SETTINGS,
 ) -> None:
-    """Tell what a run will take, from configurations and an index alone; no weights are read.
+    """Estimate memory and time of a run from its configuration and an index; reads no weights.
 
     Example: anyres estimate --config configs/llava15_7b.yaml --gpus 8 --device h100-80gb --index index.parquet
     """
@@ -40,7 +39,7 @@ def estimate(
     from anyres_vlm.preflight.estimate.report import describe, describe_published, published_json, to_json
     from anyres_vlm.preflight.estimate.workload import find_device
 
-    if published:  # all that was asked; the other options are of a run of one's own
+    if published:
         rows = list(published_rows(mfu))
         print(published_json(rows) if as_json else describe_published(rows, mfu))
         return
@@ -55,6 +54,6 @@ def _indexes(words: list[str]) -> dict[StageName, Path]:
     for word in words:
         stage: StageName = "stage1" if word.startswith("stage1=") else "stage2"
         if stage in found:
-            raise UsageError(f"--index {word}: {stage} has {found[stage]} already; write stage1= before the other's")
+            raise UsageError(f"--index {word}: {stage} already has {found[stage]}; for stage 1 write stage1=FILE")
         found[stage] = Path(word.removeprefix(f"{stage}="))
     return found

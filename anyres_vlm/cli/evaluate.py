@@ -152,7 +152,7 @@ def _print(task: Task, result: dict[str, Any] | None, folder: Path) -> None:
 
 
 def _shard(text: str | None) -> Shard:
-    """Return the range that is named, or this rank's under torchrun, which then has its own GPU."""
+    """Return the given range, or that of this rank under torchrun; then also select the rank's GPU."""
     # Start-up time.
     import torch
 

@@ -1,4 +1,4 @@
-"""`anyres export`: what stock transformers can express, as it expects it."""
+"""`anyres export`: write a model as a folder for stock transformers."""
 
 from __future__ import annotations
 
@@ -8,21 +8,21 @@ from typing import Literal
 
 import typer
 
-from anyres_vlm.cli.options import TEMPLATE
+from anyres_vlm.cli.options import MODEL, TEMPLATE
 from anyres_vlm.errors import UsageError
 
 logger = logging.getLogger(__name__)
 
 
 def export(
-    model: str = typer.Argument(..., metavar="MODEL", help="Checkpoint folder, ours or LlavaNext's, or a hub id."),
+    model: str = MODEL,
     out: Path = typer.Argument(..., metavar="OUT", help="Folder to write; must not exist."),
     dtype: Literal["bf16", "fp16", "fp32"] | None = typer.Option(
-        None, help="Cast the weights; else each keeps its own."
+        None, help="Dtype of the weights; default: unchanged."
     ),
     template: str | None = TEMPLATE,
 ) -> None:
-    """Write a LlavaNextForConditionalGeneration folder, or say why stock transformers cannot express the model.
+    """Write a LlavaNextForConditionalGeneration folder, or report why stock transformers cannot express the model.
 
     Example: anyres export runs/tiny/stage2/model runs/export --dtype bf16
     """
@@ -43,7 +43,7 @@ def export(
     folder = checkpoint_folder(model)
     loaded, tokenizer = load_pretrained(folder, template_name(template), dtypes[dtype] if dtype else None)
     if reason := stock_obstacle(loaded):
-        raise UsageError(f"{model} cannot be exported: {reason}; `anyres chat` and `anyres eval` take it as it is")
+        raise UsageError(f"{model} cannot be exported: {reason}; `anyres chat` and `anyres eval` can use it unchanged")
     if changes := count_changes(loaded.tiling):
         logger.warning("%s", changes)
     jinja = chat_jinja(loaded.config.template, tokenizer)

@@ -1,4 +1,4 @@
-"""`anyres import`: a checkpoint in the original LLaVA-NeXT layout becomes a folder of ours."""
+"""`anyres import`: convert a checkpoint from the original LLaVA-NeXT layout."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ def import_checkpoint(
     source: str = typer.Argument(..., metavar="SRC", help="Folder or hub id in the original layout."),
     out: Path = typer.Argument(..., metavar="OUT", help="Folder to write; must not exist."),
     template: str | None = TEMPLATE,
-    encoder: str | None = typer.Option(None, help="CLIP encoder by folder or hub id, instead of the one it names."),
+    encoder: str | None = typer.Option(None, help="Folder or hub id of the CLIP encoder; default: as in SRC."),
 ) -> None:
-    """Read a checkpoint as LLaVA-NeXT's authors publish it; its pinpoints keep their meaning (dialect llava).
+    """Convert a checkpoint in the layout of LLaVA-NeXT's authors; its pinpoints keep their meaning (dialect llava).
 
     Example: anyres import liuhaotian/llava-v1.6-vicuna-7b runs/vicuna --template vicuna_v1
     """

@@ -1,4 +1,4 @@
-"""`anyres index`: what a dataset costs in tokens and tiles, and what in it is broken."""
+"""`anyres index`: count tokens and tiles of a dataset, and list its broken records."""
 
 from __future__ import annotations
 
@@ -10,36 +10,37 @@ from typing import Any, Literal
 
 import typer
 
+from anyres_vlm.cli.options import CONFIG, DIALECT, GRID, LAYOUT, SETTINGS
 from anyres_vlm.geometry import Dialect, Layout
 
 
 def index(
-    data: Path = typer.Argument(..., help="Records: LLaVA JSON or JSONL, or another source that training takes."),
-    images: Path | None = typer.Option(None, help="Image folder; without it, the data's own folder."),
-    out: Path = typer.Option(..., help="Parquet file to write; rejects go to OUT.rejects.jsonl."),
-    config: Path | None = typer.Option(None, help="YAML file; without it the embedded default, configs/tiny.yaml."),
-    stage: Literal["1", "2"] = typer.Option("2", help="Whose template, longest sample and cap on rejects hold."),
-    grid: str | None = typer.Option(None, help="Largest grid of tiles, ROWSxCOLUMNS; 1x1 is the thumbnail alone."),
-    layout: Layout | None = typer.Option(None, help="spatial_unpad or flat."),
-    dialect: Dialect | None = typer.Option(None, help="hf or llava."),
+    data: Path = typer.Argument(..., help="Records: LLaVA JSON or JSONL, or another source that training reads."),
+    images: Path | None = typer.Option(None, help="Image folder; default: the data's own folder."),
+    out: Path = typer.Option(..., help="Parquet file to write; rejects are listed in OUT.rejects.jsonl."),
+    config: Path | None = CONFIG,
+    stage: Literal["1", "2"] = typer.Option("2", help="Stage whose template, max_length and limit on rejects to use."),
+    grid: str | None = GRID,
+    layout: Layout | None = LAYOUT,
+    dialect: Dialect | None = DIALECT,
     image_position: Literal["front", "as_is"] | None = typer.Option(
-        None, help="front puts a question's only <image> first, as LLaVA does; as_is leaves it. Default: the config's."
+        None, help="front moves a question's only <image> to the start, as LLaVA does. Default: the config's."
     ),
-    settings: list[str] = typer.Option([], "--set", metavar="KEY=VALUE", help="Override a key of the config."),
+    settings: list[str] = SETTINGS,
     max_bad_fraction: float | None = typer.Option(
-        None, min=0.0, max=1.0, help="Cap on rejects, instead of the config's."
+        None, min=0.0, max=1.0, help="Largest share of rejects; default: the config's."
     ),
-    workers: int | None = typer.Option(None, min=1, help="Processes; without it one a core."),
+    workers: int | None = typer.Option(None, min=1, help="Number of processes; default: one per core."),
     shard: str | None = typer.Option(
-        None, metavar="I/N", help="Index the I-th of N ranges of rows, from 1; the last of the N to end merges them."
+        None, metavar="I/N", help="Index the I-th of N ranges of rows, from 1; the last process to finish merges them."
     ),
-    rebuild: bool = typer.Option(False, "--rebuild", help="Read everything again: image files were replaced in place."),
-    report: bool = typer.Option(False, "--report", help="Draw OUT.report.html and its pictures beside it."),
+    rebuild: bool = typer.Option(False, "--rebuild", help="Read everything again, if images were replaced."),
+    report: bool = typer.Option(False, "--report", help="Write OUT.report.html and its figures."),
     as_json: bool = typer.Option(False, "--json", help="Print the summary as one JSON object."),
 ) -> None:
-    """Count every sample's tokens, tiles and labels from headers and text, and list what is broken.
+    """Count the tokens, tiles and labels of every sample from headers and text, and list broken records.
 
-    An interrupted run goes on where it was; an index that is up to date is left as it is.
+    Rerun to resume after an interruption; an index that is up to date is not rebuilt.
 
     Example: anyres index data.json --images images --out index.parquet --report
     """
@@ -75,8 +76,8 @@ def index(
         )
     seconds = time.perf_counter() - began
     summary = summarise(built.index) | {"rows_read": built.rows_read, "seconds": round(seconds, 3)}
-    whole = built.rows_read == summary["samples"]
-    summary["images_per_second"] = round(summary["images"] / seconds, 1) if whole else None
+    is_full = built.rows_read == summary["samples"]
+    summary["images_per_second"] = round(summary["images"] / seconds, 1) if is_full else None
     summary["missing_shards"] = [f"{other.number}/{other.count}" for other in built.missing]
     summary["report"] = str(draw_report(built.index)) if report else None
     if as_json:
@@ -100,7 +101,7 @@ def _print(summary: dict[str, Any]) -> None:
         f"+ {summary['text_tokens']:,} text; {summary['supervised']:,} supervised"
     )
     print(
-        f"a sample: mean {tokens['mean']:,.0f}, median {tokens['median']:,.0f}, 95% up to {tokens['p95']:,.0f}, "
+        f"sample:   mean {tokens['mean']:,.0f}, median {tokens['median']:,.0f}, 95% up to {tokens['p95']:,.0f}, "
         f"longest {tokens['max']:,} tokens"
     )
     if bad:
@@ -109,6 +110,6 @@ def _print(summary: dict[str, Any]) -> None:
     for change, count in summary["changes"].items():
         print(f"changed:  {change}: {count:,}")
     if summary["missing_shards"]:
-        print(f"waiting:  for shards {', '.join(summary['missing_shards'])}; the last to end merges them")
+        print(f"waiting:  for shards {', '.join(summary['missing_shards'])}; the last to finish merges them")
     if summary["report"]:
         print(f"report:   {summary['report']}")

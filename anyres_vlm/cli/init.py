@@ -9,10 +9,11 @@ from typing import TypeVar
 
 import typer
 
+from anyres_vlm.cli.options import GRID
 from anyres_vlm.errors import UsageError
 
 Value = TypeVar("Value", str, int, float)
-GPU_FILES = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")  # of the drivers of NVIDIA, AMD and WSL
+GPU_FILES = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")  # created by the drivers of NVIDIA, AMD and WSL
 
 
 def init(
@@ -24,7 +25,7 @@ def init(
     model: str | None = typer.Option(
         None, help="tiny, vicuna-7b, mistral-7b, llama3-8b, vicuna-13b, yi-34b, or a LlavaNext checkpoint."
     ),
-    grid: str | None = typer.Option(None, help="Largest grid of tiles, ROWSxCOLUMNS; 1x1 is only the thumbnail."),
+    grid: str | None = GRID,
     gpus: int | None = typer.Option(None, min=0, help="GPUs of the run; 0 for the CPU."),
     memory_gb: float | None = typer.Option(None, "--memory-gb", min=0, help="Memory of one GPU in GB."),
     yes: bool = typer.Option(False, "--yes", "-y", help="Do not prompt: use defaults for options that are not given."),
@@ -76,7 +77,7 @@ def init(
 def _find_gpus() -> tuple[int, float]:
     """Return the number of GPUs and the memory of one in GB, or 0 and 80."""
     if any(Path(file).exists() for file in GPU_FILES) or os.name == "nt":
-        import torch  # start-up time: takes seconds, and finds no GPU without its driver
+        import torch  # start-up time: takes seconds
 
         if torch.cuda.is_available():
             return torch.cuda.device_count(), torch.cuda.get_device_properties(0).total_memory / 1e9

@@ -1,4 +1,4 @@
-"""Entry point: the commands, and the one place that turns errors into a line and an exit status."""
+"""Entry point: registers the commands, and turns errors into one line and an exit status."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ app.add_typer(instruct, name="instruct")
 @app.callback(invoke_without_command=True)
 def options(
     version: bool = typer.Option(False, "--version", help="Print the version and exit."),
-    debug: bool = typer.Option(False, "--debug", help="Show the traceback of an error; goes anywhere in the command."),
+    debug: bool = typer.Option(False, "--debug", help="Show the traceback of an error; may stand anywhere."),
 ) -> None:
     """Options of every command."""
     if version:
@@ -73,7 +73,7 @@ def options(
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command. Returns 0, or 2 for a wrong use, 1 for bad data, 75 if a signal interrupted it."""
+    """Run a command and return 0, 2 for wrong usage, 1 for bad data, or 75 if a signal interrupted it."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in given
     logging.basicConfig(level=logging.DEBUG if debug else logging.WARNING, format="%(levelname)s: %(message)s")
@@ -82,10 +82,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not sys.stderr.isatty():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     try:
-        # --local_rank=N is what the launcher `deepspeed` adds; LOCAL_RANK says the same
+        # the launcher `deepspeed` adds --local_rank=N; LOCAL_RANK has the same value
         words = [word for word in given if word != "--debug" and not word.startswith("--local_rank=")]
         app(words, prog_name="anyres")
-    except SystemExit as end:  # typer has said what there is to say
+    except SystemExit as end:  # typer has already printed the reason
         return int(end.code or 0)
     except Interrupted as interruption:
         print(f"interrupted: {interruption}", file=sys.stderr)
@@ -99,5 +99,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def run() -> None:
-    """The console script."""
+    """Run the console script."""
     sys.exit(main())

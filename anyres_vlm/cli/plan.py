@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 def plan(
     index: Path = typer.Argument(..., help="Parquet with integer columns `tokens` and `tiles`; see anyres index."),
-    capacity: int = typer.Option(16_384, min=1, help="Most tokens in a pack."),
+    capacity: int = typer.Option(16_384, min=1, help="Maximum tokens in a pack."),
     ranks: int = typer.Option(8, min=1, help="Ranks (GPUs) that share a step's packs."),
     batch_size: int = typer.Option(128, min=1, help="Samples per optimizer step, approximately."),
     packs_per_step: int | None = typer.Option(None, min=1, help="Packs per optimizer step; replaces --batch-size."),

@@ -1,4 +1,4 @@
-"""Progress bars on a terminal; a training run prints plain lines elsewhere."""
+"""Progress bars on a terminal; elsewhere, training prints plain lines."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-LINES = 20  # plain lines a stage, where the output is no terminal
+LINES = 20  # plain lines per stage if the output is not a terminal
 
 
 class StepProgress:
-    """Shows each stage's finished steps, loss throughput and share of time spent waiting for data."""
+    """Show each stage's finished steps, loss, throughput and share of time spent waiting for data."""
 
     def __init__(self) -> None:
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
@@ -53,7 +53,7 @@ class StepProgress:
 
 
 class RowProgress:
-    """Shows finished rows on a terminal and nothing elsewhere; the bar begins with the first rows."""
+    """Show finished rows on a terminal and nothing elsewhere; the bar starts with the first rows."""
 
     def __init__(self, description: str) -> None:
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
@@ -61,7 +61,7 @@ class RowProgress:
         self._task = self._bar.add_task(description, total=None)
 
     def update(self, done: int, total: int) -> None:
-        """Show so many finished rows."""
+        """Show the number of finished rows."""
         if self._bar.console.is_terminal:
             self._bar.start()  # after the workers' fork: the bar has a thread
             self._bar.update(self._task, completed=done, total=total)

@@ -1,4 +1,4 @@
-"""`anyres rehearse`: a whole run on small replicas of its models, before the real one."""
+"""`anyres rehearse`: try a whole run on small replicas of its models before the real one."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 import typer
 
+from anyres_vlm.cli.options import CONFIG, SETTINGS
 from anyres_vlm.errors import UsageError
 
 if TYPE_CHECKING:  # start-up time
@@ -21,19 +22,19 @@ if TYPE_CHECKING:  # start-up time
 
 
 def rehearse(
-    config: Path | None = typer.Option(None, help="YAML file; without it the embedded default, configs/tiny.yaml."),
+    config: Path | None = CONFIG,
     output: Path | None = typer.Option(
-        None, help="Folder of the real run, which is checked and left as it is; without it runs/NAME-OF-CONFIG."
+        None, help="Folder of the real run; only checked, never changed. Default: runs/NAME-OF-CONFIG."
     ),
-    data: Path | None = typer.Option(None, help="Records in place of both stages' data, as `anyres index` takes them."),
-    images: Path | None = typer.Option(None, help="Image folder of --data; without it, the data's own folder."),
-    settings: list[str] = typer.Option([], "--set", metavar="KEY=VALUE", help="Override a key of the config."),
+    data: Path | None = typer.Option(None, help="Records to use for both stages, of any kind that training reads."),
+    images: Path | None = typer.Option(None, help="Image folder of --data; default: the data's own folder."),
+    settings: list[str] = SETTINGS,
 ) -> None:
-    """Run everything that the real run will, in minutes: its models shrunk, its files, records and presets real.
+    """Try the whole run in minutes, with shrunk models but real files, records and presets.
 
-    Checks the installation, the output folder, DeepSpeed's presets, the base models and the data, then trains both
-    stages for a few steps, kills and resumes the run, compares the finished model with stock transformers and exports
-    it. The exit status is 1 if anything would stop the real run; each such thing is a line at the end.
+    Checks the installation, output folder, DeepSpeed presets, base models and data, then trains both stages for a few
+    steps, kills and resumes the run, compares the final model with stock transformers and exports it. Problems that
+    would stop the real run are listed at the end; the exit status is then 1.
 
     Example: anyres rehearse --config configs/llava_next_mistral_7b.yaml --output runs/7b
     """
@@ -43,12 +44,12 @@ def rehearse(
     from anyres_vlm.preflight.rehearse import Rehearsal, Tried, on_data
 
     if images is not None and data is None:
-        raise UsageError("--images is the image folder of --data: give both, or set the images of each stage's data")
+        raise UsageError("--images needs --data: give both, or set data.images of each stage")
     path = config or shipped_config("tiny")
     work = Path(tempfile.mkdtemp(prefix="anyres-rehearse-"))
     tried: list[Tried] = []
 
-    def everything() -> Iterator[Tried]:
+    def findings() -> Iterator[Tried]:
         try:
             run_config = on_data(load_config(path, settings), data, images)
         except UsageError as error:
@@ -56,15 +57,15 @@ def rehearse(
         else:
             yield from Rehearsal(run_config, output or Path("runs") / path.stem, work).run()
 
-    # A batch system's SIGTERM must end the training processes as well, as Ctrl-C does.
+    # SIGTERM of a batch system must end the training processes, as Ctrl-C does.
     before = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     try:
         with redirect_stdout(sys.stderr), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # libraries print and warn about themselves
-            for one in everything():
+            warnings.simplefilter("ignore")  # libraries print and warn
+            for one in findings():
                 tried.append(one)
                 print(f"{one.finding.level:<5} {one.finding.check} ({one.seconds:.1f} s)", file=sys.stderr, flush=True)
-    except BaseException:  # interrupted: nobody looks for its files
+    except BaseException:  # interrupted
         shutil.rmtree(work, ignore_errors=True)
         raise
     finally:
@@ -78,11 +79,11 @@ def rehearse(
         print(f"files of the rehearsal: {work}")
         raise typer.Exit(1)
     shutil.rmtree(work, ignore_errors=True)
-    print(f"nothing found that would stop the run; {sum(one.seconds for one in tried):,.0f} s")
+    print(f"found nothing that would stop the run; {sum(one.seconds for one in tried):,.0f} s")
 
 
 def _print(tried: list[Tried]) -> None:
-    """A table on a terminal, plain lines elsewhere."""
+    """Print a table on a terminal, plain lines elsewhere."""
     if not sys.stdout.isatty():
         for one in tried:
             finding = one.finding
@@ -93,7 +94,7 @@ def _print(tried: list[Tried]) -> None:
     from rich.text import Text
 
     colours = {"ok": "green", "warn": "yellow", "fail": "red"}
-    table = Table("", "tried", "s", "found")
+    table = Table("", "check", "s", "found")
     for one in tried:
         finding = one.finding
         level = Text(finding.level, style=colours[finding.level])

@@ -1,4 +1,4 @@
-"""`anyres render`: pictures of the embedded default with captions, conversations or held-out questions."""
+"""`anyres render`: render images with captions, conversations or held-out questions."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ import typer
 
 
 def render(
-    out: Path = typer.Argument(..., help="Folder that receives data.json and images/."),
+    out: Path = typer.Argument(..., help="Folder for data.json and images/."),
     purpose: Literal["captions", "instructions", "generated", "academic", "heldout"] = typer.Option(
-        "heldout", help="What the records are for; generated and academic are the two halves of instructions apart."
+        "heldout", help="Kind of records; generated and academic are the two halves of instructions."
     ),
-    count: int = typer.Option(330, min=1, help="Records to write."),
-    seed: int = typer.Option(0, min=0, help="Other seeds give other pictures."),
+    count: int = typer.Option(330, min=1, help="Number of records."),
+    seed: int = typer.Option(0, min=0, help="Seed of the images."),
 ) -> None:
-    """Render pictures with captions or questions as LLaVA JSON.
+    """Render images with captions or questions as LLaVA JSON.
 
     Example: anyres render runs/heldout --purpose heldout --count 330
     """

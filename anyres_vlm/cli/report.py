@@ -1,4 +1,4 @@
-"""`anyres report`: results of evaluations and probes on one page, with their uncertainty."""
+"""`anyres report`: write results of evaluations and probes as one page, with confidence intervals."""
 
 from __future__ import annotations
 

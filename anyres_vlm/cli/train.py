@@ -1,4 +1,4 @@
-"""`anyres train`: train one stage of the recipe or both, with the embedded default or a configuration."""
+"""`anyres train`: train one stage of the recipe or both, from a configuration or the embedded default."""
 
 from __future__ import annotations
 
@@ -7,25 +7,26 @@ from typing import Literal
 
 import typer
 
+from anyres_vlm.cli.options import CONFIG, DIALECT, GRID, LAYOUT, SETTINGS
 from anyres_vlm.geometry import Dialect, Layout
 
 
 def train(
-    config: Path | None = typer.Option(None, help="YAML file; the default is the embedded one, configs/tiny.yaml."),
-    stage: Literal["1", "2", "all"] = typer.Option("all", help="1 aligns the projector, 2 tunes the language model."),
-    grid: str | None = typer.Option(None, help="Largest grid of tiles, ROWSxCOLUMNS; 1x1 is the thumbnail alone."),
-    layout: Layout | None = typer.Option(None, help="spatial_unpad or flat."),
-    dialect: Dialect | None = typer.Option(None, help="hf or llava."),
-    output: Path | None = typer.Option(None, help="Folder of the run; the default is runs/NAME-OF-CONFIG."),
-    resume: Literal["auto", "never"] = typer.Option("auto", help="auto resumes from what the output folder holds."),
+    config: Path | None = CONFIG,
+    stage: Literal["1", "2", "all"] = typer.Option("all", help="1 trains the projector, 2 also the language model."),
+    grid: str | None = GRID,
+    layout: Layout | None = LAYOUT,
+    dialect: Dialect | None = DIALECT,
+    output: Path | None = typer.Option(None, help="Folder of the run; default: runs/NAME-OF-CONFIG."),
+    resume: Literal["auto", "never"] = typer.Option("auto", help="auto resumes from the last checkpoint."),
     max_steps: int | None = typer.Option(
-        None, min=1, help="Optimizer steps of each stage at most; a larger number trains a finished stage further."
+        None, min=1, help="Maximum optimizer steps per stage; a larger number continues a finished stage."
     ),
     deepspeed: str | None = typer.Option(
         None, help="zero1, zero2, zero2_offload, zero3, zero3_offload or a JSON file, for both stages."
     ),
-    skip_stage1: bool = typer.Option(False, "--skip-stage1", help="Ablation: stage 2 on an untrained projector."),
-    settings: list[str] = typer.Option([], "--set", metavar="KEY=VALUE", help="Override a key of the config."),
+    skip_stage1: bool = typer.Option(False, "--skip-stage1", help="Ablation: run stage 2 with an untrained projector."),
+    settings: list[str] = SETTINGS,
 ) -> None:
     """Train one stage of the recipe or both.
 
@@ -33,22 +34,22 @@ def train(
     """
     from anyres_vlm.train.options import catch_signals  # start-up time of other commands: imports pydantic
 
-    with catch_signals() as signalled:  # before the slow imports: the first step may be minutes away
+    with catch_signals() as signalled:  # before the slow imports, as a signal may arrive during them
         # Start-up time: torch and transformers take seconds to import.
         from anyres_vlm.cli.progress import StepProgress
-        from anyres_vlm.config import load_config, shipped_config, tiling_flags
+        from anyres_vlm.config import STAGES, StageName, load_config, shipped_config, tiling_flags
         from anyres_vlm.train.options import RunOptions
         from anyres_vlm.train.report import draw_curves
         from anyres_vlm.train.run import train as run_stages
 
         path = config or shipped_config("tiny")
-        presets = {f"{name}.deepspeed": deepspeed for name in ("stage1", "stage2") if deepspeed is not None}
+        presets = {f"{name}.deepspeed": deepspeed for name in STAGES if deepspeed is not None}
         run_config = load_config(path, settings, {**tiling_flags(grid, layout, dialect), **presets})
         folder = output or Path("runs") / path.stem
-        stages: dict[str, tuple[Literal["stage1", "stage2"], ...]] = {
+        stages: dict[str, tuple[StageName, ...]] = {
             "1": ("stage1",),
             "2": ("stage2",),
-            "all": ("stage2",) if skip_stage1 else ("stage1", "stage2"),
+            "all": ("stage2",) if skip_stage1 else STAGES,
         }
         options = RunOptions(folder, stages[stage], resume == "auto", max_steps, skip_stage1, signalled.is_set)
         with StepProgress() as progress:

@@ -1,4 +1,4 @@
-"""`anyres web`: a checkpoint in the browser."""
+"""`anyres web`: use a checkpoint in the browser."""
 
 from __future__ import annotations
 
@@ -6,18 +6,18 @@ from importlib.util import find_spec
 
 import typer
 
-from anyres_vlm.cli.options import TEMPLATE
+from anyres_vlm.cli.options import MODEL, TEMPLATE
 from anyres_vlm.errors import UsageError
 
 
 def web(
-    model: str = typer.Argument(..., help="Checkpoint folder, ours or LlavaNext's, or a hub id."),
-    host: str = typer.Option("127.0.0.1", help="Address to listen on; 0.0.0.0 lets other machines in, unasked."),
+    model: str = MODEL,
+    host: str = typer.Option("127.0.0.1", help="Address to listen on; 0.0.0.0 admits all machines without a password."),
     port: int = typer.Option(7860, min=1, max=65535, help="Port to listen on."),
     max_upload_mb: int = typer.Option(20, "--max-upload-mb", min=1, help="Largest image file, in MB."),
     template: str | None = TEMPLATE,
 ) -> None:
-    """Show images' tiles, chat about them and compare grids in the browser; nothing leaves this machine.
+    """Show tiles of images, chat about them and compare grids in the browser. All data stays on this machine.
 
     Example: anyres web runs/tiny/stage2/model --port 8000
     """

@@ -1,1 +1,1 @@
-"""What people touch: chat and the tiling picture."""
+"""Interactive use of a model: terminal chat and web page."""

@@ -1,4 +1,4 @@
-"""What a line that begins with a slash does in the terminal's chat."""
+"""Chat session with a model, and the slash commands of the terminal chat."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ from anyres_vlm.inference.generation import Decoding, Watch
 from anyres_vlm.schema import IMAGE_TOKEN, ImageRef, Role, Turn
 
 HELP = {
-    "/image": "/image FILE      show an image with the next question; for several, again",
-    "/reset": "/reset           begin a new conversation, without images",
-    "/save": "/save FILE.json  write the conversation as a record of LLaVA's JSON",
-    "/help": "/help            this list; the end of the input (Ctrl-D) ends the chat",
+    "/image": "/image FILE      add an image to the next question; repeat for several",
+    "/reset": "/reset           start a new conversation without images",
+    "/save": "/save FILE.json  save the conversation as LLaVA JSON",
+    "/help": "/help            show this list; Ctrl-D ends the chat",
 }
 SPEAKERS: dict[Role, str] = {"user": "human", "assistant": "gpt"}
 
 
 def run_command(session: ChatSession, line: str) -> str:
-    """Carry out a command and return what to say. Raises `UsageError`, or `DataError` for a bad image."""
+    """Run a command and return its message. Raises `UsageError`, or `DataError` for a bad image."""
     try:
         name, *arguments = shlex.split(line)
     except ValueError as error:
-        raise UsageError(f"{line}: {error}: close it, or write a backslash before it") from None
+        raise UsageError(f"{line}: {error}: close or escape it with a backslash") from None
     if name == "/image" and len(arguments) == 1:
         path = Path(arguments[0]).expanduser()
         return f"{path}: {describe_plan(session.add_image(path))}"
@@ -41,7 +41,7 @@ def run_command(session: ChatSession, line: str) -> str:
         return _save(session, Path(arguments[0]).expanduser())
     if name == "/reset" and not arguments:
         session.reset()
-        return "a new conversation"
+        return "new conversation"
     if name == "/help":
         return "\n".join(HELP.values())
     if name in HELP:
@@ -50,11 +50,11 @@ def run_command(session: ChatSession, line: str) -> str:
 
 
 def _save(session: ChatSession, path: Path) -> str:
-    """One record that training and `anyres index` read; images below the file's folder are named from there."""
+    """Write a record for training and `anyres index`; paths of images in the file's folder are relative to it."""
     if path.suffix != ".json":
-        raise UsageError(f"/save {path}: expected a name that ends in .json")
+        raise UsageError(f"/save {path}: expected a name ending in .json")
     if not session.turns:
-        raise UsageError(f"/save {path}: nothing was said yet: ask something first")
+        raise UsageError(f"/save {path}: the conversation is empty: ask a question first")
     folder = path.absolute().parent
     files = [Path(name).absolute() for name in session.image_names[: session.shown()]]
     record = {
@@ -67,20 +67,20 @@ def _save(session: ChatSession, path: Path) -> str:
 
 
 class ChatSession:
-    """The turns so far and the images they speak of; an added image belongs to the next question."""
+    """The turns of a conversation and their images; an added image belongs to the next question."""
 
     def __init__(self, assistant: Assistant, decoding: Decoding) -> None:
         self.assistant, self.decoding = assistant, decoding
         self.reset()
 
     def reset(self) -> None:
-        """Begin a new conversation, without images."""
+        """Start a new conversation without images."""
         self.turns: list[Turn] = []
         self.images: list[Image.Image] = []
         self.image_names: list[str] = []
 
     def add_image(self, image: Path | ImageRef) -> TilePlan:
-        """Show an image with the next question. Raises `DataError` for one that is missing or broken."""
+        """Add an image to the next question. Raises `DataError` if it is missing or broken."""
         reference = ImageRef(str(image), image) if isinstance(image, Path) else image
         plan = self.assistant.plan(reference)
         self.images.append(open_image(reference))
@@ -88,15 +88,15 @@ class ChatSession:
         return plan
 
     def ask(self, question: str) -> Answer:
-        """Answer a question in the light of what was said."""
-        turns = self._asked(question)
+        """Answer a question in the context of the conversation."""
+        turns = self._turns_with(question)
         answer = self.assistant.answer(turns, self.images, self._decoding())
         self.turns = [*turns, Turn("assistant", answer.text)]
         return answer
 
     def stream(self, question: str, watch: Watch | None = None) -> Iterator[str]:
-        """The text of the answer piece by piece; only a whole answer becomes part of the conversation."""
-        turns = self._asked(question)
+        """Yield the answer in pieces; only a complete answer is added to the conversation."""
+        turns = self._turns_with(question)
         pieces = []
         for piece in self.assistant.stream(turns, self.images, self._decoding(), watch):
             pieces.append(piece)
@@ -104,12 +104,12 @@ class ChatSession:
         self.turns = [*turns, Turn("assistant", "".join(pieces))]
 
     def shown(self) -> int:
-        """How many of the images a question has come with; the others wait for the next."""
+        """Return the number of images in questions so far; the others belong to the next question."""
         return sum(turn.text.count(IMAGE_TOKEN) for turn in self.turns)
 
-    def _asked(self, question: str) -> list[Turn]:
+    def _turns_with(self, question: str) -> list[Turn]:
         return [*self.turns, Turn("user", f"{IMAGE_TOKEN}\n" * (len(self.images) - self.shown()) + question)]
 
     def _decoding(self) -> Decoding:
-        """Other random numbers in each turn."""
+        """Return the decoding settings with a different seed for each turn."""
         return replace(self.decoding, seed=self.decoding.seed + len(self.turns))

@@ -1,4 +1,4 @@
-"""What else the model might have said: the likeliest tokens of every step of an answer."""
+"""HTML of the web page: images as tiles, and the most likely tokens at each step of an answer."""
 
 from __future__ import annotations
 
@@ -25,23 +25,23 @@ Likely = tuple[str, float]  # a token's text and its probability
 
 @dataclass
 class Alternatives:
-    """Watches one answer being generated; its probabilities are those before temperature and nucleus."""
+    """Record the most likely tokens while an answer is generated, before temperature and top-p."""
 
     tokenizer: PreTrainedTokenizerFast
     count: int = 5
-    steps: list[tuple[Likely, list[Likely]]] = field(default_factory=list)  # what was said, the likeliest
+    steps: list[tuple[Likely, list[Likely]]] = field(default_factory=list)  # chosen token, most likely ones
 
     def __call__(self, tokens: Sequence[int], logits: Tensor) -> None:
-        """Take in a step: the one conversation's token and the logits that it was chosen of, (1, V)."""
-        shares = logits[0].softmax(-1)
-        top = shares.topk(min(self.count, len(shares)))
-        likeliest = zip(top.indices.tolist(), top.values.tolist(), strict=True)
-        said = self._text(tokens[0]), float(shares[tokens[0]])
-        self.steps.append((said, [(self._text(token), share) for token, share in likeliest]))
+        """Record a step of one conversation: its token and the logits from which it was chosen, (1, V)."""
+        probabilities = logits[0].softmax(-1)
+        top = probabilities.topk(min(self.count, len(probabilities)))
+        likely = zip(top.indices.tolist(), top.values.tolist(), strict=True)
+        chosen = self._text(tokens[0]), float(probabilities[tokens[0]])
+        self.steps.append((chosen, [(self._text(token), probability) for token, probability in likely]))
 
     def _text(self, token: int) -> str:
         text = str(self.tokenizer.decode([token]))
-        # a part of a character, or nothing at all: the tokenizer's own name for it
+        # part of a character, or empty: show the tokenizer's name of the token
         return text if text and "\ufffd" not in text else str(self.tokenizer.convert_ids_to_tokens(token))
 
 
@@ -62,7 +62,7 @@ STYLE = """
 
 
 def tiles_view(images: Sequence[ImageRef], tiling: Tiling, candidates: bool) -> str:
-    """Picture and bill of every image, or what is wrong with it; with the candidate canvases on demand."""
+    """Return the tiles and token counts of every image, or its error; optionally with all candidate canvases."""
     figures, total = [], 0
     for image in images:
         try:
@@ -81,18 +81,18 @@ def tiles_view(images: Sequence[ImageRef], tiling: Tiling, candidates: bool) -> 
         )
     if len(images) > 1:
         figures.append(f"<p>{len(images)} images: {total:,} tokens</p>")
-    return _page("".join(figures) or "<p>Drop an image above to see its tiles and what they cost.</p>")
+    return _page("".join(figures) or "<p>Drop an image above to see its tiles and token counts.</p>")
 
 
 def alternatives_view(alternatives: Alternatives) -> str:
-    """A row a token: what was said, how likely it was, and what else was likely."""
+    """Return a table with a row per token: the chosen token, and the most likely others, with probabilities."""
     rows = [
-        (_token(said), *(_token(other) for other in likeliest if other != said))
-        for said, likeliest in alternatives.steps
+        (_token(chosen), *(_token(other) for other in likely if other != chosen))
+        for chosen, likely in alternatives.steps
     ]
     if not rows:
         return ""
-    names = ["said"] + ["or"] * (max(map(len, rows)) - 1)
+    names = ["token"] + ["or"] * (max(map(len, rows)) - 1)
     return _page(f'<p>Probabilities before temperature.</p><div class="scroll">{_table(names, rows)}</div>')
 
 
@@ -103,13 +103,13 @@ def _candidates(size: Size, tiling: Tiling) -> str:
 
 
 def _token(likely: Likely) -> str:
-    text, share = likely
+    text, probability = likely
     shown = escape(text.replace("\n", "\u21b5"))
-    return f'<span class="token">{shown}</span> {share:.1%}'
+    return f'<span class="token">{shown}</span> {probability:.1%}'
 
 
 def _table(names: Iterable[str], rows: Iterable[Iterable[str]], classes: Iterable[str] = ()) -> str:
-    """Cells are HTML already."""
+    """Return an HTML table; the cells are HTML."""
     head = "".join(f"<th>{name}</th>" for name in names)
     body = "".join(
         f'<tr class="{kind}">' + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>"

@@ -1,4 +1,4 @@
-"""The web page: tiles and token bill of dropped images, a streamed chat, two grids side by side (extra `web`)."""
+"""Web page: tiles and token counts of images, streamed chat, comparison of two grids (extra `web`)."""
 
 from __future__ import annotations
 
@@ -22,27 +22,27 @@ from anyres_vlm.schema import IMAGE_TOKEN, ImageRef, Turn
 from anyres_vlm.serve.chat import ChatSession
 from anyres_vlm.serve.views import STYLE, Alternatives, alternatives_view, tiles_view
 
-IMAGES = 8  # of a conversation at most; each may take a second and 500 MB to decode
-WAITING = 16  # questions in the queue at most; one is answered at a time
+MAX_IMAGES = 8  # per conversation; each may take a second and 500 MB to decode
+MAX_QUEUE = 16  # waiting questions; one is answered at a time
 QUESTION_LENGTH = 8000  # characters
-KEPT_S = 3600  # how long an upload and a conversation that nobody goes on with are kept
-POLICY = "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:"  # whatever gradio does: nothing from elsewhere
+KEPT_S = 3600  # lifetime of uploads and of idle conversations
+POLICY = "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:"  # no content from other hosts, also by gradio
 MODEL: dict[str, Any] = {"concurrency_id": "model", "concurrency_limit": 1}
 Messages = list[dict[str, str]]
 
 
 class WebPage:
-    """The page of one model. Its methods are what the page's events call."""
+    """Page of one model; its methods handle the page's events."""
 
     def __init__(self, assistant: Assistant, title: str) -> None:
         self.assistant, self.title = assistant, title
 
     def begin(self, files: list[str] | None) -> tuple[str, Messages, None, str]:
-        """The images as the model sees them, and a new conversation about them."""
+        """Return the images as the model sees them, and a new conversation about them."""
         return tiles_view(_references(files), self.assistant.tiling, candidates=False), *_cleared()
 
     def explore(self, files: list[str] | None, grid: str, dialect: Dialect, layout: Layout) -> str:
-        """The images under any grid, dialect and layout, with the canvases that were not chosen."""
+        """Return the images under any grid, dialect and layout, with all candidate canvases."""
         own = self.assistant.tiling
         tiling = Tiling.from_grid(Grid.parse(grid), tile=own.tile, patch=own.patch, layout=layout, dialect=dialect)
         return tiles_view(_references(files), tiling, candidates=True)
@@ -50,21 +50,21 @@ class WebPage:
     def ask(
         self, question: str, files: list[str] | None, session: ChatSession | None, new_tokens: float, temperature: float
     ) -> Iterator[tuple[Messages, ChatSession, str, str]]:
-        """Messages as they grow, the session, the emptied question and in the end the tokens' alternatives."""
+        """Yield the messages so far, the session, the emptied question box and finally the alternative tokens."""
         decoding = Decoding(int(new_tokens), float(temperature))
         if session is None:
             session = _session(self.assistant, decoding, files)
         session.decoding = decoding
-        said = [_message(turn) for turn in [*session.turns, Turn("user", question)]]
+        messages = [_message(turn) for turn in [*session.turns, Turn("user", question)]]
         for answer, alternatives in self._answer(session, question):
-            yield [*said, _message(Turn("assistant", answer))], session, "", alternatives
+            yield [*messages, _message(Turn("assistant", answer))], session, "", alternatives
 
     def compare(
         self, question: str, files: list[str] | None, first: str, second: str, new_tokens: float, temperature: float
     ) -> Iterator[tuple[str, str, str, str]]:
-        """Answer and tiles under one grid, and both under another."""
+        """Yield the answer and tiles under one grid, and under another."""
         if not files:
-            raise UsageError("there is no image to compare: drop one above")
+            raise UsageError("no image to compare: drop one above")
         decoding = Decoding(int(new_tokens), float(temperature))
         assistants = [self.assistant.with_grid(Grid.parse(grid)) for grid in (first, second)]
         tiles = [tiles_view(_references(files), assistant.tiling, candidates=False) for assistant in assistants]
@@ -75,9 +75,9 @@ class WebPage:
                 yield answers[0], tiles[0], answers[1], tiles[1]
 
     def _answer(self, session: ChatSession, question: str) -> Iterator[tuple[str, str]]:
-        """The answer so far, and at its end the alternatives to its tokens."""
+        """Yield the answer so far, and at its end the alternatives to its tokens."""
         if not question.strip():
-            raise UsageError("the question is empty: ask something")
+            raise UsageError("the question is empty: enter one")
         alternatives, answer = Alternatives(self.assistant.tokenizer), ""
         yield answer, ""
         for piece in session.stream(question.strip()[:QUESTION_LENGTH], alternatives):
@@ -86,7 +86,7 @@ class WebPage:
         yield answer, alternatives_view(alternatives)
 
     def blocks(self) -> gr.Blocks:
-        """The page itself."""
+        """Return the gradio page."""
         with gr.Blocks(title="AnyRes", analytics_enabled=False, delete_cache=(KEPT_S, KEPT_S)) as blocks:
             gr.Markdown(f"## AnyRes: {escape(self.title)}")
             files = gr.File(
@@ -123,7 +123,7 @@ class WebPage:
                     alternatives = gr.HTML(elem_id="alternatives")
         asked = gr.on(
             [ask.click, question.submit],
-            _plain(self.ask),
+            _with_warnings(self.ask),
             [question, files, session, *decoding],
             [messages, session, question, alternatives],
             **MODEL,
@@ -131,8 +131,8 @@ class WebPage:
         stop.click(None, cancels=[asked], queue=False)
         begun = [messages, session, alternatives]
         cleared = gr.on([begin.click, messages.clear], _cleared, None, begun, cancels=[asked])
-        changed = files.change(_plain(self.begin), files, [tiles, *begun], cancels=[asked])
-        for event in (cleared, changed):  # again, behind what a cancelled answer may still have sent
+        changed = files.change(_with_warnings(self.begin), files, [tiles, *begun], cancels=[asked])
+        for event in (cleared, changed):  # again, after anything that a cancelled answer may still have sent
             event.then(_cleared, None, begun, **MODEL)
 
     def _compare_tab(self, files: gr.File) -> None:
@@ -143,7 +143,7 @@ class WebPage:
             columns = [self._compared(grid, number) for number, grid in enumerate(("1x1", "2x2"))]
         (first, *left), (second, *right) = columns
         inputs = [question, files, first, second, *decoding]
-        gr.on([compare.click, question.submit], _plain(self.compare), inputs, [*left, *right], **MODEL)
+        gr.on([compare.click, question.submit], _with_warnings(self.compare), inputs, [*left, *right], **MODEL)
 
     def _compared(self, grid: str, number: int) -> tuple[gr.Textbox, gr.Textbox, gr.HTML]:
         with gr.Column():
@@ -161,12 +161,12 @@ class WebPage:
             layout = gr.Radio(get_args(Layout), value=own.layout, label="Layout")
         tiles = gr.HTML(elem_id="tiles")
         changes = [files.change, grid.submit, dialect.change, layout.change]
-        gr.on(changes, _plain(self.explore), [files, grid, dialect, layout], tiles)
+        gr.on(changes, _with_warnings(self.explore), [files, grid, dialect, layout], tiles)
 
 
 def serve_page(page: WebPage, host: str, port: int, max_upload_mb: int) -> None:
-    """Serve until Ctrl-C. Raises `UsageError` for a host or port that cannot be had."""
-    blocks = page.blocks().queue(default_concurrency_limit=2, max_size=WAITING, api_open=False)
+    """Serve until Ctrl-C. Raises `UsageError` if the host or port is not available."""
+    blocks = page.blocks().queue(default_concurrency_limit=2, max_size=MAX_QUEUE, api_open=False)
     try:
         _, url, _ = blocks.launch(
             server_name=host,
@@ -191,7 +191,7 @@ def serve_page(page: WebPage, host: str, port: int, max_upload_mb: int) -> None:
 
 
 class _OwnContentOnly:
-    """Forbids the browser to load anything from other hosts."""
+    """Middleware that forbids the browser to load anything from other hosts."""
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
@@ -208,13 +208,13 @@ class _OwnContentOnly:
 def _decoding() -> tuple[gr.Slider, gr.Slider]:
     with gr.Accordion("Decoding", open=False):
         return (
-            gr.Slider(1, 1024, value=256, step=1, label="Tokens of an answer at most"),
-            gr.Slider(0, 2, value=0, step=0.1, label="Temperature; 0 takes the likeliest token"),
+            gr.Slider(1, 1024, value=256, step=1, label="Maximum tokens per answer"),
+            gr.Slider(0, 2, value=0, step=0.1, label="Temperature; 0 for greedy decoding"),
         )
 
 
 def _cleared() -> tuple[Messages, None, str]:
-    """A new conversation."""
+    """Return an empty conversation."""
     return [], None, ""
 
 
@@ -226,30 +226,30 @@ def _session(assistant: Assistant, decoding: Decoding, files: list[str] | None) 
 
 
 def _message(turn: Turn) -> dict[str, str]:
-    """For gradio's conversation, which takes HTML."""
+    """Return a message for gradio's conversation, which renders HTML."""
     return {"role": turn.role, "content": escape(turn.text.replace(f"{IMAGE_TOKEN}\n", ""), quote=False)}
 
 
 def _references(files: list[str] | None) -> list[ImageRef]:
-    """Uploads by the names that their owner knows."""
+    """Return references to uploads under their original names."""
     files = files or []
-    if len(files) > IMAGES:
-        raise UsageError(f"{len(files)} images, at most {IMAGES} are shown at once: remove some")
+    if len(files) > MAX_IMAGES:
+        raise UsageError(f"{len(files)} images, at most {MAX_IMAGES} are allowed: remove some")
     return [ImageRef(Path(file).name, Path(file)) for file in files]
 
 
-def _plain(event: Callable[..., Any]) -> Callable[..., Iterator[Any]]:
-    """An event whose mistakes are shown in one line, until they are closed."""
+def _with_warnings(event: Callable[..., Any]) -> Callable[..., Iterator[Any]]:
+    """Wrap an event handler so that its errors are shown as one-line warnings until closed."""
 
     @wraps(event)
-    def told(*arguments: Any) -> Iterator[Any]:
+    def handle(*arguments: Any) -> Iterator[Any]:
         try:
             if isgeneratorfunction(event):
                 yield from event(*arguments)
             else:
                 yield event(*arguments)
         except (UsageError, DataError, OSError) as error:
-            gr.Warning(escape(str(error)), duration=None)  # gr.Error would cover what is shown already
+            gr.Warning(escape(str(error)), duration=None)  # gr.Error would hide the outputs
             yield gr.skip()
 
-    return told
+    return handle

@@ -67,7 +67,7 @@ def test_mistakes_are_a_line_each_and_the_chat_goes_on(checkpoint, pictures, mon
         ("/imge wide.png", "unknown command /imge: /help lists them; did you mean /image?"),
         ("/xyz", "unknown command /xyz: /help lists them"),
         ("/image 'wide.png", "No closing quotation"),
-        ("/save here.json", "nothing was said yet"),
+        ("/save here.json", "the conversation is empty"),
         ("/save", "/save: expected /save FILE.json"),
         ("bad </s> token", "control token '</s>'"),
         ("what? " * 2000, "the context limit is 2,048 tokens, answer included"),
@@ -106,7 +106,7 @@ def test_a_saved_conversation_is_a_record_of_training_data(assistant, pictures, 
     record = open_source(tmp_path / "talk.json", None).record(0)
     assert [turn.text for turn in record.turns] == ["<image>\nwhat?", answers[0], "<image>\nand this?", answers[1]]
     assert [image.path for image in record.images] == [tmp_path / name for name in pictures]
-    with pytest.raises(UsageError, match=r"/save wide.png: expected a name that ends in .json"):
+    with pytest.raises(UsageError, match=r"/save wide.png: expected a name ending in .json"):
         run_command(session, "/save wide.png")
     assert Image.open("wide.png").size == (90, 20)
 

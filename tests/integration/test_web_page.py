@@ -191,7 +191,7 @@ def test_grids_side_by_side(page: Page, files: dict[str, Path]) -> None:
     page.tab("Compare grids")
     page.write("compared", "what?")
     page.one("#compare").click()
-    page.wait(lambda: "there is no image to compare" in page.text(".toast-body"))
+    page.wait(lambda: "no image to compare" in page.text(".toast-body"))
     page.one(".toast-close").click()
     page.drop(files["wide"])
     page.wait(lambda: "wide" in page.text("#files"))

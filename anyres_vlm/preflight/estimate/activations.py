@@ -50,7 +50,7 @@ class PackSize:
 
 @dataclass(frozen=True)
 class StepBytes:
-    """Bytes in addition to weights and gradients: peak of the forward pass, held after it, peak of the backward pass."""
+    """Bytes besides weights and gradients: peak of the forward pass, held after it, peak of the backward pass."""
 
     forward: int
     held: int

@@ -25,7 +25,7 @@ PRESETS = (None, "zero1", "zero2", "zero3", "zero2_offload", "zero3_offload")
 
 @dataclass(frozen=True)
 class Sharding:
-    """Settings of a preset; sizes are numbers of elements. `stage` 0 is the plain backend, a full model on each rank."""
+    """Settings of a preset, sizes in elements. `stage` 0 is the plain backend with a full model on each rank."""
 
     name: str
     stage: int = 0

@@ -64,7 +64,7 @@ PUBLISHED = (
 
 @dataclass(frozen=True)
 class PublishedRow:
-    """One reported time: published hours, predicted hours at a given MFU, and the MFU that the published hours imply."""
+    """One reported time: published hours, predicted hours at a given MFU, and the MFU implied by published hours."""
 
     run: PublishedRun
     stages: tuple[StageName, ...]

@@ -122,7 +122,7 @@ class Work:
 
 
 def stage_work(samples: StageSamples, flops: Flops, trained: Collection[str], epochs: int, *, recomputes: bool) -> Work:
-    """Return the FLOPs of all epochs; checkpointing repeats the forward pass of the language model's layers, not the head."""
+    """Return the FLOPs of all epochs; checkpointing recomputes the layers of the language model, not its head."""
     tokens = int(samples.tokens.sum())
     useful = training_flops(
         flops,

@@ -98,7 +98,7 @@ def test_published_runs_imply_a_possible_mfu(capsys: pytest.CaptureFixture[str])
     ("options", "status", "message"),
     [
         (("--device", "h100"), 2, "did you mean h"),
-        (("--index", "a", "--index", "b"), 2, "stage2 has a already"),
+        (("--index", "a", "--index", "b"), 2, "stage2 already has a"),
         (("--index", "nowhere.parquet"), 1, "no such index; build it with anyres index"),
         (("--config", "nowhere.yaml"), 2, "no such file"),
         (("--set", "model.llm=./nowhere"), 1, "no configuration of './nowhere' is available"),

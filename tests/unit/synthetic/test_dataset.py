@@ -105,7 +105,7 @@ def test_a_folder_with_other_things_is_left_alone(tmp_path: Path, name) -> None:
 def test_what_was_added_to_a_rendered_folder_is_not_deleted(tmp_path: Path) -> None:
     folder = write_dataset(tmp_path / "a", "captions", 2, seed=1).parent
     (folder / "notes.txt").write_text("mine")
-    with pytest.raises(UsageError, match="something else than rendered data"):
+    with pytest.raises(UsageError, match="other files than rendered data"):
         write_dataset(folder, "captions", 3, seed=1)
     assert (folder / "notes.txt").read_text() == "mine"
 
