@@ -17,8 +17,11 @@ from anyres_vlm.errors import UsageError
 from anyres_vlm.preflight.estimate.activations import Numbers, PackSize, StepBytes, micro_step_bytes, stage_skeleton
 from anyres_vlm.preflight.estimate.workload import StageSamples
 from anyres_vlm.train.engine.deepspeed_settings import find_preset, read_zero
+from anyres_vlm.train.recipe import frozen_matrices
 
 FP32, BF16 = 4, 2  # bytes
+# Of a weight in NF4: 4 bits, a scale of 8 bits per 64 weights, and one of 32 bits per 256 scales.
+NF4 = (4 + 8 / 64 + 32 / (64 * 256)) / 8
 
 
 # The shipped presets from the one that moves least between ranks and host to the one that moves most.
@@ -80,20 +83,28 @@ def _is_offloaded(zero: dict[str, Any], part: str) -> bool:
 
 @dataclass(frozen=True)
 class Parameters:
-    """Numbers of a stage's parameters: all, trained, in tensors that ZeRO-3 leaves whole, and in the largest tensor."""
+    """Numbers of parameters: all, trained, those in tensors that ZeRO-3 leaves whole, and in the largest tensor.
+
+    Of the frozen ones, `halved` are those that the plain backend holds in bf16 under autocast, `packed` in 4 bits.
+    """
 
     total: int
     trained: int
+    halved: int
+    packed: int
     small: int
     largest: int
 
 
-def count_parameters(parameters: Iterable[nn.Parameter], sharding: Sharding) -> Parameters:
-    """Count a model's parameters; `small` ones are as a preset says."""
-    sizes = [(parameter.numel(), parameter.requires_grad) for parameter in parameters]
+def count_parameters(model: nn.Module, sharding: Sharding, packed: Iterable[nn.Parameter] = ()) -> Parameters:
+    """Count a model's parameters; `small` ones are as a preset says, `packed` ones are held in 4 bits."""
+    sizes = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
+    in_4_bits = {id(parameter): parameter.numel() for parameter in packed}
     return Parameters(
         total=sum(size for size, _ in sizes),
         trained=sum(size for size, trained in sizes if trained),
+        halved=sum(weight.numel() for weight in frozen_matrices(model) if id(weight) not in in_4_bits),
+        packed=sum(in_4_bits.values()),
         small=sum(size for size, _ in sizes if size <= sharding.persistent),
         largest=max(size for size, _ in sizes),
     )
@@ -104,9 +115,8 @@ class RankMemory:
     """Bytes on one rank's device, but for `host`.
 
     `buckets` of gradients, `gathered` weights, `activations` that autograd keeps and what is `working` on them are
-    there during a micro-step; `update` is what the optimizer step takes for a moment. On the host every rank first
-    reads the whole model, in bf16 where DeepSpeed casts it, before it is split; later rank 0, of which `host` is,
-    puts checkpoints together there.
+    there during a micro-step; `update` is what the optimizer step takes for a moment. On the host, rank 0, of which
+    `host` is, first reads the whole model, in bf16 where DeepSpeed casts it, and later puts checkpoints together.
     """
 
     weights: float
@@ -147,7 +157,7 @@ def rank_memory(
     mine = count.trained / ranks if stage else count.trained
     host = sharding.offloads_optimizer
     return RankMemory(
-        weights=_weights(count, sharding, item, ranks),
+        weights=_weights(count, sharding, numbers, ranks),
         masters=0 if host or not stage else FP32 * mine,
         moments=0 if host else 2 * FP32 * mine,
         gradients=_gradients(count, sharding, item, ranks),
@@ -156,13 +166,15 @@ def rank_memory(
         activations=step.held,
         working=step.peak - step.held,
         update=_update(count, sharding, item, mine, fused),
-        host=max(item * count.total, _host(count, sharding, item, ranks) + _snapshot(count, item)),
+        host=max(item * count.total, _host(count, sharding, item, ranks) + _snapshot(count)),
     )
 
 
-def _weights(count: Parameters, sharding: Sharding, item: int, ranks: int) -> float:
+def _weights(count: Parameters, sharding: Sharding, numbers: Numbers, ranks: int) -> float:
+    item = BF16 if numbers == "bf16" else FP32
     if sharding.stage < 3:
-        return item * count.total
+        saved = (FP32 - BF16) * count.halved if numbers == "autocast" else 0
+        return item * (count.total - count.packed) - saved + NF4 * count.packed
     split = 0 if sharding.offloads_weights else count.total / ranks
     return item * (split + (count.small if ranks > 1 else 0))
 
@@ -179,7 +191,8 @@ def _gradients(count: Parameters, sharding: Sharding, item: int, ranks: int) -> 
 
 def _buckets(count: Parameters, sharding: Sharding, item: int, ranks: int) -> float:
     if sharding.stage == 0:
-        return FP32 * count.trained if ranks > 1 else 0  # DistributedDataParallel's hold all gradients once more
+        # Gradients are views of DistributedDataParallel's, except in the first two steps, before their order is known.
+        return FP32 * count.trained if ranks > 1 else 0
     if sharding.stage == 1 and item == BF16:  # whole gradients are reduced in place
         return 0
     staged = count.largest if sharding.stage < 3 and sharding.offloads_optimizer else 0
@@ -211,9 +224,9 @@ def _host(count: Parameters, sharding: Sharding, item: int, ranks: int) -> float
     return each * count.trained / ranks + weights
 
 
-def _snapshot(count: Parameters, item: int) -> float:
-    """A checkpoint before it is written: weights and two moments of what is trained in fp32, the rest as it is."""
-    return 3 * FP32 * count.trained + item * (count.total - count.trained)
+def _snapshot(count: Parameters) -> float:
+    """A checkpoint before it is written: weights and two moments of what is trained, in fp32."""
+    return 3 * FP32 * count.trained
 
 
 LARGEST = 65_536  # tokens: up to there packs are looked at
@@ -246,13 +259,13 @@ class StageMemory:
     def at(self, sharding: Sharding, recomputes: bool, tokens: int) -> RankMemory:
         """On one rank, with packs of so many tokens."""
         numbers = numbers_of(sharding, self.config.precision)
-        count = count_parameters(self.model.parameters(), sharding)
+        count = count_parameters(self.model, sharding)
         return rank_memory(count, sharding, numbers, self.ranks, self._step_bytes(numbers, recomputes, tokens))
 
     def without_packs(self, sharding: Sharding) -> RankMemory:
         """On one rank, with no pack at all."""
         numbers = numbers_of(sharding, self.config.precision)
-        count = count_parameters(self.model.parameters(), sharding)
+        count = count_parameters(self.model, sharding)
         return rank_memory(count, sharding, numbers, self.ranks, StepBytes(0, 0, 0))
 
     def largest(self, sharding: Sharding, recomputes: bool, usable: float) -> int | None:

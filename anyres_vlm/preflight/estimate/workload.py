@@ -126,15 +126,18 @@ class Work:
 
 
 def stage_work(samples: StageSamples, flops: Flops, trained: Collection[str], epochs: int, *, recomputes: bool) -> Work:
-    """Of all epochs of a stage. Checkpointing runs the language model's layers forward once more, not the head."""
-    tokens = int(samples.tokens.sum())
+    """Of all epochs of a stage. Checkpointing runs the language model's layers, and those of a trained encoder, forward
+    once more, not the head."""
+    tokens, tiles = int(samples.tokens.sum()), int(samples.tiles.sum())
     useful = training_flops(
         flops,
         trained,
         tokens=tokens,
         supervised_tokens=int(samples.supervised.sum()),
         pairs=samples.pairs,
-        tiles=int(samples.tiles.sum()),
+        tiles=tiles,
     )
     again = flops.token * tokens + flops.pair * samples.pairs if recomputes else 0.0
+    if recomputes and "vision_tower" in trained:
+        again += flops.encoder * tiles
     return Work(epochs * useful, epochs * again)
