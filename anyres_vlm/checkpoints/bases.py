@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import pickle
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
 import torch
+from accelerate import init_empty_weights
 from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     CLIPImageProcessor,
+    CLIPVisionConfig,
     CLIPVisionModel,
     PreTrainedModel,
     PreTrainedTokenizerFast,
@@ -33,39 +36,43 @@ BROKEN = (OSError, ValueError, RuntimeError, EOFError, SafetensorError, pickle.U
 
 
 def build_model(
-    config: ModelConfig | CheckpointConfig, seed: int, dtype: torch.dtype = torch.float32
+    config: ModelConfig | CheckpointConfig, seed: int, dtype: torch.dtype = torch.float32, *, read: bool = True
 ) -> tuple[VisionLanguageModel, PreTrainedTokenizerFast]:
     """Return a model and its tokenizer with `<image>` in it, from base models or from a checkpoint.
 
     Base models get a projector and a newline that are initialised from `seed`; a checkpoint has both. All parameters
-    are of `dtype`; buffers keep their own.
+    are of `dtype`; buffers keep their own. Unless weights are `read`, parameters are on the meta device.
     """
     if isinstance(config, CheckpointConfig):
-        model, tokenizer = load_pretrained(config.checkpoint, config.template, dtype)
+        model, tokenizer = load_pretrained(config.checkpoint, config.template, dtype, read=read)
         model.configure(config.apply(model.config))
         return model, tokenizer
     tokenizer = load_tokenizer(config.llm)
-    language_model = _load_llm(config.llm, dtype)
-    _fit_vocabulary(language_model, tokenizer)
-    encoder = load_encoder(config.encoder)
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        model = VisionLanguageModel(config, encoder, language_model, image_token_id(tokenizer))
+    with nullcontext() if read else init_empty_weights(include_buffers=False):
+        language_model = _load_llm(config.llm, dtype, read)
+        _fit_vocabulary(language_model, tokenizer)
+        encoder = load_encoder(config.encoder, read=read)
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            model = VisionLanguageModel(config, encoder, language_model, image_token_id(tokenizer))
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype)
     return model, tokenizer
 
 
-def load_encoder(config: EncoderConfig) -> Encoder:
-    """Load a vision encoder in fp32, with the pixel statistics of its own checkpoint."""
+def load_encoder(config: EncoderConfig, *, read: bool = True) -> Encoder:
+    """Load a vision encoder in fp32, or build it without its weights, with the pixel statistics of its checkpoint."""
     name = resolve(config.name)
     try:
         if config.kind == "timm":
-            network = timm_network(config, pretrained=True)
+            network = timm_network(config, pretrained=read)
             pixels = network.pretrained_cfg
             return TimmEncoder(network, config.layer, pixels["mean"], pixels["std"])
-        vision_model, report = CLIPVisionModel.from_pretrained(name, dtype=torch.float32, output_loading_info=True)
         mean, std = _clip_statistics(name)
+        if not read:
+            vision_model = CLIPVisionModel(CLIPVisionConfig.from_pretrained(name))
+            return ClipEncoder(vision_model, config.layer, mean, std)
+        vision_model, report = CLIPVisionModel.from_pretrained(name, dtype=torch.float32, output_loading_info=True)
     except BROKEN as error:
         raise unavailable("encoder", config.name, error) from error
     _require_all_weights("encoder", config.name, report)
@@ -102,19 +109,23 @@ def _clip_statistics(name: str) -> tuple[list[float], list[float]]:
     return list(processor.image_mean), list(processor.image_std)
 
 
-def _load_llm(name: str, dtype: torch.dtype) -> PreTrainedModel:
+def _load_llm(name: str, dtype: torch.dtype, read: bool) -> PreTrainedModel:
     place, options = resolve(name), {"trust_remote_code": False}
     try:
         config = AutoConfig.from_pretrained(place, **options)
         clean_padding(config, f"llm {name}")
         if (path := base_file(place, "generation_config.json")) is not None:
             options["generation_config"] = clean_generation_config(read_json(Path(path)), f"llm {name}")
-        llm, report = AutoModelForCausalLM.from_pretrained(
-            place, config=config, dtype=dtype, output_loading_info=True, **options
-        )
+        if read:
+            llm, report = AutoModelForCausalLM.from_pretrained(
+                place, config=config, dtype=dtype, output_loading_info=True, **options
+            )
+            _require_all_weights("llm", name, report)
+        else:
+            llm = AutoModelForCausalLM.from_config(config, dtype=dtype)
+            llm.generation_config = options.get("generation_config", llm.generation_config)
     except BROKEN as error:
         raise unavailable("llm", name, error) from error
-    _require_all_weights("llm", name, report)
     if "generation_config" not in options:  # then config.json may hold generation settings
         llm.generation_config = clean_generation_config(llm.generation_config.to_diff_dict(), f"llm {name}")
     return cast(PreTrainedModel, llm)

@@ -18,6 +18,7 @@ from transformers.utils import cached_file
 from anyres_vlm.errors import DataError, UsageError
 
 EMBEDDED = "embedded:"
+TRAINER = "trainer"  # subfolder of a running stage's checkpoint, with all that resumption reads
 HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")  # does not match ./folder
 HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
 PICKLED = "pytorch_model*.bin"  # other pickles, such as training_args.bin, are never read
@@ -65,12 +66,24 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise DataError(f"{path}: no such file; expected a checkpoint folder") from None
+        raise DataError(_missing(path)) from None
     except (OSError, ValueError, RecursionError) as error:  # also nested too deeply, or numbers with too many digits
         raise DataError(f"{path}: not readable JSON: {error}") from None
     if not isinstance(content, dict):
         raise DataError(f"{path}: expected a JSON object, got {type(content).__name__}")
     return content
+
+
+def _missing(path: Path) -> str:
+    """Return what to do about a missing JSON file."""
+    if not (path.parent / TRAINER).is_dir():
+        return f"{path}: no such file; expected a checkpoint folder"
+    digits = path.parent.name.rpartition("-")[2]
+    steps = f"--max-steps {int(digits)}" if digits.isdecimal() else "--max-steps STEPS"
+    return (
+        f"{path.parent}: holds only what resumes its run, not a model: use the stage's model folder, which is written "
+        f"when the stage is finished; rerun its anyres train with {steps} to end the stage here"
+    )
 
 
 @contextmanager

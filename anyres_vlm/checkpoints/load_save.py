@@ -14,6 +14,7 @@ from typing import Any, cast
 
 import timm
 import torch
+from accelerate import init_empty_weights
 from huggingface_hub import save_torch_state_dict
 from torch import Tensor
 from transformers import (
@@ -50,12 +51,16 @@ IGNORED = ("transformers_version", "_from_model_config", "_commit_hash", "_origi
 
 
 def load_pretrained(
-    name: Path | str, template: TemplateName | None = None, dtype: torch.dtype | None = torch.float32
+    name: Path | str,
+    template: TemplateName | None = None,
+    dtype: torch.dtype | None = torch.float32,
+    *,
+    read: bool = True,
 ) -> tuple[VisionLanguageModel, PreTrainedTokenizerFast]:
     """Load a model and its tokenizer from a folder or hub id, saved by `save_pretrained` or a stock LlavaNext model.
 
-    `template` replaces the folder's own; with `dtype=None` each weight keeps the dtype of its file. Raises `DataError`
-    that names what is missing, broken or not supported.
+    `template` replaces the folder's own; with `dtype=None` each weight keeps the dtype of its file. Unless weights are
+    `read`, parameters stay on the meta device. Raises `DataError` that names what is missing, broken or not supported.
     """
     folder = checkpoint_folder(name)
     described = describe(folder, template)
@@ -63,8 +68,14 @@ def load_pretrained(
     with parsing(folder / "config.json", "the model that it describes"):
         vision = [] if described.vision_config is None else [described.vision_config]
         require_weights([described.text_config, *vision], lambda: empty_model(described), folder)
-        model = empty_model(described)
-    load_weights(model, _stock_tensors(folder, described), folder, dtype)
+        with init_empty_weights(include_buffers=False):
+            model = empty_model(described)
+    if read:
+        load_weights(model, _stock_tensors(folder, described), folder, dtype)
+    else:
+        model.language_model.tie_weights()
+        for parameter in model.parameters() if dtype is not None else ():
+            parameter.data = parameter.data.to(dtype)
     settings = model.language_model.generation_config.to_diff_dict()
     if (folder / "generation_config.json").exists():
         settings = read_json(folder / "generation_config.json")

@@ -153,6 +153,30 @@ def load_parts(model: VisionLanguageModel, folder: Path, parts: tuple[str, ...])
     model.load_state_dict(found, strict=False)
 
 
+def has_tied_head(model: VisionLanguageModel) -> bool:
+    """Return whether the head shares its weight with the word embeddings."""
+    language_model = model.language_model
+    head = language_model.get_output_embeddings()
+    return head is not None and head.weight is language_model.get_input_embeddings().weight
+
+
+def allocate(model: VisionLanguageModel, *, is_tied: bool) -> None:
+    """Give parameters on the meta device uninitialised memory on the CPU, which takes no RAM until it is written.
+
+    Weights that are tied stay tied, but the head's gets memory of its own unless `is_tied`.
+    """
+    if has_tied_head(model) and not is_tied:
+        head = model.language_model.get_output_embeddings()
+        head.weight = nn.Parameter(torch.empty_like(head.weight), requires_grad=head.weight.requires_grad)
+        model.language_model.config.tie_word_embeddings = False
+    made: dict[nn.Parameter, nn.Parameter] = {}
+    for module in model.modules():
+        for name, old in module._parameters.items():
+            if old is not None and old.is_meta:
+                empty = torch.empty_like(old, device="cpu")
+                module._parameters[name] = made.setdefault(old, nn.Parameter(empty, old.requires_grad))
+
+
 def require_weights(parts: Sequence[PreTrainedConfig], build: Callable[[], nn.Module], folder: Path) -> None:
     """Raise `DataError` for a model larger than its folder's weights, before anything of that size is allocated.
 

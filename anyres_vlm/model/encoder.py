@@ -51,6 +51,10 @@ class Encoder(nn.Module):
         """Patch features without CLS. (T, 3, S, S) uint8 -> (T, P, Dv)."""
         raise NotImplementedError
 
+    def enable_checkpointing(self) -> None:
+        """Recompute the activations of each block in the backward pass."""
+        raise NotImplementedError
+
     def unused_parameters(self) -> Iterator[nn.Parameter]:
         """Yield the parameters no feature depends on: if trained, ranks would wait for gradients that never arrive."""
         yield from ()
@@ -77,6 +81,10 @@ class ClipEncoder(Encoder):
             if number in self.layers:  # others are freed at once while the encoder is frozen
                 states[number] = hidden
         return torch.cat([states[layer][:, 1:] for layer in self.layers], dim=-1)
+
+    def enable_checkpointing(self) -> None:
+        """Recompute the activations of each block in the backward pass."""
+        self.vision_model.activation_checkpointing_enable()
 
     def unused_parameters(self) -> Iterator[nn.Parameter]:
         """Yield the parameters of the blocks after the deepest chosen one and of the final norm."""
@@ -113,6 +121,10 @@ class TimmEncoder(Encoder):
             intermediates_only=True,
         )
         return torch.cat([features[ascending.index(layer)] for layer in self.layers], dim=-1)
+
+    def enable_checkpointing(self) -> None:
+        """Recompute the activations of each block in the backward pass."""
+        self.vision_model.set_grad_checkpointing()
 
 
 def plain_geometry(network: Any) -> tuple[int, int]:

@@ -1,9 +1,9 @@
 """Checkpoints of a running stage: atomic, complete, and refused where they belong to another run.
 
-A checkpoint is a model folder as `model.pretrained` writes it, with the trained weights in fp32, plus `trainer/` with
-the optimizer's moments by parameter name and the number of finished steps. Everything else follows from that number
-and the configuration: the plan of the steps, the learning rate, the seed of each step. So a checkpoint does not depend
-on the number of ranks that wrote it, or on their ZeRO stage.
+A checkpoint is a folder with `trainer/`: the trained weights in fp32 and the optimizer's moments by parameter name, and
+the number of finished steps. Everything else follows from that number and the configuration: the frozen weights, the
+plan of the steps, the learning rate, the seed of each step. So a checkpoint does not depend on the number of ranks that
+wrote it, or on their ZeRO stage. Older checkpoints have the whole model next to `trainer/`; they resume, too.
 
 A finished stage keeps its last checkpoint, from which more steps can be trained, and `finished.json`.
 """
@@ -25,6 +25,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from anyres_vlm.checkpoints.folders import TRAINER
 from anyres_vlm.config import CheckpointConfig, ModelConfig, StageConfig, StageName
 from anyres_vlm.errors import DataError, UsageError, shortened
 from anyres_vlm.files import replacing, sync
@@ -34,6 +35,7 @@ logger = logging.getLogger(__name__)
 
 PREFIX = "step-"
 STATE_FILE = "state.json"
+WEIGHTS_FILE = "weights.safetensors"
 MOMENTS_FILE = "moments.safetensors"
 FINISHED_FILE = "finished.json"
 SHOWN_CHANGES = 4  # in a refusal
@@ -107,10 +109,11 @@ def _write_folder(folder: Path, fill: Callable[[Path], None]) -> None:
     sync(folder.parent)
 
 
-def save_trainer(folder: Path, state: TrainerState, moments: dict[str, Tensor]) -> None:
+def save_trainer(folder: Path, state: TrainerState, weights: dict[str, Tensor], moments: dict[str, Tensor]) -> None:
     """Write `trainer/` into a checkpoint folder that is being filled."""
-    trainer = folder / "trainer"
+    trainer = folder / TRAINER
     trainer.mkdir()
+    save_file({name: tensor.contiguous() for name, tensor in weights.items()}, trainer / WEIGHTS_FILE)
     save_file(moments, trainer / MOMENTS_FILE)
     (trainer / STATE_FILE).write_text(json.dumps(asdict(state), indent=2) + "\n", encoding="utf-8")
 
@@ -118,7 +121,7 @@ def save_trainer(folder: Path, state: TrainerState, moments: dict[str, Tensor]) 
 def read_state(folder: Path) -> TrainerState:
     """Read the state of a checkpoint whose files are all complete. Raises `DataError` if they are not."""
     try:
-        content = json.loads((folder / "trainer" / STATE_FILE).read_text(encoding="utf-8"))
+        content = json.loads((folder / TRAINER / STATE_FILE).read_text(encoding="utf-8"))
         state = TrainerState(
             step=content["step"],
             updates=content["updates"],
@@ -161,7 +164,10 @@ def tensors(folder: Path) -> Iterator[Callable[[str], Tensor]]:
 
 
 def _tensor_files(folder: Path) -> list[Path]:
-    return [*sorted(folder.glob("*.safetensors")), folder / "trainer" / MOMENTS_FILE]
+    """Return the files of a checkpoint that hold tensors; older releases wrote the weights into `folder` itself."""
+    whole_model = sorted(folder.glob("*.safetensors"))
+    trainer = folder / TRAINER
+    return [*whole_model, trainer / MOMENTS_FILE, *([] if whole_model else [trainer / WEIGHTS_FILE])]
 
 
 def require_same_settings(folder: Path, stage: StageName, before: dict[str, Any], now: dict[str, Any]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 
 import torch
 from torch import nn
@@ -57,6 +57,26 @@ def freeze(model: VisionLanguageModel, parts: Collection[str]) -> None:
         # transformers recomputes activations only in layers in training mode; their dropout modules keep their own mode
         if isinstance(module, GradientCheckpointingLayer) and module.gradient_checkpointing:
             module.training = True
+
+
+def frozen_matrices(model: nn.Module) -> Iterator[nn.Parameter]:
+    """Yield the frozen weights that autocast casts to bf16 wherever they are used, so bf16 copies give the same result.
+
+    Embeddings, and heads tied to them, are not among them: autocast leaves a look-up in fp32.
+    """
+    embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    for module in model.modules():
+        if type(module) in (nn.Linear, nn.Conv2d):
+            weight: nn.Parameter = module.weight
+            if not weight.requires_grad and id(weight) not in embeddings:
+                yield weight
+
+
+def enable_checkpointing(model: VisionLanguageModel, parts: Collection[str]) -> None:
+    """Recompute activations in the backward pass: of the language model, and of the encoder if it is trained."""
+    model.language_model.activation_checkpointing_enable()
+    if "vision_tower" in parts:
+        model.vision_tower.enable_checkpointing()
 
 
 def build_optimizer(model: nn.Module, rates: Mapping[str, float], weight_decay: float) -> AdamW:

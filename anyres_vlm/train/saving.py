@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from anyres_vlm.errors import DataError
-from anyres_vlm.model.lora import is_adapter
 from anyres_vlm.model.vlm import VisionLanguageModel
 from anyres_vlm.train import checkpoint
 from anyres_vlm.train.checkpoint import TrainerState
@@ -32,8 +31,8 @@ MOMENT_BYTES = 4 * len(MOMENTS)
 class Saver:
     """Writes one checkpoint at a time on a thread, and deletes old ones. Training continues: a snapshot is a copy."""
 
-    def __init__(self, folder: Path, write_model: WriteModel, keep: int, every_minutes: float | None) -> None:
-        self._folder, self._write_model, self._keep = folder, write_model, keep
+    def __init__(self, folder: Path, keep: int, every_minutes: float | None) -> None:
+        self._folder, self._keep = folder, keep
         self._every_s = None if every_minutes is None else 60 * every_minutes
         self._last_s = time.monotonic()
         self._thread = ThreadPoolExecutor(max_workers=1)
@@ -45,8 +44,8 @@ class Saver:
         return self._every_s is not None and time.monotonic() - self._last_s > self._every_s
 
     def save(self, snapshot: Snapshot, state: TrainerState) -> None:
-        """Start to write a checkpoint. Raises what the previous one failed with, such as a full disk."""
-        self.finish()
+        """Start to write a checkpoint; `finish` must have returned since the previous one."""
+        assert self._writing is None, "two snapshots at once would take twice the memory"
         self._last_s = time.monotonic()
         self._writing = self._thread.submit(self._write, snapshot, state)
 
@@ -58,9 +57,7 @@ class Saver:
 
     def _write(self, snapshot: Snapshot, state: TrainerState) -> None:
         def fill(folder: Path) -> None:
-            self._write_model(folder, snapshot.weights)
-            adapter = {name: tensor for name, tensor in snapshot.weights.items() if is_adapter(name)}
-            checkpoint.save_trainer(folder, state, {**snapshot.moments, **adapter})
+            checkpoint.save_trainer(folder, state, snapshot.weights, snapshot.moments)
 
         checkpoint.write_folder(checkpoint.checkpoint_path(self._folder, state.step), fill)
         checkpoint.prune(self._folder, self._keep)
@@ -76,22 +73,23 @@ class SaveSize:
 
 
 def measure_save(model: VisionLanguageModel) -> SaveSize:
-    """Measure what will be saved of a model: trained weights in fp32, two moments each, all others as they are.
+    """Measure what will be saved: the model with trained weights in fp32 and all others as they are; a checkpoint of
+    the trained weights and two moments of each.
 
     Called before the engine splits the model. Tied weights share a stand-in as they share their storage.
     """
     trained = {name for name, part in model.named_parameters(remove_duplicate=False) if part.requires_grad}
     stand_ins: dict[str, Tensor] = {}
     shared: dict[int, Tensor] = {}
-    model_bytes = extra = 0
+    model_bytes = checkpoint_bytes = 0
     for name, tensor in model.state_dict().items():
         dtype = torch.float32 if name in trained else tensor.dtype
         is_new = tensor.data_ptr() not in shared
         stand_ins[name] = shared.setdefault(tensor.data_ptr(), torch.zeros([1] * tensor.ndim, dtype=dtype))
         if is_new:
             model_bytes += tensor.numel() * dtype.itemsize
-            extra += tensor.numel() * (MOMENT_BYTES * (name in trained) + 4 * is_adapter(name))
-    return SaveSize(stand_ins, model_bytes, model_bytes + extra)
+            checkpoint_bytes += tensor.numel() * (4 + MOMENT_BYTES) * (name in trained)
+    return SaveSize(stand_ins, model_bytes, checkpoint_bytes)
 
 
 def try_saves(size: SaveSize, folder: Path, write_model: WriteModel, state: TrainerState) -> None:
@@ -102,7 +100,7 @@ def try_saves(size: SaveSize, folder: Path, write_model: WriteModel, state: Trai
 
     def fill(trial: Path) -> None:
         write_model(trial, size.stand_ins)
-        checkpoint.save_trainer(trial, state, {"moment": torch.zeros(1)})
+        checkpoint.save_trainer(trial, state, {"weight": torch.zeros(1)}, {"moment": torch.zeros(1)})
 
     began = time.monotonic()
     try:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NoReturn
 
@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerFast
 from anyres_vlm.checkpoints.bases import build_model
 from anyres_vlm.checkpoints.card import write_card
 from anyres_vlm.checkpoints.load_save import end_tokens, save_pretrained
-from anyres_vlm.checkpoints.weights import load_parts
+from anyres_vlm.checkpoints.weights import allocate, has_tied_head, load_parts
 from anyres_vlm.config import RunConfig, StageConfig, StageName
 from anyres_vlm.data.chat_template import chat_jinja
 from anyres_vlm.data.conversation import ConversationTokenizer
@@ -46,7 +46,9 @@ from anyres_vlm.train.recipe import (
     ADAPTER_PARTS,
     build_optimizer,
     build_schedule,
+    enable_checkpointing,
     freeze,
+    frozen_matrices,
     recipe_warnings,
     trained_rates,
 )
@@ -102,15 +104,18 @@ def train_stage(
     data; `DataError` if the model could not be saved at the end, or too many steps are not finite.
     """
     settings, rates = config.stage(name), trained_rates(config, name)
-    model, tokenizer = build(config, options, name, is_split=deepspeed is not None)
-    cache = open_cache(config, model)
-    samples = index_samples(engine, config, name, options.output, model, tokenizer)
-    flops = model_flops(model)
+    is_split = deepspeed is not None
+    outline, tokenizer = build(config, options, name, is_split=is_split, read=False)
+    samples = index_samples(engine, config, name, options.output, outline, tokenizer)
+    flops = model_flops(outline)
     steps = StageSteps.plan(samples.index, config, name, flops, options.max_steps)
-    stage = Stage(engine, config, options, name, model, tokenizer, samples, steps)
+    stage = Stage(engine, config, options, name, outline, tokenizer, samples, steps)
     if done is not None and len(steps) <= done.steps:
         return record_finished(stage, done.steps, done.stage1_steps)
 
+    model = load_model(engine, config, options, name, outline, is_split=is_split)
+    stage = replace(stage, model=model)
+    cache = open_cache(config, model)
     optimizer = build_optimizer(model, rates, settings.weight_decay)
     size = measure_save(model)
     before = prepare(stage, optimizer, deepspeed, done)
@@ -118,7 +123,7 @@ def train_stage(
     stage1_steps = stage_1_steps(stage) if before is None else before.stage1_steps
     schedule = build_schedule(optimizer, settings, len(steps), first)
     announce(stage, before, cache)
-    saver = Saver(stage.folder / "checkpoints", stage_writer(stage), config.keep_checkpoints, config.save_minutes)
+    saver = Saver(stage.folder / "checkpoints", config.keep_checkpoints, config.save_minutes)
     throughput = Throughput(flops, rates, device_peak(), engine.world_size)
     num_skipped = 0
     with open_log(stage, first) as log:
@@ -148,14 +153,17 @@ def train_stage(
 
 
 def build(
-    config: RunConfig, options: RunOptions, name: StageName, *, is_split: bool
+    config: RunConfig, options: RunOptions, name: StageName, *, is_split: bool, read: bool = True
 ) -> tuple[VisionLanguageModel, PreTrainedTokenizerFast]:
-    """Build the model as the stage starts from it, adapters added, frozen where the stage does not train it."""
-    settings = config.stage(name)
+    """Build the model as the stage starts from it, adapters added, frozen where the stage does not train it.
+
+    Unless weights are `read`, parameters are on the meta device.
+    """
+    settings, rates = config.stage(name), trained_rates(config, name)
     # DeepSpeed takes its fp32 masters from cast weights anyway: reading them in bf16 halves the memory of the host.
     dtype = torch.bfloat16 if is_split and config.precision == "bf16" else torch.float32
-    model, tokenizer = build_model(config.model, config.seed, dtype)
-    if name == "stage2" and needs_stage_1(config, options):
+    model, tokenizer = build_model(config.model, config.seed, dtype, read=read)
+    if read and name == "stage2" and needs_stage_1(config, options):
         load_parts(model, model_folder(options.output, "stage1"), ADAPTER_PARTS)
     model.image_position = settings.data.image_position
     generation = model.language_model.generation_config
@@ -164,9 +172,32 @@ def build(
     if settings.lora is not None:
         add_lora(model, settings.lora, config.seed)
     if settings.activation_checkpointing:
-        model.language_model.activation_checkpointing_enable()
-    freeze(model, trained_rates(config, name))
+        enable_checkpointing(model, rates)
+    freeze(model, rates)
+    if config.precision == "bf16" and not is_split:
+        for weight in frozen_matrices(model):
+            weight.data = weight.data.to(torch.bfloat16)
     return model, tokenizer
+
+
+def load_model(
+    engine: Engine,
+    config: RunConfig,
+    options: RunOptions,
+    name: StageName,
+    outline: VisionLanguageModel,
+    *,
+    is_split: bool,
+) -> VisionLanguageModel:
+    """Read the weights on rank 0; on the others, return the outline with memory that the engine will broadcast into.
+
+    The outline has no tied head if rank 0 found that the weights hold another.
+    """
+    model = build(config, options, name, is_split=is_split)[0] if engine.is_main else outline
+    is_tied = engine.sum(torch.tensor(int(engine.is_main and has_tied_head(model)))).item() > 0
+    if not engine.is_main:
+        allocate(model, is_tied=is_tied)
+    return model
 
 
 def open_cache(config: RunConfig, model: VisionLanguageModel) -> FeatureCache | None:
@@ -314,7 +345,12 @@ def fetch_steps(stage: Stage, first: int) -> Iterator[list[Batch]]:
 
 
 def save(stage: Stage, saver: Saver, step: int, stage1_steps: int | None) -> None:
-    """Start to write the checkpoint of a step on rank 0, from a copy that all ranks gather."""
+    """Start to write the checkpoint of a step on rank 0, from a copy that all ranks gather.
+
+    The one before must be complete first: two copies of a 7B model and its moments would take 168 GB.
+    """
+    if stage.engine.is_main:
+        saver.finish()
     snapshot = stage.engine.snapshot()
     if stage.engine.is_main:
         saver.save(snapshot, stage.state(step, snapshot.updates, stage1_steps))
@@ -341,9 +377,10 @@ def leave(stage: Stage, saver: Saver, step: int) -> NoReturn:
 
 def finish(stage: Stage, saver: Saver, stage1_steps: int | None) -> None:
     """Save the finished model, and record the stage as finished."""
-    weights = stage.engine.snapshot(with_moments=False).weights
     if stage.engine.is_main:
         saver.finish()
+    weights = stage.engine.weights()
+    if stage.engine.is_main:
         write = finished_writer(stage)
         target = model_folder(stage.options.output, stage.name)
         checkpoint.write_folder(target, lambda folder: write(folder, weights))
@@ -362,8 +399,8 @@ def record_finished(stage: Stage, steps: int, stage1_steps: int | None) -> None:
     stage.engine.wait()
 
 
-def stage_writer(stage: Stage) -> WriteModel:
-    """Return what fills a folder with the model whose weights it is given."""
+def finished_writer(stage: Stage) -> WriteModel:
+    """Return what fills the folder of the finished model with the weights it is given, its card included."""
 
     def write(folder: Path, weights: dict[str, Tensor]) -> None:
         if stage.settings.lora is not None:
@@ -371,15 +408,6 @@ def stage_writer(stage: Stage) -> WriteModel:
             weights = merged_weights(weights, stage.settings.lora)
         chat_template = chat_jinja(stage.model.config.template, stage.tokenizer)
         save_pretrained(stage.model, weights, stage.tokenizer, chat_template, folder)
-
-    return write
-
-
-def finished_writer(stage: Stage) -> WriteModel:
-    """Return what fills the folder of the finished model, its card included."""
-
-    def write(folder: Path, weights: dict[str, Tensor]) -> None:
-        stage_writer(stage)(folder, weights)
         write_card(folder, stage.model, stage_sections(stage.options.output, indexes(stage)))
 
     return write

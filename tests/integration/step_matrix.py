@@ -133,7 +133,7 @@ def share(engine: Engine, model: VisionLanguageModel, parts: list[list[Loaded]],
 def predict(model: VisionLanguageModel, backend: str, precision: str, ranks: int) -> RankMemory:
     """Return what `anyres estimate` expects a rank to hold, activations left out."""
     sharding = read_sharding(None if backend == "plain" else backend)
-    count = count_parameters(model.parameters(), sharding)
+    count = count_parameters(model, sharding)
     return rank_memory(count, sharding, numbers_of(sharding, precision), ranks, StepBytes(0, 0, 0), fused=False)
 
 
@@ -153,7 +153,7 @@ def compare(
     results = [engine.step(batches) for batches in steps]
     hook.remove()
     held = static_bytes(engine, model)
-    found = engine.snapshot(with_moments=False).weights
+    found = engine.weights()
     if not engine.is_main:
         return {}
     weights, losses, norms = expected

@@ -107,7 +107,7 @@ def test_too_little_disk_is_said_with_both_numbers(tiny_bases, tmp_path, monkeyp
     assert "lower keep_checkpoints=2, or choose another --output" in str(caught.value)
 
 
-@pytest.mark.parametrize("more", [[], ["stage2.lora.rank=2"], ["stage2.vision_lr=1e-6"]], ids=str)
+@pytest.mark.parametrize("more", [[], ["stage2.lora.rank=16"], ["stage2.vision_lr=1e-6"]], ids=str)
 def test_the_estimate_is_what_is_written(tiny_bases, tmp_path, more: list[str]) -> None:
     train_stage_2(tiny_bases, tmp_path, *more)
     settings = [f"model.llm={tiny_bases}/llm", f"model.encoder.name={tiny_bases}/vit", *more]
@@ -145,7 +145,7 @@ def test_one_more_checkpoint_than_kept_must_fit(tmp_path, monkeypatch) -> None:
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     folder = tmp_path / "disk"
     folder.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=500k", "tmpfs", folder], capture_output=True)
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", folder], capture_output=True)
     if mounted.returncode:
         pytest.skip(f"no disk can be mounted here: {mounted.stderr.decode()}")
     yield folder
@@ -155,7 +155,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 def test_checkpoints_may_lie_on_another_disk(tiny_bases, tmp_path, small_disk: Path) -> None:
     (tmp_path / "run" / "stage1").mkdir(parents=True)
     (tmp_path / "run" / "stage1" / "checkpoints").symlink_to(small_disk)
-    with pytest.raises(DataError, match=rf"of disk at {re.escape(str(tmp_path))}.*checkpoints, 0\.5 MB are free"):
+    with pytest.raises(DataError, match=rf"of disk at {re.escape(str(tmp_path))}.*checkpoints, 0\.1 MB are free"):
         run(tiny_bases, tmp_path / "run", "save_every=1")
 
 

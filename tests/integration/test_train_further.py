@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
+from anyres_vlm.checkpoints.load_save import load_pretrained
 from anyres_vlm.config import load_config, shipped_config
 from anyres_vlm.errors import DataError, UsageError
 from anyres_vlm.synthetic.dataset import write_dataset
+from anyres_vlm.train import checkpoint
 from anyres_vlm.train.checkpoint import checkpoint_path, latest, read_finished
+from anyres_vlm.train.engine.plain import PlainBackend
 from anyres_vlm.train.metrics import read_metrics
 from anyres_vlm.train.options import RunOptions
 from anyres_vlm.train.recipe import rate_factor
@@ -151,6 +155,60 @@ def test_an_older_version_s_checkpoint_resumes(tiny_bases, tmp_path) -> None:
     state.write_text(json.dumps(content))
     run(tiny_bases, tmp_path / "old", "save_every=2", steps=4)
     assert all(torch.equal(model(tmp_path / "old")[n], tensor) for n, tensor in model(tmp_path / "whole").items())
+
+
+def test_a_checkpoint_with_the_whole_model_resumes(tiny_bases, tmp_path) -> None:
+    """Older releases wrote the whole model next to `trainer/`, and no weights into it."""
+    run(tiny_bases, tmp_path / "whole", "save_every=2", steps=4)
+    shutil.copytree(tmp_path / "whole", tmp_path / "old")
+    folder = tmp_path / "old" / "stage1"
+    (folder / "finished.json").unlink()
+    shutil.rmtree(checkpoint_path(folder / "checkpoints", 4))
+    old = checkpoint_path(folder / "checkpoints", 2)
+    trained = load_file(old / "trainer" / "weights.safetensors")
+    assert {name.partition(".")[0] for name in trained} == {"multi_modal_projector", "image_newline"}
+    frozen = load_file(folder / "model" / "model.safetensors")
+    save_file({**frozen, **trained}, old / "model.safetensors")
+    (old / "trainer" / "weights.safetensors").unlink()
+    shutil.rmtree(folder / "model")
+    run(tiny_bases, tmp_path / "old", "save_every=2", steps=4)
+    assert all(torch.equal(model(tmp_path / "old")[n], tensor) for n, tensor in model(tmp_path / "whole").items())
+
+
+def test_a_checkpoint_is_no_model_until_its_stage_is_ended_there(tiny_bases, tmp_path) -> None:
+    run(tiny_bases, tmp_path / "whole", "save_every=2", steps=5)
+    with pytest.raises(Killed):
+        run(tiny_bases, tmp_path / "run", "save_every=2", steps=5, killed=4)
+    folder = tmp_path / "run" / "stage1"
+    while (found := latest(folder / "checkpoints")) is None:
+        pass
+    words = f"{found[0]}: holds only what resumes its run, not a model: .* --max-steps {found[1].step} to end"
+    with pytest.raises(DataError, match=words) as caught:
+        load_pretrained(found[0])
+    assert "\n" not in str(caught.value)
+    run(tiny_bases, tmp_path / "run", "save_every=2", steps=found[1].step)
+    load_pretrained(folder / "model")
+    run(tiny_bases, tmp_path / "run", "save_every=2", steps=5)  # trained further, it is the undisturbed run
+    assert rows(tmp_path / "run")[-1]["train/loss"] == rows(tmp_path / "whole")[-1]["train/loss"]
+
+
+def test_one_copy_of_the_state_at_a_time(tiny_bases, tmp_path, monkeypatch) -> None:
+    """A snapshot is taken when the checkpoint before it is complete, and the model is gathered after the last one."""
+    events: list[str] = []
+    write, snapshot, weights = checkpoint.write_folder, PlainBackend.snapshot, PlainBackend.weights
+
+    def write_slowly(folder, fill) -> None:
+        if folder.name.startswith("step-"):
+            time.sleep(0.5)
+        write(folder, fill)
+        if folder.name.startswith("step-"):
+            events.append("written")
+
+    monkeypatch.setattr(checkpoint, "write_folder", write_slowly)
+    monkeypatch.setattr(PlainBackend, "snapshot", lambda self: (events.append("copy"), snapshot(self))[1])
+    monkeypatch.setattr(PlainBackend, "weights", lambda self: (events.append("model"), weights(self))[1])
+    run(tiny_bases, tmp_path, "save_every=1", steps=3)
+    assert events == ["copy", "written"] * 3 + ["model"]
 
 
 def test_a_checkpoint_beyond_the_steps_is_refused(tiny_bases, tmp_path) -> None:

@@ -89,7 +89,7 @@ def predict(case: dict[str, Any], ranks: int, pack: PackSize) -> dict[str, float
     config, stage = case_config(case)
     sharding = read_sharding(case["preset"])
     numbers = numbers_of(sharding, config.precision)
-    count = count_parameters(stage_skeleton(config, stage).parameters(), sharding)
+    count = count_parameters(stage_skeleton(config, stage), sharding)
     [step] = micro_step_bytes(config, stage, [pack], numbers)
     memory = rank_memory(count, sharding, numbers, ranks, step, fused=False)
     return {

@@ -24,10 +24,11 @@ from anyres_vlm.model.attention import Documents
 from anyres_vlm.model.lora import add_lora
 from anyres_vlm.model.loss import head_loss
 from anyres_vlm.model.vlm import VisionLanguageModel
-from anyres_vlm.train.recipe import freeze, trained_rates
+from anyres_vlm.train.recipe import enable_checkpointing, freeze, frozen_matrices, trained_rates
 
 Numbers = Literal["fp32", "bf16", "autocast"]
-"""Dtype of weights and activations: both fp32, both bf16, or fp32 weights that are cast on use."""
+"""Dtypes of weights and activations: both fp32, both bf16, or `autocast`: trained weights in fp32, which are cast on
+use, and frozen matrices in bf16."""
 
 FEW_LAYERS = (1, 2)
 
@@ -69,13 +70,13 @@ class StepBytes:
 
 def stage_skeleton(config: RunConfig, stage: StageName, layers: int | None = None) -> VisionLanguageModel:
     """Return the model as a stage trains it, with adapters, checkpointing and frozen parameters."""
-    settings = config.stage(stage)
+    settings, rates = config.stage(stage), trained_rates(config, stage)
     model = skeleton(config.model, layers)
     if settings.lora is not None:
         add_lora(model, settings.lora, config.seed)
     if settings.activation_checkpointing:
-        model.language_model.activation_checkpointing_enable()
-    freeze(model, trained_rates(config, stage))
+        enable_checkpointing(model, rates)
+    freeze(model, rates)
     return model
 
 
@@ -104,10 +105,11 @@ def _trace(
 def _make_fake(model: VisionLanguageModel, numbers: Numbers) -> None:
     """Replace a model's meta tensors by fake ones; tied ones stay tied. Gradients are released as they are computed."""
     made: dict[int, tuple[nn.Parameter, nn.Parameter]] = {}  # old tensors are kept, so that no id is reused
+    halved = {id(weight) for weight in frozen_matrices(model)} if numbers == "autocast" else set()
     for module in model.modules():
         for name, old in module._parameters.items():
             if old is not None and id(old) not in made:
-                dtype = torch.bfloat16 if numbers == "bf16" else old.dtype
+                dtype = torch.bfloat16 if numbers == "bf16" or id(old) in halved else old.dtype
                 new = nn.Parameter(torch.empty(old.shape, dtype=dtype), requires_grad=old.requires_grad)
                 made[id(old)] = old, new
                 if new.requires_grad:

@@ -158,7 +158,7 @@ def _estimate_stage(config: RunConfig, stage: StageName, index: Path | None, mac
         plan = _measure_plan(config, stage, samples, flops, min(memory.capacity, chosen.largest or 0), machines.gpus)
         work = stage_work(samples, flops, trained_rates(config, stage), settings.epochs, recomputes=chosen.recomputes)
         hours = work.hours(machines.device, machines.gpus, machines.mfu, plan.straggler)
-    count = count_parameters(memory.model.parameters(), ways[0].sharding)
+    count = count_parameters(memory.model, ways[0].sharding)
     return StageEstimate(stage, samples, count, memory.capacity, memory.longest, ways, chosen, plan, work, hours)
 
 

@@ -17,8 +17,11 @@ from anyres_vlm.errors import UsageError
 from anyres_vlm.preflight.estimate.activations import Numbers, PackSize, StepBytes, micro_step_bytes, stage_skeleton
 from anyres_vlm.preflight.estimate.workload import StageSamples
 from anyres_vlm.train.engine.deepspeed_settings import find_preset, read_zero
+from anyres_vlm.train.recipe import frozen_matrices
 
 FP32, BF16 = 4, 2  # bytes
+# NF4 takes 4 bits per weight, an 8-bit scale per 64 weights and a 32-bit scale per 256 scales.
+NF4 = (4 + 8 / 64 + 32 / (64 * 256)) / 8
 # Shipped presets in order of the data that they move between ranks and host.
 PRESETS = (None, "zero1", "zero2", "zero3", "zero2_offload", "zero3_offload")
 
@@ -78,20 +81,28 @@ def _is_offloaded(zero: dict[str, Any], part: str) -> bool:
 
 @dataclass(frozen=True)
 class Parameters:
-    """Numbers of parameters: all, trained, in tensors that ZeRO-3 does not partition, and in the largest tensor."""
+    """Numbers of parameters: all, trained, in tensors that ZeRO-3 does not partition, and in the largest tensor.
+
+    Of the frozen ones, `halved` are those that the plain backend holds in bf16 under autocast, `packed` in 4 bits.
+    """
 
     total: int
     trained: int
+    halved: int
+    packed: int
     small: int
     largest: int
 
 
-def count_parameters(parameters: Iterable[nn.Parameter], sharding: Sharding) -> Parameters:
-    """Count parameters; the preset decides which tensors are `small`."""
-    sizes = [(parameter.numel(), parameter.requires_grad) for parameter in parameters]
+def count_parameters(model: nn.Module, sharding: Sharding, packed: Iterable[nn.Parameter] = ()) -> Parameters:
+    """Count a model's parameters; the preset decides which tensors are `small`, `packed` ones are held in 4 bits."""
+    sizes = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
+    in_4_bits = {id(parameter): parameter.numel() for parameter in packed}
     return Parameters(
         total=sum(size for size, _ in sizes),
         trained=sum(size for size, trained in sizes if trained),
+        halved=sum(weight.numel() for weight in frozen_matrices(model) if id(weight) not in in_4_bits),
+        packed=sum(in_4_bits.values()),
         small=sum(size for size, _ in sizes if size <= sharding.persistent),
         largest=max(size for size, _ in sizes),
     )
@@ -102,8 +113,8 @@ class RankMemory:
     """Bytes on one rank's device, and those of rank 0 on its `host`.
 
     Gradient `buckets`, `gathered` weights, saved `activations` and `working` memory exist only during a micro-step,
-    `update` only during the optimizer step. On the host, every rank first reads the complete model, in bf16 if
-    DeepSpeed casts it, and rank 0 later assembles checkpoints.
+    `update` only during the optimizer step. On the host, rank 0 first reads the complete model, in bf16 if DeepSpeed
+    casts it, and later assembles checkpoints.
     """
 
     weights: float
@@ -144,7 +155,7 @@ def rank_memory(
     mine = count.trained / ranks if stage else count.trained
     host = sharding.offloads_optimizer
     return RankMemory(
-        weights=_weights(count, sharding, item, ranks),
+        weights=_weights(count, sharding, numbers, ranks),
         masters=0 if host or not stage else FP32 * mine,
         moments=0 if host else 2 * FP32 * mine,
         gradients=_gradients(count, sharding, item, ranks),
@@ -153,13 +164,15 @@ def rank_memory(
         activations=step.held,
         working=step.peak - step.held,
         update=_update(count, sharding, item, mine, fused),
-        host=max(item * count.total, _host(count, sharding, item, ranks) + _snapshot(count, item)),
+        host=max(item * count.total, _host(count, sharding, item, ranks) + _snapshot(count)),
     )
 
 
-def _weights(count: Parameters, sharding: Sharding, item: int, ranks: int) -> float:
+def _weights(count: Parameters, sharding: Sharding, numbers: Numbers, ranks: int) -> float:
+    item = BF16 if numbers == "bf16" else FP32
     if sharding.stage < 3:
-        return item * count.total
+        saved = (FP32 - BF16) * count.halved if numbers == "autocast" else 0
+        return item * (count.total - count.packed) - saved + NF4 * count.packed
     split = 0 if sharding.offloads_weights else count.total / ranks
     return item * (split + (count.small if ranks > 1 else 0))
 
@@ -176,7 +189,8 @@ def _gradients(count: Parameters, sharding: Sharding, item: int, ranks: int) -> 
 
 def _buckets(count: Parameters, sharding: Sharding, item: int, ranks: int) -> float:
     if sharding.stage == 0:
-        return FP32 * count.trained if ranks > 1 else 0  # DistributedDataParallel copies all gradients to its buckets
+        # Gradients are views of DistributedDataParallel's, except in the first two steps, before their order is known.
+        return FP32 * count.trained if ranks > 1 else 0
     if sharding.stage == 1 and item == BF16:  # whole gradients are reduced in place
         return 0
     staged = count.largest if sharding.stage < 3 and sharding.offloads_optimizer else 0
@@ -208,9 +222,9 @@ def _host(count: Parameters, sharding: Sharding, item: int, ranks: int) -> float
     return each * count.trained / ranks + weights
 
 
-def _snapshot(count: Parameters, item: int) -> float:
-    """Return the bytes of a checkpoint: trained weights and both moments in fp32, frozen weights in their dtype."""
-    return 3 * FP32 * count.trained + item * (count.total - count.trained)
+def _snapshot(count: Parameters) -> float:
+    """Return the bytes of a checkpoint before it is written: trained weights and both moments in fp32."""
+    return 3 * FP32 * count.trained
 
 
 LARGEST = 65_536  # tokens of the largest pack that is considered
@@ -243,13 +257,13 @@ class StageMemory:
     def at(self, sharding: Sharding, recomputes: bool, tokens: int) -> RankMemory:
         """Return the memory of a rank with packs of `tokens` tokens."""
         numbers = numbers_of(sharding, self.config.precision)
-        count = count_parameters(self.model.parameters(), sharding)
+        count = count_parameters(self.model, sharding)
         return rank_memory(count, sharding, numbers, self.ranks, self._step_bytes(numbers, recomputes, tokens))
 
     def without_packs(self, sharding: Sharding) -> RankMemory:
         """Return the memory of a rank without packs."""
         numbers = numbers_of(sharding, self.config.precision)
-        count = count_parameters(self.model.parameters(), sharding)
+        count = count_parameters(self.model, sharding)
         return rank_memory(count, sharding, numbers, self.ranks, StepBytes(0, 0, 0))
 
     def largest(self, sharding: Sharding, recomputes: bool, usable: float) -> int | None:

@@ -122,15 +122,20 @@ class Work:
 
 
 def stage_work(samples: StageSamples, flops: Flops, trained: Collection[str], epochs: int, *, recomputes: bool) -> Work:
-    """Return the FLOPs of all epochs; checkpointing recomputes the layers of the language model, not its head."""
-    tokens = int(samples.tokens.sum())
+    """Return the FLOPs of all epochs.
+
+    Checkpointing recomputes the layers of the language model, but not its head, and those of a trained encoder.
+    """
+    tokens, tiles = int(samples.tokens.sum()), int(samples.tiles.sum())
     useful = training_flops(
         flops,
         trained,
         tokens=tokens,
         supervised_tokens=int(samples.supervised.sum()),
         pairs=samples.pairs,
-        tiles=int(samples.tiles.sum()),
+        tiles=tiles,
     )
     again = flops.token * tokens + flops.pair * samples.pairs if recomputes else 0.0
+    if recomputes and "vision_tower" in trained:
+        again += flops.encoder * tiles
     return Work(epochs * useful, epochs * again)

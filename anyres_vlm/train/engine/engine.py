@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, cast
 import torch
 from accelerate import Accelerator
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS
-from accelerate.utils import InitProcessGroupKwargs
+from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 from torch import Tensor
 from torch._C._distributed_c10d import HashStore
 from torch.distributed import init_process_group, is_initialized
@@ -76,6 +76,7 @@ class Engine:
         self.rank: int = accelerator.process_index
         self.world_size: int = accelerator.num_processes
         self.is_main: bool = accelerator.is_main_process
+        self.device: torch.device = accelerator.device
         self.is_cuda: bool = accelerator.device.type == "cuda"
 
     @classmethod
@@ -91,7 +92,10 @@ class Engine:
         accelerator = Accelerator(
             cpu=not has_device,
             mixed_precision="bf16" if precision == "bf16" else "no",
-            kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(minutes=rank_timeout_minutes))],
+            kwargs_handlers=[
+                InitProcessGroupKwargs(timeout=timedelta(minutes=rank_timeout_minutes)),
+                DistributedDataParallelKwargs(gradient_as_bucket_view=True),
+            ],
         )
         return cls(accelerator)
 
@@ -188,9 +192,13 @@ class Engine:
             _report(batches, losses)
         return result
 
-    def snapshot(self, *, with_moments: bool = True) -> Snapshot:
-        """Copy weights and optimizer state to rank 0. Called on all ranks together."""
-        return self._backend.snapshot(with_moments=with_moments)
+    def snapshot(self) -> Snapshot:
+        """Copy trained weights and optimizer state to rank 0. Called on all ranks together."""
+        return self._backend.snapshot()
+
+    def weights(self) -> dict[str, Tensor]:
+        """Return the whole model's weights on rank 0, nothing on the others. Called on all ranks together."""
+        return self._backend.weights()
 
     def restore(self, updates: int, read: ReadTensor) -> None:
         """Load a saved optimizer state, on all ranks; `prepare` was given the saved weights."""

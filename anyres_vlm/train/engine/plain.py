@@ -25,10 +25,10 @@ ReadTensor = Callable[[str], Tensor]
 
 @dataclass(frozen=True)
 class Snapshot:
-    """A copy of the state of training, on rank 0; the other ranks hold no tensors.
+    """A copy of what training changes, on rank 0; the other ranks hold no tensors.
 
-    `weights` is the whole model under the names of a checkpoint; `moments` has `NAME.exp_avg` and `NAME.exp_avg_sq` of
-    each trained parameter in fp32, or nothing before the first of AdamW's `updates`.
+    `weights` has the trained parameters in fp32, by name; `moments` has `NAME.exp_avg` and `NAME.exp_avg_sq` of each,
+    or nothing before the first of AdamW's `updates`.
     """
 
     weights: dict[str, Tensor]
@@ -69,25 +69,30 @@ class PlainBackend:
         norm = float(self._accelerator.clip_grad_norm_(self._model.parameters(), self._max_grad_norm))
         if math.isfinite(norm):
             self._optimizer.step()
-        self._optimizer.zero_grad()
+        # The gradients are views of DDP's buckets: released, they would be allocated again beside the buckets.
+        self._optimizer.zero_grad(set_to_none=self._accelerator.num_processes == 1)
         return norm
 
-    def snapshot(self, *, with_moments: bool) -> Snapshot:
+    def snapshot(self) -> Snapshot:
         """Copy the state to rank 0, so that training can continue while it is written."""
         if not self._accelerator.is_main_process:
             return Snapshot({}, {}, 0)
+        weights: dict[str, Tensor] = {}
         moments: dict[str, Tensor] = {}
         updates = 0
-        for name, parameter in trained_parameters(self._module) if with_moments and self._adamw.state else ():
-            entry = self._adamw.state[parameter]
-            moments |= {f"{name}.{moment}": entry[moment].to("cpu", copy=True) for moment in MOMENTS}
-            updates = int(entry["step"])
-        trained = {parameter.data_ptr() for _, parameter in trained_parameters(self._module)}
-        weights = {
-            name: tensor.to("cpu", copy=tensor.data_ptr() in trained)
-            for name, tensor in self._module.state_dict().items()
-        }
+        for name, parameter in trained_parameters(self._module):
+            weights[name] = parameter.detach().to("cpu", copy=True)
+            if self._adamw.state:
+                entry = self._adamw.state[parameter]
+                moments |= {f"{name}.{moment}": entry[moment].to("cpu", copy=True) for moment in MOMENTS}
+                updates = int(entry["step"])
         return Snapshot(weights, moments, updates)
+
+    def weights(self) -> dict[str, Tensor]:
+        """Return the whole model's state dict on the CPU, on rank 0; nothing on the others."""
+        if not self._accelerator.is_main_process:
+            return {}
+        return {name: tensor.cpu() for name, tensor in self._module.state_dict().items()}
 
     def restore(self, updates: int, read: ReadTensor) -> None:
         """Load a saved optimizer state; the model has the saved weights already."""

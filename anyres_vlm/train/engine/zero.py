@@ -85,21 +85,29 @@ class ZeroBackend:
         self._engine.step()
         return float("inf") if self._zero.overflow else float(self._engine.get_global_grad_norm())
 
-    def snapshot(self, *, with_moments: bool) -> Snapshot:
-        """Gather model and optimizer on rank 0, trained weights from their fp32 masters."""
-        known = dict(self._module.named_parameters(remove_duplicate=False))
-        whole = {id(parameter): self._whole(parameter) for _, parameter in self._module.named_parameters()}
-        state = self._module.state_dict()
-        weights = {name: whole[id(known[name])] if name in known else tensor.cpu() for name, tensor in state.items()}
+    def snapshot(self) -> Snapshot:
+        """Gather the trained weights, from their fp32 masters, and the optimizer's state on rank 0."""
+        weights: dict[str, Tensor] = {}
         moments: dict[str, Tensor] = {}
-        updates = 0
         counts = [int(entry["step"]) for entry in self._zero.optimizer.state.values() if "step" in entry]
-        if with_moments and counts:
-            updates = counts[0]
-            for name, parameter in trained_parameters(self._module):
-                for moment in MOMENTS:
-                    moments[f"{name}.{moment}"] = self._keep(safe_get_full_optimizer_state(parameter, moment))
-        return Snapshot(weights, moments, updates) if self._is_main else Snapshot({}, {}, 0)
+        for name, parameter in trained_parameters(self._module):
+            weights[name] = self._whole(parameter)
+            for moment in MOMENTS if counts else ():
+                moments[f"{name}.{moment}"] = self._keep(safe_get_full_optimizer_state(parameter, moment))
+        return Snapshot(weights, moments, counts[0] if counts else 0) if self._is_main else Snapshot({}, {}, 0)
+
+    def weights(self) -> dict[str, Tensor]:
+        """Gather the whole model's state dict on rank 0, trained weights from their fp32 masters."""
+        gathered = {
+            id(parameter): self._whole(parameter)
+            for parameter in self._module.parameters()
+            if parameter.requires_grad or self._is_stage_3
+        }
+        if not self._is_main:
+            return {}
+        known = {name: id(part) for name, part in self._module.named_parameters(remove_duplicate=False)}
+        state: dict[str, Tensor] = self._module.state_dict()
+        return {name: gathered.get(known.get(name, 0), tensor).cpu() for name, tensor in state.items()}
 
     def restore(self, updates: int, read: ReadTensor) -> None:
         """Load a saved optimizer state, and the fp32 masters of this rank's weights."""
