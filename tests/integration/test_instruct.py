@@ -77,7 +77,7 @@ def test_output_trains(tmp_path: Path, tiny_bases: Path, serve: Callable[..., st
         Image.new("RGB", (60, 40), (number, 90, 200)).save(tmp_path / f"{number}.png")
     assert main(arguments(tmp_path, serve(), "conversation=20,detail=10,reasoning=10", "--images", tmp_path)) == 0
     data = tmp_path / "out" / "data.json"
-    assert len(read_records(data, tmp_path, 0.0)) == 40
+    assert len(read_records(data, tmp_path)) == 40
     index = tmp_path / "i.parquet"
     overrides = [f"model.llm={tiny_bases}/llm", f"model.encoder.name={tiny_bases}/vit", "save_every=2"]
     for stage in ("stage1", "stage2"):
