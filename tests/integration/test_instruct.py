@@ -224,7 +224,7 @@ def test_budgets_are_never_passed(tmp_path: Path, serve: Callable[..., str], cap
     assert "stopped:  the budget is used up" in capfd.readouterr().out
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
     tokens = summary["prompt_tokens"] + summary["completion_tokens"]
-    assert 12400 < tokens <= 15000  # short of it by less than one dearest answer, of 2,500
+    assert 12400 < tokens <= 15000  # short of it by less than the highest cost of one answer, 2,500
     assert main(arguments(tmp_path, url, "detail=60", "--max-cost", 0.025, "--json")) == 0
     summary = json.loads(capfd.readouterr().out)
     assert 0.0214 < summary["cost"] <= 0.025
@@ -234,7 +234,7 @@ def test_budgets_are_never_passed(tmp_path: Path, serve: Callable[..., str], cap
     assert summary["cost"] == pytest.approx(cost, abs=1e-6)
 
 
-def test_budgets_hold_with_the_dearest_tokenizer_and_the_longest_answers(
+def test_budgets_hold_with_the_most_expensive_tokenizer_and_the_longest_answers(
     tmp_path: Path, serve: Callable[..., str]
 ) -> None:
     write_scenes(tmp_path, 40)
