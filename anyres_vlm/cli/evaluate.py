@@ -79,7 +79,7 @@ def evaluate(
     if grader is not None:
         grader.connect()  # a missing key is reported before the first question
     # Start-up time: torch and transformers take seconds to import.
-    from anyres_vlm.cli.progress import RowProgress
+    from anyres_vlm.cli.progress import show_rows
     from anyres_vlm.evaluate.benchmarks import make_benchmark
     from anyres_vlm.evaluate.benchmarks.heldout import check_same_questions, gain, read_correct
     from anyres_vlm.evaluate.runner import Run, Task, check_prompts, evaluate as run_benchmark, prepare
@@ -104,8 +104,8 @@ def evaluate(
     check_prompts(prepared, load)
     for one in prepared:
         name = one.task.benchmark.name
-        with RowProgress(name) as progress:
-            results[name] = run_benchmark(one, load, progress.update)
+        with show_rows(name) as progress:
+            results[name] = run_benchmark(one, load, progress)
         if not as_json:
             _print(one.task, results[name], folder)
     if as_json:
