@@ -22,9 +22,7 @@ def main() -> int:
     """Print the counts. Returns 0, or 2 for wrong options, 1 for images that cannot be read."""
     parser = argparse.ArgumentParser(description="Count the tiles and tokens of images without decoding a pixel.")
     parser.add_argument("images", nargs="+", help="Image files, folders or quoted globs.")
-    parser.add_argument(
-        "--grid", default="2x2", help="Largest grid of tiles, ROWSxCOLUMNS; 1x1 is the thumbnail alone."
-    )
+    parser.add_argument("--grid", default="2x2", help="Largest grid of tiles, ROWSxCOLUMNS; 1x1 is only the thumbnail.")
     parser.add_argument("--layout", default="spatial_unpad", choices=get_args(Layout))
     parser.add_argument("--dialect", default="hf", choices=get_args(Dialect), help="Whose token counts to reproduce.")
     parser.add_argument("--tile", type=int, default=336, help="Tile side in pixels.")

@@ -59,7 +59,7 @@ def main() -> int:
 
 def commands_page() -> str:
     """Return the page of all commands with their help, arguments and options."""
-    parts = [HEAD, "# Commands\n", "Exit status: 0, 2 for a wrong use, 1 for bad data, 75 after a signal.\n"]
+    parts = [HEAD, "# Commands\n", "Exit status: 0, 2 for wrong usage, 1 for bad data, 75 after a signal.\n"]
     for name, command in all_commands(typer.main.get_command(app), "anyres"):
         parts.append(f"## {name}\n")
         parts += [_help(paragraph) for paragraph in inspect.cleandoc(command.help or "").split("\n\n")]

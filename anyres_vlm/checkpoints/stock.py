@@ -26,7 +26,7 @@ def stock_obstacle(model: VisionLanguageModel) -> str | None:
     if model.tiling.layout != "spatial_unpad":
         return f"stock LlavaNext has no {model.tiling.layout} layout"
     if not model.tiling.pinpoints:
-        return "stock LlavaNext always cuts a grid, this model sees the thumbnail alone"
+        return "stock LlavaNext always cuts a grid, this model sees only the thumbnail"
     return None
 
 

@@ -21,15 +21,7 @@ if TYPE_CHECKING:
     from anyres_vlm.evaluate.runner import Task
 
 
-class Name(StrEnum):
-    """A benchmark, or the held-out questions of a dataset."""
-
-    VQAV2 = "vqav2"
-    GQA = "gqa"
-    TEXTVQA = "textvqa"
-    POPE = "pope"
-    MMVET = "mmvet"
-    HELDOUT = "heldout"
+Name = StrEnum("Name", ["vqav2", "gqa", "textvqa", "pope", "mmvet", "heldout"])  # typer has no lists of Literal
 
 
 def evaluate(
@@ -78,16 +70,16 @@ def evaluate(
     from anyres_vlm.config import template_name
 
     named = template_name(template)
-    if Name.HELDOUT not in benchmarks and (swap_images or against is not None):
+    if "heldout" not in benchmarks and (swap_images or against is not None):
         raise UsageError("--swap-images and --against need the benchmark heldout")
     folder, heldout_title = _destination(model, out, benchmarks, swap_images)
     grader = None
-    if Name.MMVET in benchmarks:
+    if "mmvet" in benchmarks:
         grader = make_judge(judge, judge_url, judge_prompt, folder / "mmvet.grades.jsonl")
     if grader is not None:
         grader.connect()  # a missing key is reported before the first question
     # Start-up time: torch and transformers take seconds to import.
-    from anyres_vlm.cli.progress import RowProgress
+    from anyres_vlm.cli.progress import show_rows
     from anyres_vlm.evaluate.benchmarks import make_benchmark
     from anyres_vlm.evaluate.benchmarks.heldout import check_same_questions, gain, read_correct
     from anyres_vlm.evaluate.runner import Run, Task, check_prompts, evaluate as run_benchmark, prepare
@@ -98,7 +90,7 @@ def evaluate(
         Task(
             make_benchmark(name, ocr_tokens, grader, swap_images),
             data / name if (data / name).is_dir() else data,
-            heldout_title if name == Name.HELDOUT else str(name),
+            heldout_title if name == "heldout" else str(name),
         )
         for name in dict.fromkeys(benchmarks)
     ]
@@ -112,8 +104,8 @@ def evaluate(
     check_prompts(prepared, load)
     for one in prepared:
         name = one.task.benchmark.name
-        with RowProgress(name) as progress:
-            results[name] = run_benchmark(one, load, progress.update)
+        with show_rows(name) as progress:
+            results[name] = run_benchmark(one, load, progress)
         if not as_json:
             _print(one.task, results[name], folder)
     if as_json:
@@ -127,7 +119,7 @@ def evaluate(
 def _destination(model: str, out: Path | None, benchmarks: Sequence[Name], swap_images: bool) -> tuple[Path, str]:
     """Return the folder of the results, and the stem of the files of held-out questions."""
     title = "heldout-blind" if swap_images else "heldout"
-    if out is not None and out.suffix == ".json" and list(benchmarks) == [Name.HELDOUT]:
+    if out is not None and out.suffix == ".json" and list(benchmarks) == ["heldout"]:
         return out.parent, out.stem
     if out is not None:
         return out, title
@@ -141,7 +133,7 @@ def _print(task: Task, result: dict[str, Any] | None, folder: Path) -> None:
     name = task.benchmark.name
     if result is None:
         print(f"{name}: this range is answered; the last process writes {folder / task.title}.json")
-    elif name == Name.HELDOUT:
+    elif name == "heldout":
         print(f"{name}: {result['score']} ({result['questions']:,} questions)")
         for kind, share in sorted(result["scores"].items(), key=lambda item: item[0] == "all"):
             print(f"  {kind:<10} {share:6.1%}")

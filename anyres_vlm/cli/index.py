@@ -46,7 +46,7 @@ def index(
     """
     # Start-up time: transformers and pyarrow take a second to import.
     from anyres_vlm.checkpoints.describe import describe_model
-    from anyres_vlm.cli.progress import RowProgress
+    from anyres_vlm.cli.progress import show_rows
     from anyres_vlm.config import load_config, shipped_config, tiling_flags
     from anyres_vlm.data.conversation import ConversationTokenizer
     from anyres_vlm.data.index.build import Shard, build_index
@@ -62,7 +62,7 @@ def index(
     position = image_position or stage_config.data.image_position
     conversation = ConversationTokenizer(stage_config.template or model.template, tokenizer, position)
     began = time.perf_counter()
-    with RowProgress("indexing") as progress:
+    with show_rows("indexing") as progress:
         built = build_index(
             data,
             images,
@@ -72,7 +72,7 @@ def index(
             max_bad_fraction=stage_config.data.max_bad_fraction if max_bad_fraction is None else max_bad_fraction,
             shard=None if shard is None else Shard.parse(shard),
             rebuild=rebuild,
-            progress=progress.update,
+            progress=progress,
         )
     seconds = time.perf_counter() - began
     summary = summarise(built.index) | {"rows_read": built.rows_read, "seconds": round(seconds, 3)}

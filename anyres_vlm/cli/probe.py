@@ -12,14 +12,7 @@ import typer
 
 from anyres_vlm.cli.options import TEMPLATE
 
-
-class Probe(StrEnum):
-    """A failure mode."""
-
-    HALLUCINATION = "hallucination"
-    SPATIAL = "spatial"
-    COUNTING = "counting"
-    READING = "reading"
+Probe = StrEnum("Probe", ["hallucination", "spatial", "counting", "reading"])  # typer has no lists of Literal
 
 
 def probe(

@@ -39,19 +39,21 @@ def rehearse(
     Example: anyres rehearse --config configs/llava_next_mistral_7b.yaml --output runs/7b
     """
     # Start-up time: torch and transformers take seconds to import.
-    from anyres_vlm.config import load_config, shipped_config
+    from anyres_vlm.config import STAGES, load_config, shipped_config
     from anyres_vlm.preflight.machine import Finding
-    from anyres_vlm.preflight.rehearse import Rehearsal, Tried, on_data
+    from anyres_vlm.preflight.rehearse import Rehearsal, Tried
 
     if images is not None and data is None:
         raise UsageError("--images needs --data: give both, or set data.images of each stage")
     path = config or shipped_config("tiny")
+    replaced = {"path": data, "images": images, "rendered": None, "samples": None, "kinds": None, "index": None}
+    flags = {f"{stage}.data.{key}": value for stage in STAGES for key, value in replaced.items()}
     work = Path(tempfile.mkdtemp(prefix="anyres-rehearse-"))
     tried: list[Tried] = []
 
     def findings() -> Iterator[Tried]:
         try:
-            run_config = on_data(load_config(path, settings), data, images)
+            run_config = load_config(path, settings, {} if data is None else flags)
         except UsageError as error:
             yield Tried(Finding("config", "fail", str(error)), 0.0)
         else:

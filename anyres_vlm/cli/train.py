@@ -36,7 +36,7 @@ def train(
 
     with catch_signals() as signalled:  # before the slow imports, as a signal may arrive during them
         # Start-up time: torch and transformers take seconds to import.
-        from anyres_vlm.cli.progress import StepProgress
+        from anyres_vlm.cli.progress import show_steps
         from anyres_vlm.config import STAGES, StageName, load_config, shipped_config, tiling_flags
         from anyres_vlm.train.options import RunOptions
         from anyres_vlm.train.report import draw_curves
@@ -52,8 +52,8 @@ def train(
             "all": ("stage2",) if skip_stage1 else STAGES,
         }
         options = RunOptions(folder, stages[stage], resume == "auto", max_steps, skip_stage1, signalled.is_set)
-        with StepProgress() as progress:
-            reports = run_stages(run_config, options, progress.update)
+        with show_steps() as progress:
+            reports = run_stages(run_config, options, progress)
     if not reports:
         return
     curves = draw_curves(folder)

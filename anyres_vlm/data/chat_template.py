@@ -204,12 +204,13 @@ def read_own(tokenizer: PreTrainedTokenizerFast) -> OwnTemplate:
         format, read = _with_images(tokenizer, format, read)
     if read.end:
         return OwnTemplate(format, read, read)
-    _warn_of_added_end(tokenizer.eos_token)
+    warn_of_added_end(tokenizer.eos_token)
     return OwnTemplate(format, read, replace(read, end=tokenizer.eos_token))
 
 
 @cache
-def _warn_of_added_end(end: str) -> None:
+def warn_of_added_end(end: str) -> None:
+    """Warn once per end token that it is added to the template."""
     logger.warning(
         "this llm's chat template ends answers with no token: the tokenizer's %r follows each answer, in training and "
         "in prompts; stock transformers leaves it out of earlier answers",

@@ -97,7 +97,7 @@ def check_prompts(prepared: Sequence[Prepared], load: Callable[[], Assistant]) -
         for place in one.open:
             question = one.questions[place]
             try:
-                load().check(_conversation(question))
+                load().prompt(_conversation(question))
             except (UsageError, DataError) as error:
                 reason = reason or str(error)
                 logger.warning("question %s gets an empty answer: %s", question.id, error)

@@ -49,8 +49,8 @@ class Answer:
 
 
 @dataclass(frozen=True)
-class _Prompt:
-    """A tokenised conversation, with as many tokens for an image as its plan has."""
+class Prompt:
+    """A tokenised conversation, with the tokens of each image as planned."""
 
     number: int
     ids: NDArray[np.int64]
@@ -102,8 +102,8 @@ class Assistant:
         watch: Watch | None = None,
     ) -> Iterator[str]:
         """Yield the text of `answer` in pieces, as soon as they are final."""
-        prompt = self._prompt(Conversation(turns, images))
-        tokens = (token for _, token in self._tokens([prompt], decoding, watch))
+        prompt = self.prompt(Conversation(turns, images))
+        tokens = (token for _, token in self.tokens([prompt], decoding, watch))
         return text_pieces(self.tokenizer, tokens, self.conversation.lead.strip())
 
     def answer_many(
@@ -129,10 +129,10 @@ class Assistant:
         self, conversations: Sequence[Conversation], decoding: Decoding, batch_tokens: int = BATCH_TOKENS
     ) -> Iterator[dict[int, Answer]]:
         """Yield the batches of `answer_many` as they finish, with answers by conversation number."""
-        prompts = [self._prompt(conversation, number) for number, conversation in enumerate(conversations)]
+        prompts = [self.prompt(conversation, number) for number, conversation in enumerate(conversations)]
         for batch in _batches(prompts, decoding.max_new_tokens, batch_tokens):
             tokens: list[list[int]] = [[] for _ in batch]
-            for place, token in self._tokens(batch, decoding):
+            for place, token in self.tokens(batch, decoding):
                 tokens[place].append(token)
             answers: dict[int, Answer] = {}
             for prompt, new in zip(batch, tokens, strict=True):
@@ -141,17 +141,14 @@ class Assistant:
                 answers[prompt.number] = Answer(text, len(prompt.ids), image_tokens, len(new))
             yield answers
 
-    def check(self, conversation: Conversation) -> None:
-        """Raise what `answer_many` would raise before its first batch: for images, turns or a length it cannot use."""
-        self._prompt(conversation)
-
     def plan(self, image: Image.Image | ImageRef) -> TilePlan:
         """Plan the tiles of an image. Raises `DataError` if it is broken or its size is out of range."""
         if isinstance(image, ImageRef):
             return plan_image(image, self.tiling)
         return plan_tiles(Size(height=image.height, width=image.width), self.tiling)
 
-    def _prompt(self, conversation: Conversation, number: int = 0) -> _Prompt:
+    def prompt(self, conversation: Conversation, number: int = 0) -> Prompt:
+        """Tokenise a conversation. Raises `UsageError` for images, turns or a length that the model cannot use."""
         wanted = sum(turn.text.count(IMAGE_TOKEN) for turn in conversation.turns)
         if wanted != len(conversation.images):
             raise UsageError(
@@ -161,12 +158,12 @@ class Assistant:
         prompt = self.conversation.prompt(conversation.turns, conversation.system)
         ids = np.repeat(prompt, token_repeats(prompt, plans, self.model.image_token_id)).astype(np.int64)
         room_for_answer(self.model.language_model, len(ids), 1)  # checked before the first batch runs
-        return _Prompt(number, ids, plans, conversation.images)
+        return Prompt(number, ids, plans, conversation.images)
 
-    def _tokens(
-        self, prompts: Sequence[_Prompt], decoding: Decoding, watch: Watch | None = None
+    def tokens(
+        self, prompts: Sequence[Prompt], decoding: Decoding, watch: Watch | None = None
     ) -> Iterator[tuple[int, int]]:
-        """Yield (prompt index, token) pairs."""
+        """Yield generated tokens as pairs of the index of the prompt and the token."""
         side = self.tiling.tile
         plans = [plan for prompt in prompts for plan in prompt.plans]
         images = [open_image(i) if isinstance(i, ImageRef) else i for prompt in prompts for i in prompt.images]
@@ -215,7 +212,7 @@ def _decode(tokenizer: PreTrainedTokenizerFast, tokens: Sequence[int]) -> str:
     return str(tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
 
-def _batches(prompts: Sequence[_Prompt], new_tokens: int, batch_tokens: int) -> Iterator[list[_Prompt]]:
+def _batches(prompts: Sequence[Prompt], new_tokens: int, batch_tokens: int) -> Iterator[list[Prompt]]:
     longest_first = sorted(prompts, key=lambda prompt: -len(prompt.ids))
     while longest_first:
         count = max(1, batch_tokens // (len(longest_first[0].ids) + new_tokens))

@@ -207,17 +207,17 @@ def read_descriptions(path: Path, images: Path | None) -> list[Scene]:
         if scene.id in scenes:
             raise DataError(f"{path}: two records have the id {scene.id}: ids must differ")
         scenes[scene.id] = scene
-    told = [scene for scene in scenes.values() if scene.captions or scene.objects]
-    if not told:
+    usable = [scene for scene in scenes.values() if scene.captions or scene.objects]
+    if not usable:
         raise DataError(f"{path}: no record has captions, boxes or regions")
     if unknown:
         names = ", ".join(f"{name} ({count:,} records)" for name, count in sorted(unknown.items()))
         logger.warning("%s: unknown keys are ignored: %s; known are %s", path, names, ", ".join(sorted(RECORD_KEYS)))
     if empty:
         logger.warning("%s: %d boxes without area are left out", path, empty)
-    if len(told) < len(scenes):
-        logger.warning("%s: %d records without captions and boxes are left out", path, len(scenes) - len(told))
-    return told
+    if len(usable) < len(scenes):
+        logger.warning("%s: %d records without captions and boxes are left out", path, len(scenes) - len(usable))
+    return usable
 
 
 def _scene(entry: dict[str, Any], path: Path, images: Path | None) -> tuple[Scene, int]:

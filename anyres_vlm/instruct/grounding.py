@@ -78,9 +78,9 @@ def absent_objects(answers: Sequence[str], scene: Scene) -> list[str]:
             before = answer[max(mention.start - BEFORE, 0) : mention.start]
             if mention.word.sure and not NEGATION.search(before) and not HYPOTHESIS.search(before):
                 named.add(mention.word.category)
-    told = "\n".join([*scene.captions, *dict.fromkeys(item.name for item in scene.objects)])
-    known = {mention.word.category for mention in find_objects(told)}
-    return sorted(category for category in named - known if not hinted(category, told))
+    source = "\n".join([*scene.captions, *dict.fromkeys(item.name for item in scene.objects)])
+    known = {mention.word.category for mention in find_objects(source)}
+    return sorted(category for category in named - known if not hinted(category, source))
 
 
 def stated_counts(turns: Sequence[Turn]) -> list[tuple[str, str, int]]:

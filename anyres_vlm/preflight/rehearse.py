@@ -58,10 +58,9 @@ class Tried:
 
 @dataclass(frozen=True)
 class Chosen:
-    """A stage's records for the rehearsal: their file, its images, and one record, with images if there is any."""
+    """A stage's records for the rehearsal: their file, and one record, with images if there is any."""
 
     path: Path
-    images: Path
     example: Record
 
 
@@ -198,7 +197,7 @@ class Rehearsal:
         path = write_records(source, rows, self.work / f"{stage}-records")
         with_images = table.filter(pc.and_(pc.equal(table["status"], OK), pc.greater(table["tiles"], 0)))
         example = source.record(int((with_images if len(with_images) else table)["row"][0].as_py()))
-        self.chosen[stage] = Chosen(path, path.parent / "images", example)
+        self.chosen[stage] = Chosen(path, example)
         words = f"{len(rows)} records chosen: the longest, some of each source and kind of reject, and random ones"
         yield Finding(check, "ok", words)
 
@@ -248,24 +247,11 @@ class Rehearsal:
     def _data(self, stage: StageName) -> DataConfig:
         data = self.config.stage(stage).data
         if (chosen := self.chosen.get(stage)) is not None:
-            changes: dict[str, Any] = {"path": chosen.path, "images": chosen.images}
+            changes: dict[str, Any] = {"path": chosen.path, "images": chosen.path.parent / "images"}
         else:
             purpose = "captions" if stage == "stage1" else "instructions"
             changes = {"path": None, "images": None, "rendered": data.rendered or purpose, "samples": RENDERED}
         return data.model_copy(update={**changes, "index": None, "max_bad_fraction": 0.9})
-
-
-def on_data(config: RunConfig, path: Path | None, images: Path | None) -> RunConfig:
-    """Return the configuration with other records for both stages; None keeps each stage's own data."""
-    if path is None:
-        return config
-    other = {"path": path.expanduser(), "images": None if images is None else images.expanduser()}
-    other |= {"rendered": None, "samples": None, "kinds": None, "index": None}
-    changes: dict[str, Any] = {}
-    for name in STAGES:
-        stage = config.stage(name)
-        changes[name] = stage.model_copy(update={"data": stage.data.model_copy(update=other)})
-    return config.model_copy(update=changes)
 
 
 def _catch(name: str, step: Callable[[], Iterable[Finding]]) -> Iterator[Finding]:

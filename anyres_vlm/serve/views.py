@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from html import escape
 from io import BytesIO
-from itertools import zip_longest
 
+from jinja2 import Environment
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
@@ -17,7 +16,7 @@ from anyres_vlm.data.headers import plan_image
 from anyres_vlm.data.images import open_image
 from anyres_vlm.data.tile_picture import CANDIDATE_COLUMNS, candidate_rows, describe_plan, draw_tiling, explain_choice
 from anyres_vlm.errors import DataError
-from anyres_vlm.geometry import Size, Tiling
+from anyres_vlm.geometry import Tiling
 from anyres_vlm.schema import ImageRef
 
 Likely = tuple[str, float]  # a token's text and its probability
@@ -40,7 +39,7 @@ class Alternatives:
         self.steps.append((chosen, [(self._text(token), probability) for token, probability in likely]))
 
     def _text(self, token: int) -> str:
-        text = str(self.tokenizer.decode([token]))
+        text = str(self.tokenizer.decode([token])).replace("\n", "\u21b5")
         # part of a character, or empty: show the tokenizer's name of the token
         return text if text and "\ufffd" not in text else str(self.tokenizer.convert_ids_to_tokens(token))
 
@@ -61,62 +60,58 @@ STYLE = """
 """
 
 
+HTML = Environment(autoescape=True, trim_blocks=True).from_string(
+    """<div class="anyres">
+{% macro table(names, rows) %}
+<div class="scroll"><table><tr>{% for name in names %}<th>{{ name }}</th>{% endfor %}</tr>
+{% for kind, cells in rows %}
+<tr class="{{ kind }}">{% for cell in cells %}<td>{% if cell is string %}{{ cell }}{% else %}
+<span class="token">{{ cell[0] }}</span> {{ "{:.1%}".format(cell[1]) }}{% endif %}</td>{% endfor %}</tr>
+{% endfor %}
+</table></div>
+{% endmacro %}
+{% for image in images %}
+{% if image.error %}
+<p class="error">{{ image.error }}</p>
+{% else %}
+<figure><img alt="{{ image.line }}" src="{{ image.source }}"><p class="bill">{{ image.line }}</p>
+{% if image.reason %}<p>{{ image.reason }}</p>{{ table(columns, image.candidates) }}{% endif %}</figure>
+{% endif %}
+{% endfor %}
+{% for paragraph in paragraphs %}<p>{{ paragraph }}</p>{% endfor %}
+{% if steps %}{{ table(columns, steps) }}{% endif %}
+</div>"""
+)
+
+
 def tiles_view(images: Sequence[ImageRef], tiling: Tiling, candidates: bool) -> str:
     """Return the tiles and token counts of every image, or its error; optionally with all candidate canvases."""
-    figures, total = [], 0
+    shown: list[dict[str, object]] = []
+    total = 0
     for image in images:
         try:
             plan = plan_image(image, tiling)
             picture = BytesIO()
             draw_tiling(open_image(image), tiling).save(picture, format="PNG")
         except DataError as error:
-            figures.append(f'<p class="error">{escape(str(error))}</p>')
+            shown.append({"error": str(error)})
             continue
         total += plan.total_tokens
         source = f"data:image/png;base64,{base64.b64encode(picture.getvalue()).decode()}"
-        line = f"{blob_name(image)}: {describe_plan(plan)}"
-        choice = _candidates(plan.image, tiling) if candidates else ""
-        figures.append(
-            f'<figure><img alt="{escape(line)}" src="{source}"><p class="bill">{escape(line)}</p>{choice}</figure>'
-        )
-    if len(images) > 1:
-        figures.append(f"<p>{len(images)} images: {total:,} tokens</p>")
-    return _page("".join(figures) or "<p>Drop an image above to see its tiles and token counts.</p>")
+        shown.append({"line": f"{blob_name(image)}: {describe_plan(plan)}", "source": source})
+        if candidates:
+            rows = [(row[-1], row) for row in candidate_rows(plan.image, tiling)]
+            shown[-1] |= {"reason": explain_choice(plan.image, tiling), "candidates": rows}
+    paragraphs = [f"{len(images)} images: {total:,} tokens"] if len(images) > 1 else []
+    if not images:
+        paragraphs = ["Drop an image above to see its tiles and token counts."]
+    return HTML.render(images=shown, paragraphs=paragraphs, columns=CANDIDATE_COLUMNS)
 
 
 def alternatives_view(alternatives: Alternatives) -> str:
     """Return a table with a row per token: the chosen token, and the most likely others, with probabilities."""
-    rows = [
-        (_token(chosen), *(_token(other) for other in likely if other != chosen))
-        for chosen, likely in alternatives.steps
-    ]
+    rows = [("", [chosen, *(other for other in likely if other != chosen)]) for chosen, likely in alternatives.steps]
     if not rows:
         return ""
-    names = ["token"] + ["or"] * (max(map(len, rows)) - 1)
-    return _page(f'<p>Probabilities before temperature.</p><div class="scroll">{_table(names, rows)}</div>')
-
-
-def _candidates(size: Size, tiling: Tiling) -> str:
-    rows = candidate_rows(size, tiling)
-    table = _table(CANDIDATE_COLUMNS, [[escape(cell) for cell in row] for row in rows], [row[-1] for row in rows])
-    return f'<p>{escape(explain_choice(size, tiling))}</p><div class="scroll">{table if rows else ""}</div>'
-
-
-def _token(likely: Likely) -> str:
-    text, probability = likely
-    shown = escape(text.replace("\n", "\u21b5"))
-    return f'<span class="token">{shown}</span> {probability:.1%}'
-
-
-def _table(names: Iterable[str], rows: Iterable[Iterable[str]], classes: Iterable[str] = ()) -> str:
-    """Return an HTML table; the cells are HTML."""
-    head = "".join(f"<th>{name}</th>" for name in names)
-    body = "".join(
-        f'<tr class="{kind}">' + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>"
-        for row, kind in zip_longest(rows, classes, fillvalue="")
-    )
-    return f"<table><tr>{head}</tr>{body}</table>"
-
-
-def _page(content: str) -> str:
-    return f'<div class="anyres">{content}</div>'
+    columns = ["token"] + ["or"] * (max(len(cells) for _, cells in rows) - 1)
+    return HTML.render(paragraphs=["Probabilities before temperature."], steps=rows, columns=columns)

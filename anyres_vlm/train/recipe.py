@@ -125,7 +125,5 @@ def recipe_warnings(config: RunConfig, stage: StageName) -> list[str]:
             f"{stage} runs {settings.epochs} epochs: the recipe runs 1; more tends to overfit the language model"
         )
     if stage == "stage2" and config.model.pinpoints is None and config.model.grid == "1x1":
-        warnings.append(
-            "grid 1x1 shows the model the thumbnail alone: small text is unreadable, use --grid 2x2 to read"
-        )
+        warnings.append("grid 1x1 shows the model only the thumbnail: small text is unreadable, use --grid 2x2 to read")
     return warnings

@@ -58,7 +58,7 @@ def test_images_outside_the_folder_are_rejects(data: Path, name: str) -> None:
     with watched(data.parent):
         assert index(data) == {"malformed_record": 1, "ok": 2}
     with pytest.raises(DataError, match=r"out of the image folder|outside the image folder"):
-        read_records(data, None, 0.0)
+        read_records(data, None)
     with pytest.raises(DataError, match=r"out of the image folder|outside the image folder"):
         ImageFolders(data, data, data.parent, ()).find(name, "question 1")
 
@@ -74,7 +74,7 @@ def test_links_of_ones_own_are_followed_when_asked(data: Path, monkeypatch: pyte
 def test_an_image_folder_may_itself_be_a_link(data: Path, tmp_path: Path) -> None:
     (tmp_path / "shown").symlink_to(data.parent)
     data.write_text(json.dumps([good_record(), good_record(image="inner.png")]))
-    assert len(read_records(data, tmp_path / "shown", 0.0)) == 2
+    assert len(read_records(data, tmp_path / "shown")) == 2
 
 
 @pytest.mark.parametrize(
@@ -106,7 +106,7 @@ def test_a_folder_of_hostile_pictures_is_indexed(data: Path) -> None:
 def test_messages_stay_on_one_line(data: Path) -> None:
     data.write_text(json.dumps([good_record(id="a\r\u2028b\n", image=5)]))
     with pytest.raises(DataError) as caught:
-        read_records(data, None, 1.0)
+        read_records(data, None)
     assert len(str(caught.value).splitlines()) == 1
 
 

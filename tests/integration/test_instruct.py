@@ -77,7 +77,7 @@ def test_output_trains(tmp_path: Path, tiny_bases: Path, serve: Callable[..., st
         Image.new("RGB", (60, 40), (number, 90, 200)).save(tmp_path / f"{number}.png")
     assert main(arguments(tmp_path, serve(), "conversation=20,detail=10,reasoning=10", "--images", tmp_path)) == 0
     data = tmp_path / "out" / "data.json"
-    assert len(read_records(data, tmp_path, 0.0)) == 40
+    assert len(read_records(data, tmp_path)) == 40
     index = tmp_path / "i.parquet"
     overrides = [f"model.llm={tiny_bases}/llm", f"model.encoder.name={tiny_bases}/vit", "save_every=2"]
     for stage in ("stage1", "stage2"):
@@ -224,7 +224,7 @@ def test_budgets_are_never_passed(tmp_path: Path, serve: Callable[..., str], cap
     assert "stopped:  the budget is used up" in capfd.readouterr().out
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
     tokens = summary["prompt_tokens"] + summary["completion_tokens"]
-    assert 12400 < tokens <= 15000  # short of it by less than one dearest answer, of 2,500
+    assert 12400 < tokens <= 15000  # short of it by less than the highest cost of one answer, 2,500
     assert main(arguments(tmp_path, url, "detail=60", "--max-cost", 0.025, "--json")) == 0
     summary = json.loads(capfd.readouterr().out)
     assert 0.0214 < summary["cost"] <= 0.025
@@ -234,7 +234,7 @@ def test_budgets_are_never_passed(tmp_path: Path, serve: Callable[..., str], cap
     assert summary["cost"] == pytest.approx(cost, abs=1e-6)
 
 
-def test_budgets_hold_with_the_dearest_tokenizer_and_the_longest_answers(
+def test_budgets_hold_with_the_most_expensive_tokenizer_and_the_longest_answers(
     tmp_path: Path, serve: Callable[..., str]
 ) -> None:
     write_scenes(tmp_path, 40)

@@ -153,4 +153,4 @@ def test_without_data_records_are_rendered(tmp_path: Path, capsys: pytest.Captur
         "stage2 data",
     ]
     assert "ok    resume" in out
-    assert "the thumbnail alone" in lines(out)["export"]
+    assert "only the thumbnail" in lines(out)["export"]

@@ -83,12 +83,12 @@ def assert_stock_answers_the_same(folder: Path) -> list[int]:
     )
     has_bos = text.startswith(processor.tokenizer.bos_token or "\0")
     inputs = processor(images=picture(), text=text, return_tensors="pt", add_special_tokens=not has_bos)
-    prompt = assistant._prompt(Conversation([Turn("user", f"{IMAGE_TOKEN}\n{question}")], [picture()]))
+    prompt = assistant.prompt(Conversation([Turn("user", f"{IMAGE_TOKEN}\n{question}")], [picture()]))
     assert inputs["input_ids"][0].tolist() == prompt.ids.tolist()
     answered = stock.eval().generate(**inputs, do_sample=False, max_new_tokens=DECODING.max_new_tokens)
     tokens = answered[0, inputs["input_ids"].shape[1] :].tolist()
     ends = stock.generation_config.eos_token_id
-    ours = [token for _, token in assistant._tokens([prompt], DECODING)]
+    ours = [token for _, token in assistant.tokens([prompt], DECODING)]
     assert [token for token in tokens if token not in ends] == ours
     return ends
 

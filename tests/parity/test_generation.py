@@ -102,8 +102,8 @@ def stock_answers(folder: Path, assistant: Assistant, new_tokens: int) -> list[l
 
 def batch_answers(assistant: Assistant, conversations: list[Conversation], decoding: Decoding) -> list[list[int]]:
     answers: list[list[int]] = [[] for _ in conversations]
-    prompts = [assistant._prompt(conversation, number) for number, conversation in enumerate(conversations)]
-    for place, token in assistant._tokens(prompts, decoding):
+    prompts = [assistant.prompt(conversation, number) for number, conversation in enumerate(conversations)]
+    for place, token in assistant.tokens(prompts, decoding):
         answers[place].append(token)
     return answers
 
@@ -136,10 +136,10 @@ def test_answers_that_end_early_do_not_change_the_others(saved: Path) -> None:
 
 def test_answers_end_where_the_model_ends(saved: Path) -> None:
     assistant = Assistant(*load_pretrained(saved))
-    lengths = sorted({len(assistant._prompt(one).ids) for one in CONVERSATIONS})
+    lengths = sorted({len(assistant.prompt(one).ids) for one in CONVERSATIONS})
     assert any(later > 4 * earlier for earlier, later in pairwise(lengths))
     config = assistant.model.language_model.config
     config.max_position_embeddings = lengths[-1] + 3
     assistant.model.language_model.generation_config.eos_token_id = None
     counts = [len(tokens) for tokens in batch_answers(assistant, CONVERSATIONS, Decoding(10))]
-    assert counts == [3 if len(assistant._prompt(one).ids) == lengths[-1] else 10 for one in CONVERSATIONS]
+    assert counts == [3 if len(assistant.prompt(one).ids) == lengths[-1] else 10 for one in CONVERSATIONS]

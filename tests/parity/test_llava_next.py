@@ -114,7 +114,7 @@ def test_several_images_and_text_alone(saved, ours, stock) -> None:
     [
         ({"projector": "linear"}, "linear projector"),
         ({"layout": "flat"}, "flat layout"),
-        ({"grid": "1x1"}, "thumbnail alone"),
+        ({"grid": "1x1"}, "only the thumbnail"),
     ],
 )
 def test_what_stock_cannot_express_is_ours_and_loads_back(tiny_bases, tmp_path, change, reason) -> None:

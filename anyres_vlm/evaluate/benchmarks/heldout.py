@@ -71,7 +71,7 @@ def _read(data: Path, images: Path | None) -> list[Record]:
     """Read all records; an id that occurs again gets its number appended, so that ids are unique."""
     seen: Counter[str] = Counter()
     records = []
-    for record in read_records(data, images, max_bad_fraction=0.0):
+    for record in read_records(data, images):
         seen[record.id] += 1
         records.append(replace(record, id=f"{record.id}#{seen[record.id]}") if seen[record.id] > 1 else record)
     return records

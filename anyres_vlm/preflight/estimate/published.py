@@ -66,13 +66,16 @@ PUBLISHED = (
 class PublishedRow:
     """One reported time: published hours, predicted hours at a given MFU, and the MFU implied by published hours."""
 
-    run: PublishedRun
+    run: str
+    gpus: int
     stages: tuple[StageName, ...]
     tokens: int
     flops: float
     published_hours: float
     predicted_hours: float
     implied_mfu: float
+    assumed: Recipe  # of stage 2
+    source: str
 
 
 def published_rows(mfu: float) -> Iterator[PublishedRow]:
@@ -92,11 +95,14 @@ def published_rows(mfu: float) -> Iterator[PublishedRow]:
         }
         for stages, hours in run.hours.items():
             yield PublishedRow(
-                run=run,
+                run=run.name,
+                gpus=run.gpus,
                 stages=stages,
                 tokens=sum(int(samples[stage].tokens.sum()) for stage in stages),
                 flops=sum(work[stage].useful for stage in stages),
                 published_hours=hours,
                 predicted_hours=sum(work[stage].hours(a100, run.gpus, mfu) for stage in stages),
                 implied_mfu=sum(work[stage].implied_mfu(a100, run.gpus, hours) for stage in stages),
+                assumed=run.stage2,
+                source=run.source,
             )

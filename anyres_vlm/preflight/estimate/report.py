@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from typing import Any
 
 from anyres_vlm.preflight.estimate.choice import Machines, StageEstimate, Way
-from anyres_vlm.preflight.estimate.memory import LARGEST, RankMemory
+from anyres_vlm.preflight.estimate.memory import LARGEST
 from anyres_vlm.preflight.estimate.published import PublishedRow
 from anyres_vlm.preflight.estimate.workload import GB
 
@@ -122,15 +122,11 @@ def _way_json(way: Way) -> dict[str, Any]:
         "name": way.name,
         "preset": way.sharding.name,
         "activation_checkpointing": way.recomputes,
-        "memory": None if way.memory is None else _memory_json(way.memory),
+        "memory": None if way.memory is None else asdict(way.memory) | {"peak": way.memory.peak},
         "least": way.least,
         "largest_capacity": way.largest,
         "reason": way.reason,
     }
-
-
-def _memory_json(memory: RankMemory) -> dict[str, float]:
-    return {field.name: getattr(memory, field.name) for field in fields(memory)} | {"peak": memory.peak}
 
 
 def describe_published(rows: Sequence[PublishedRow], mfu: float) -> str:
@@ -142,14 +138,14 @@ def describe_published(rows: Sequence[PublishedRow], mfu: float) -> str:
     for row in rows:
         stages = "+".join(stage.removeprefix("stage") for stage in row.stages)
         lines.append(
-            f"{row.run.name:20} {row.run.gpus:4}  {stages:6} {row.tokens / 1e9:8.2f} {row.flops / 1e18:7.1f} "
+            f"{row.run:20} {row.gpus:4}  {stages:6} {row.tokens / 1e9:8.2f} {row.flops / 1e18:7.1f} "
             f"{row.published_hours:6.1f} {row.predicted_hours:6.1f}  {row.implied_mfu:11.1%}"
         )
     lines.append("hours: published, then predicted for A100s with activation checkpointing")
-    for run in {row.run.name: row.run for row in rows}.values():
-        mix = run.stage2
+    for row in {row.run: row for row in rows}.values():
+        mix = row.assumed
         lines.append(
-            f"{run.name}: {run.source}; assumed for stage 2: {mix.samples:,} samples, {mix.with_image:,} with an "
+            f"{row.run}: {row.source}; assumed for stage 2: {mix.samples:,} samples, {mix.with_image:,} with an "
             f"image of 640x480, {mix.text_tokens} tokens of text, {mix.supervised} supervised"
         )
     return "\n".join(lines)
@@ -157,19 +153,4 @@ def describe_published(rows: Sequence[PublishedRow], mfu: float) -> str:
 
 def published_json(rows: Sequence[PublishedRow]) -> str:
     """Return the table of published runs as JSON."""
-    found = [
-        {
-            "run": row.run.name,
-            "gpus": row.run.gpus,
-            "stages": list(row.stages),
-            "tokens": row.tokens,
-            "flops": row.flops,
-            "published_hours": row.published_hours,
-            "predicted_hours": row.predicted_hours,
-            "implied_mfu": row.implied_mfu,
-            "assumed": asdict(row.run.stage2),
-            "source": row.run.source,
-        }
-        for row in rows
-    ]
-    return json.dumps(found, indent=2)
+    return json.dumps([asdict(row) for row in rows], indent=2)

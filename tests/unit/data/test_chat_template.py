@@ -217,7 +217,7 @@ def test_where_images_of_parts_stand(shape: str, text: str, written: str) -> Non
 
 
 def test_an_end_token_is_added_where_the_template_has_none(caplog: pytest.LogCaptureFixture) -> None:
-    chat_template._warn_of_added_end.cache_clear()
+    chat_template.warn_of_added_end.cache_clear()
     encoder = own(PARTS["vicuna"])
     turns = (Turn("user", "<image>\na"), Turn("assistant", "b"), Turn("user", "c"), Turn("assistant", "d"))
     assert encoder.render(turns)[0] == "USER: <image>\na ASSISTANT: b</s> USER: c ASSISTANT: d</s> "

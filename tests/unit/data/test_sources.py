@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import pickle
 from pathlib import Path
 from typing import Any
@@ -39,7 +38,7 @@ def test_both_dialects_of_turns_and_images(tmp_path: Path, name: str) -> None:
     text_only = record(image=None, conversations=turns("Hi", "Hello"))
     several = {"images": ["b/c.png", "d.png"], "messages": messages}
     path = write(tmp_path / name, [record(), several, text_only])
-    read = read_records(path, tmp_path / "pictures", 0.0)
+    read = read_records(path, tmp_path / "pictures")
     assert [image.path for image in read[0].images] == [tmp_path / "pictures" / "a.png"]
     assert read[0].turns == (Turn("user", "<image>\nWhat?"), Turn("assistant", "A star."))
     assert [image.path for image in read[1].images] == [
@@ -80,18 +79,14 @@ def test_both_dialects_of_turns_and_images(tmp_path: Path, name: str) -> None:
 )
 def test_bad_records_are_named(tmp_path: Path, entry: Any, reason: str) -> None:
     with pytest.raises(DataError) as caught:
-        read_records(write(tmp_path / "data.json", [entry]), None, 0.0)
+        read_records(write(tmp_path / "data.json", [entry]), None)
     assert reason in str(caught.value)
-    assert "max_bad_fraction" in str(caught.value)
 
 
-def test_a_few_bad_records_are_left_out_and_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_single_bad_record_is_refused(tmp_path: Path) -> None:
     path = write(tmp_path / "data.json", [record(id=str(n)) for n in range(99)] + [record(image=None)])
-    with caplog.at_level(logging.WARNING):
-        assert len(read_records(path, None, 0.01)) == 99
-    assert "1 of 100 records are bad" in caplog.text
-    with pytest.raises(DataError):
-        read_records(path, None, 0.005)
+    with pytest.raises(DataError, match=r"1 of 100 records are bad .*: fix or remove them"):
+        read_records(path, None)
 
 
 @pytest.mark.parametrize(
@@ -112,9 +107,9 @@ def test_a_few_bad_records_are_left_out_and_logged(tmp_path: Path, caplog: pytes
 def test_unreadable_files(tmp_path: Path, name: str, content: str, message: str) -> None:
     (tmp_path / name).write_text(content)
     with pytest.raises(DataError, match=message):
-        read_records(tmp_path / name, None, 1.0)
+        read_records(tmp_path / name, None)
     with pytest.raises(DataError, match="no such file"):
-        read_records(tmp_path / "none.json", None, 1.0)
+        read_records(tmp_path / "none.json", None)
 
 
 def test_parts_of_chat_datasets_and_the_cauldron(tmp_path: Path) -> None:
@@ -130,7 +125,7 @@ def test_parts_of_chat_datasets_and_the_cauldron(tmp_path: Path) -> None:
     }
     texts = [{"user": "What?", "assistant": "A star."}, {"user": "Where?", "assistant": "There."}]
     cauldron = {"image": None, "images": ["a.png", "b.png"], "texts": texts}
-    read = read_records(write(tmp_path / "a.jsonl", [chat, cauldron]), None, 0.0)
+    read = read_records(write(tmp_path / "a.jsonl", [chat, cauldron]), None)
     assert read[0].turns == (Turn("user", "Look:\n<image>\nWhat is it?"), Turn("assistant", "A star."))
     assert [turn.text for turn in read[1].turns] == ["<image>\n<image>\nWhat?", "A star.", "Where?", "There."]
     assert [record.id for record in read] == ["1", "2"]

@@ -141,7 +141,7 @@ def test_bad_records_name_their_source(folder: Path) -> None:
     with pytest.raises(DataError, match="c: record 3: "):
         source.record(43)
     with pytest.raises(DataError, match=r"1 of 50 records are bad \(c: record 3: "):
-        read_records(folder / "mix.yaml", None, 0.0)
+        read_records(folder / "mix.yaml", None)
 
 
 def test_fingerprint_follows_everything_that_counts(folder: Path) -> None:

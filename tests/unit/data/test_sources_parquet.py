@@ -60,7 +60,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def test_rows_of_all_files_in_order(folder: Path) -> None:
-    records = read_records(folder, None, 0.0)
+    records = read_records(folder, None)
     files = [pq.read_table(folder / f"train-{n}.parquet").to_pylist() for n in range(2)]
     for record, row in zip(records, files[0] + files[1], strict=True):
         assert record.id == row["id"]
@@ -68,8 +68,8 @@ def test_rows_of_all_files_in_order(folder: Path) -> None:
         assert [image.data for image in record.images] == ([row["image"]["bytes"]] if row["image"] else [])
     assert read_size(records[159].images[0]) == Size(height=5, width=160)
     assert records[159].images[0].name == f"{folder / 'train-1.parquet'} row 10, image of record r159"
-    assert read_records(folder / "train-*.parquet", None, 0.0) == records
-    assert read_records(folder / "train-{0..1}.parquet", None, 0.0) == records
+    assert read_records(folder / "train-*.parquet", None) == records
+    assert read_records(folder / "train-{0..1}.parquet", None) == records
 
 
 def test_any_row_equals_the_stream(folder: Path) -> None:
@@ -139,7 +139,7 @@ def test_shapes_of_image_columns(tmp_path: Path) -> None:
     for kind, column in columns.items():
         path = tmp_path / f"{kind}.parquet"
         pq.write_table(pa.table({"images": column, "texts": [texts]}), path)
-        (record,) = read_records(path, None, 0.0)
+        (record,) = read_records(path, None)
         assert [read_size(image).width for image in record.images] == sizes[kind]
         assert record.turns[0].text == "<image>\n" * len(sizes[kind]) + "What?"
         assert record.id == "1"

@@ -64,7 +64,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def test_members_lie_where_tarfile_finds_them(folder: Path) -> None:
-    records = read_records(folder, None, 0.0)
+    records = read_records(folder, None)
     assert [record.id for record in records] == [f"r{n}" for n in range(60)]
     for number, record in enumerate(records):
         (image,) = record.images
@@ -77,10 +77,10 @@ def test_members_lie_where_tarfile_finds_them(folder: Path) -> None:
     assert records[25].images[0].name == f"{folder / 'shard-01.tar'}: part/0025.bmp".replace(
         "bmp", list(FORMATS)[25 % 7]
     )
-    assert read_records(folder / "shard-{00..02}.tar", None, 0.0) == records
-    assert read_records(folder / "shard-0{0,2}.tar", None, 0.0) == records[:20] + records[40:]
-    assert read_records(folder / "shard-*.tar", None, 0.0) == records
-    assert read_records(folder / "shard-01.tar", None, 0.0) == records[20:40]
+    assert read_records(folder / "shard-{00..02}.tar", None) == records
+    assert read_records(folder / "shard-0{0,2}.tar", None) == records[:20] + records[40:]
+    assert read_records(folder / "shard-*.tar", None) == records
+    assert read_records(folder / "shard-01.tar", None) == records[20:40]
 
 
 def widths(source: Source, rows: list[int]) -> list[int]:
@@ -108,7 +108,7 @@ def test_names_of_every_tar_format(tmp_path: Path, tar_format: int) -> None:
         "./b.JPG": encoded(4, "jpg"),
         "./b.txt": b"x",
     }
-    records = read_records(write(tmp_path / "a.tar", members, tar_format), None, 0.0)
+    records = read_records(write(tmp_path / "a.tar", members, tar_format), None)
     assert [record.id for record in records] == [long, "./b"]
     assert [read_size(record.images[0]).width for record in records] == [3, 4]
 
@@ -130,7 +130,7 @@ def test_kinds_of_samples(tmp_path: Path) -> None:
         "dir.x/d.1.png": encoded(6, "png"),
         "dir.x/d.txt": b"Two.",
     }
-    records = read_records(write(tmp_path / "a.tar", members), None, 0.0)
+    records = read_records(write(tmp_path / "a.tar", members), None)
     assert [record.id for record in records] == ["a", "b", "c", "dir.x/d"]
     assert [[read_size(image).width for image in record.images] for record in records] == [
         [1, 2, 3, 4],

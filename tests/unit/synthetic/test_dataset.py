@@ -28,7 +28,7 @@ TILING = Tiling.from_grid(Grid(rows=2, cols=2), tile=84, patch=14)
 @pytest.mark.parametrize("purpose", ["captions", "instructions", "heldout"])
 def test_folders_are_read_whole(tmp_path: Path, purpose) -> None:
     path = write_dataset(tmp_path / "a", purpose, 44, seed=1)
-    records = read_records(path, None, 0.0)
+    records = read_records(path, None)
     assert len(records) == 44
     assert all(read_size(image) for record in records for image in record.images)
     again = write_dataset(tmp_path / "b", purpose, 44, seed=1)
@@ -66,7 +66,7 @@ def test_a_finished_folder_is_reused_and_an_interrupted_one_is_made_anew(tmp_pat
 
 def test_generated_and_academic_are_the_halves_of_instructions(tmp_path: Path) -> None:
     both, generated, academic = (
-        read_records(write_dataset(tmp_path / purpose, purpose, 60, seed=1), None, 0.0)
+        read_records(write_dataset(tmp_path / purpose, purpose, 60, seed=1), None)
         for purpose in ("instructions", "generated", "academic")
     )
     for records in zip(both, generated, academic, strict=True):
@@ -84,9 +84,7 @@ def test_generated_and_academic_are_the_halves_of_instructions(tmp_path: Path) -
 
 def test_pictures_of_chosen_kinds(tmp_path: Path) -> None:
     path = write_dataset(tmp_path / "a", "captions", 40, seed=1, kinds=("sign", "page"))
-    beginnings = Counter(
-        re.match(r"A (page|\w+ sign) ", r.turns[1].text)[1][-4:] for r in read_records(path, None, 0.0)
-    )
+    beginnings = Counter(re.match(r"A (page|\w+ sign) ", r.turns[1].text)[1][-4:] for r in read_records(path, None))
     assert beginnings.keys() == {"sign", "page"}
     assert min(beginnings.values()) > 8
     stamp = path.stat().st_mtime_ns
@@ -105,7 +103,7 @@ def test_a_folder_with_other_things_is_left_alone(tmp_path: Path, name) -> None:
 def test_what_was_added_to_a_rendered_folder_is_not_deleted(tmp_path: Path) -> None:
     folder = write_dataset(tmp_path / "a", "captions", 2, seed=1).parent
     (folder / "notes.txt").write_text("mine")
-    with pytest.raises(UsageError, match="other files than rendered data"):
+    with pytest.raises(UsageError, match="something else than rendered data"):
         write_dataset(folder, "captions", 3, seed=1)
     assert (folder / "notes.txt").read_text() == "mine"
 

@@ -139,7 +139,7 @@ def test_the_schedule_is_that_of_transformers_behind_the_warm_up() -> None:
     [
         (["stage1.learning_rate=1e-3", "stage2.learning_rate=1e-3"], "both stages use learning_rate=0.001"),
         (["stage2.epochs=3"], "runs 3 epochs"),
-        (["model.grid=1x1"], "thumbnail alone"),
+        (["model.grid=1x1"], "only the thumbnail"),
     ],
 )
 def test_known_mistakes_are_said(tiny_bases, overrides, words) -> None:
