@@ -19,7 +19,6 @@ from anyres_vlm.schema import Batch
 from anyres_vlm.train.engine.deepspeed_settings import DeepSpeedSettings, fill_sizes
 from anyres_vlm.train.engine.plain import MOMENTS, ReadTensor, Snapshot, blank_entry, trained_parameters
 
-
 # What this module uses of DeepSpeed's objects, most of it undocumented, so each minor version may change it. The extra
 # `deepspeed` in pyproject.toml allows the minor version for which this list and the code below were written.
 INTERNALS = {

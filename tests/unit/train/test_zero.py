@@ -27,7 +27,8 @@ from anyres_vlm.train.engine.ranks import try_presets
 
 config = load_config(shipped_config("tiny"))
 presets = (find_preset(name) for name in ("zero1", "zero2", "zero3"))
-try_presets([resolve_deepspeed(path, config, "stage2", has_cuda=False) for path in presets], bf16=config.precision == "bf16")
+settings = [resolve_deepspeed(path, config, "stage2", has_cuda=False) for path in presets]
+try_presets(settings, bf16=config.precision == "bf16")
 """
 
 
