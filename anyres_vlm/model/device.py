@@ -1,4 +1,4 @@
-"""Whether an NVIDIA device is present that torch was built for but cannot use, so that everything would run on the CPU."""
+"""NVIDIA devices that torch was built for but cannot use: without a check, everything would run on the CPU."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def _driver_version() -> str:
 
 def _reason() -> str:
     try:
-        torch.cuda.init()
+        torch.cuda.init()  # type: ignore[no-untyped-call]
     except (RuntimeError, AssertionError) as error:  # the first line names the cause
         return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
     return "torch.cuda finds no device"
