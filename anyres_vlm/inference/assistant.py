@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from copy import copy
 from dataclasses import dataclass
@@ -22,8 +23,11 @@ from anyres_vlm.data.tiling import cut_tiles
 from anyres_vlm.errors import UsageError
 from anyres_vlm.geometry import Grid, Size, TilePlan, Tiling, plan_tiles
 from anyres_vlm.inference.generation import Decoding, Watch, room_for_answer, stream_tokens
+from anyres_vlm.model.device import unusable_gpu
 from anyres_vlm.model.vlm import VisionLanguageModel
 from anyres_vlm.schema import IMAGE_TOKEN, ImageRef, Turn, token_repeats
+
+logger = logging.getLogger(__name__)
 
 BATCH_TOKENS = 8192  # keys and values of a 7B model with 32 heads take 4.3 GB in bf16
 INCOMPLETE = "\ufffd"  # decoded from the bytes of an incomplete character
@@ -75,6 +79,8 @@ class Assistant:
         Raises `DataError` for a folder that is not a checkpoint, `UsageError` for a template that cannot be used.
         """
         model, tokenizer = load_pretrained(folder, template)
+        if (fault := unusable_gpu()) is not None:
+            logger.warning("answers are computed on the CPU: %s: %s", *fault)
         if torch.cuda.is_available():
             halve(model)
         assistant = cls(model, tokenizer)

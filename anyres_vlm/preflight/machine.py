@@ -131,7 +131,12 @@ def _cuda_device(number: int) -> Finding:
 def _no_accelerator() -> Finding:
     import torch
 
+    from anyres_vlm.model.device import unusable_gpu
+
     words = f"none; {os.cpu_count()} CPU cores"
+    if (fault := unusable_gpu()) is not None:
+        problem, remedy = fault
+        return Finding("accelerator", "fail", f"{words}; {problem}", remedy)
     if torch.version.cuda and shutil.which("nvidia-smi"):
         hidden = os.environ.get("CUDA_VISIBLE_DEVICES")
         remedy = f"CUDA_VISIBLE_DEVICES={hidden!r} hides it: unset it" if hidden is not None else "update the driver"

@@ -239,6 +239,12 @@ def latest(folder: Path) -> tuple[Path, TrainerState] | None:
     return None
 
 
+def newest_step(folder: Path) -> int | None:
+    """Return the step of the newest checkpoint in a folder by its name, whole or not; None without any."""
+    steps = [step for step in map(_step, folder.glob(f"{PREFIX}*")) if step >= 0]
+    return max(steps, default=None)
+
+
 def checkpoint_path(folder: Path, step: int) -> Path:
     """Where the checkpoint of a step lies."""
     return folder / f"{PREFIX}{step:07d}"
