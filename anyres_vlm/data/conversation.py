@@ -77,6 +77,11 @@ class ConversationTokenizer:
         """The supervised text before an answer, which a trained model generates first."""
         return self._pieces.lead
 
+    @property
+    def keeps_text(self) -> bool:
+        """Whether the template writes the text of questions and the system text, not only the images."""
+        return self._pieces.user_text
+
     @cached_property
     def end_id(self) -> int:
         """The token that ends an answer. Raises `UsageError` if the tokenizer has no such token."""
@@ -205,7 +210,7 @@ class ConversationTokenizer:
         self, name: str, turns: Sequence[Turn], text: str, system: str, prompt: bool = False
     ) -> DataError | None:
         """Return what is wrong with a conversation before it is tokenised."""
-        if system and (found := self._control["assistant"].search(system)):
+        if system and self.keeps_text and (found := self._control["assistant"].search(system)):
             words = f"the system text contains the control token {found.group()!r}"
             return DataError(f"{name}: {words}", kind="control_token")
         for turn in turns:
