@@ -86,7 +86,8 @@ class ConversationTokenizer:
     def end_id(self) -> int:
         """The token that ends an answer. Raises `UsageError` if the tokenizer has no such token."""
         token: int | None = self.tokenizer.convert_tokens_to_ids(self._end_token)
-        if token is None or token == self.tokenizer.unk_token_id:
+        is_unknown = token == self.tokenizer.unk_token_id and self._end_token != self.tokenizer.unk_token
+        if token is None or is_unknown:  # GPT-2's tokenizer and its kin have one token for both
             raise UsageError(
                 f"template {self.template} ends answers with {self._end_token!r}, which is not a token of this llm"
             )

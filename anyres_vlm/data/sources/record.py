@@ -43,7 +43,8 @@ KEY_MEANINGS: dict[str, RejectKind] = {
     **dict.fromkeys(("function", "functions", "functioncall", "functioncalls"), "tools"),
     **{f"{word}{ending}": "image_count" for word in ("image", "img", "picture") for ending in ENDINGS},
 }
-REFUSED_TAG = re.compile(r"<\|?(video|audio)(?:_?pad|_?\d+)?\|?>", re.IGNORECASE)
+REFUSED_TAG = re.compile(r"<\|?(video|audio)(?:_?pad|_?\d+)?\s*[|/]?>", re.IGNORECASE)
+LOSS_KEYS = frozenset({"weight", "loss", "train", "training"})  # of an answer: 0 or false to learn nothing from it
 TAG_KINDS: dict[str, RejectKind] = {"video": "video", "audio": "audio"}
 REFUSED_PARTS: dict[str, RejectKind] = {
     **dict.fromkeys(("video", "video_url"), "video"),
@@ -154,7 +155,7 @@ def _refuse(
 def _is_absent(value: Any) -> bool:
     """Return whether a value means nothing: null, false, NaN, or an empty text, or a list or mapping of these."""
     if isinstance(value, str):
-        return value.strip() in ("", "[]", "{}", "null")
+        return value.strip().lower() in ("", "[]", "{}", "null", "none", "nan")
     if isinstance(value, list | dict):
         members = value.values() if isinstance(value, dict) else value
         return not any(member or isinstance(member, int) for member in members)
@@ -165,8 +166,6 @@ def _image_items(entry: dict[str, Any]) -> list[Any]:
     """Return the images as the entry names them, without empty ones."""
     for key in ("image", "images"):
         value = entry.get(key)
-        if isinstance(value, str) and value:
-            return [value]
         if items := [item for item in (value if isinstance(value, list) else [value]) if not _is_absent(item)]:
             return items
     return []
@@ -265,10 +264,22 @@ def _spoken(entry: dict[str, Any], name: str, num_images: int) -> list[Spoken]:
             where = f"record {name} turn {position}"
             raise DataError(f"{where}: its role is {said_by!r}: {REMEDIES['tools']}", kind="tools")
         _refuse(said, f"record {name} turn {position}")
+        if role == "assistant" and not LOSS_KEYS.isdisjoint(said):
+            _refuse_untrained(said, f"record {name} turn {position}")
         if not isinstance(text, str):
             text = _text(said, (keys[1], CHAT[1], LLAVA[1]), f"record {name} turn {position}")
         spoken.append((role, said_by, text))
     return spoken
+
+
+def _refuse_untrained(said: dict[str, Any], where: str) -> None:
+    """Raise `DataError` for an answer that is not to be learnt."""
+    for key in LOSS_KEYS & said.keys():
+        if said[key] == 0:  # or False
+            raise DataError(
+                f"{where}: it has {key!r}={said[key]!r}, but every answer is trained on: leave the record out",
+                kind="unsupervised",
+            )
 
 
 def _text(said: Any, keys: tuple[str, ...], where: str) -> str:

@@ -95,6 +95,7 @@ def read(folder: Path, kind: str, content: dict[str, Any]) -> Record | DataError
         ({"toolCalls": [{"name": "search"}]}, "tools"),
         ({"conversations": said(("human", "<|video_pad|>\nQ"), ("gpt", "A"))}, "video"),
         ({"conversations": said(("human", "<Audio_1> Q"), ("gpt", "A"))}, "audio"),
+        ({"conversations": said(("human", "<video /> Q"), ("gpt", "A"))}, "video"),
         ({"conversations": said(("human", "Q"), ("tool_response", "3"), ("gpt", "A"))}, "tools"),
         ({"conversations": None, "texts": [{"user": "Q", "assistant": "A", "video_path": "a.mp4"}]}, "video"),
     ],
@@ -139,7 +140,7 @@ def test_the_metadata_of_a_caption_counts_as_well(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("key", ["video", "videos", "audio", "tools", "system", "image", "images", *NEW_KEYS])
-@pytest.mark.parametrize("value", [None, "", [], float("nan")])
+@pytest.mark.parametrize("value", [None, "", [], float("nan"), "none"])
 def test_values_of_nothing_are_nothing(tmp_path: Path, kind: str, key: str, value: Any) -> None:
     item = read(tmp_path, kind, entry(**{key: value}))
     assert isinstance(item, Record)
@@ -260,6 +261,21 @@ def test_turns_that_hold_more_than_text(tmp_path: Path, extra: dict[str, Any], r
     assert item.kind == reject
     empty = dict.fromkeys(extra)
     assert isinstance(read(tmp_path, "json", entry(conversations=[turns[0] | empty, turns[1]])), Record)
+
+
+@pytest.mark.parametrize("key", ["weight", "loss", "train", "training"])
+@pytest.mark.parametrize("kind", ["json", "parquet"])
+def test_answers_that_are_not_to_be_learnt_are_a_reject(tmp_path: Path, kind: str, key: str) -> None:
+    turns: list[dict[str, Any]] = [*said(("human", "Q"), ("gpt", "A"), ("human", "Q"), ("gpt", "B"))]
+    trained: Any = 1 if key == "weight" else True
+    values = [trained - 1 if key == "weight" else False, None if kind == "json" else trained, trained]
+    for value, is_kept in zip(values, (False, True, True), strict=True):
+        weights = [{key: type(trained)(0)}, {key: value}, {key: type(trained)(0)}, {key: trained}]
+        item = read(
+            tmp_path, kind, entry(conversations=[turn | more for turn, more in zip(turns, weights, strict=True)])
+        )
+        assert isinstance(item, Record) == is_kept
+        assert is_kept or (isinstance(item, DataError) and item.kind == "unsupervised")
 
 
 def test_html_in_an_answer_is_text(tmp_path: Path) -> None:
