@@ -174,7 +174,7 @@ def require_same_settings(folder: Path, stage: StageName, before: dict[str, Any]
     for key in sorted((now.keys() & before.keys()) - {"epochs", "steps", "plan"}):
         path = f"{stage}.{key}" if key in StageConfig.model_fields else key
         for where, old, new in _changes(path, before[key], now[key]):
-            changes.append(f"{where}: {shortened(old)} before, {shortened(new)} now")
+            changes.append(f"{where}: {_in_words(where, old)} before, {_in_words(where, new)} now")
     if not changes and now.get("plan") != before.get("plan"):
         changes = ["the samples have other lengths than before: the data, its images or the tokenizer changed"]
     changes.sort()
@@ -206,6 +206,12 @@ def _changes(path: str, before: Any, now: Any) -> Iterator[tuple[str, Any, Any]]
             yield from _changes(f"{path}.{key}", before.get(key), now.get(key))
     elif before != now:
         yield path, before, now
+
+
+def _in_words(path: str, value: Any) -> str:
+    if value is None:  # `stage_settings` leaves `as_is` out
+        return "as_is, the default of older versions," if path.endswith(".image_position") else "not set"
+    return shortened(value)
 
 
 def require_same_data(folder: Path, before: DataFacts | None, now: DataFacts | None) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 import deepspeed
 import torch
 import torch.distributed as dist
+from deepspeed.runtime.config import DeepSpeedConfig
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 from pydantic import ValidationError
@@ -63,7 +64,7 @@ def _require(what: str, subject: Any) -> None:
 
 
 def check_zero(settings: DeepSpeedSettings) -> None:
-    """Raise `UsageError` unless DeepSpeed itself takes the settings' `zero_optimization`."""
+    """Raise `UsageError` unless DeepSpeed itself accepts the settings."""
     fields = DeepSpeedZeroConfig.model_fields
     known = [*fields, *(field.alias for field in fields.values() if field.alias is not None)]
     where = f"--deepspeed {settings.path}: zero_optimization"
@@ -76,6 +77,10 @@ def check_zero(settings: DeepSpeedSettings) -> None:
     except (ValidationError, AssertionError) as error:
         reason = explain(error, DeepSpeedZeroConfig) if isinstance(error, ValidationError) else str(error)
         raise UsageError(f"{where}: {reason}") from None
+    try:
+        DeepSpeedConfig({**settings.content, "zero_optimization": zero})
+    except Exception as error:  # DeepSpeed raises errors of any kind for values of other sections
+        raise UsageError(f"--deepspeed {settings.path}: {' '.join(str(error).split())}") from None
 
 
 def split(model: nn.Module, settings: dict[str, Any]) -> None:
