@@ -29,6 +29,7 @@ from torch.optim import AdamW
 
 from anyres_vlm.config import RunConfig, StageName
 from anyres_vlm.errors import UsageError
+from anyres_vlm.model.attention import disable_cudnn_attention
 from anyres_vlm.model.device import unusable_gpu
 from anyres_vlm.model.vlm import VisionLanguageModel
 from anyres_vlm.schema import Batch
@@ -89,6 +90,7 @@ class Engine:
         if (fault := unusable_gpu()) is not None:
             raise UsageError(": ".join(fault))
         adopt_slurm_ranks()
+        disable_cudnn_attention()
         has_device = torch.accelerator.is_available()
         if not has_device:
             os.environ.setdefault(
@@ -157,7 +159,8 @@ class Engine:
 
         Every rank passes the same number of packs. The summed loss is divided once, by the supervised tokens of the
         whole step; the factor `world_size` undoes the mean that the gradient exchange takes. `stop` and `save` are
-        exchanged with the counts, so that all ranks agree on them without another collective.
+        exchanged with the counts, so that all ranks agree on them without another collective. The host waits for the
+        device for the counts, the norm and the loss: never between packs, and only once if it is a single rank's.
         """
         counts = torch.tensor(
             [
@@ -171,7 +174,7 @@ class Engine:
                 int(save),
             ]
         )
-        supervised, tokens, pairs, tiles, samples, rejects, stops, saves = (int(count) for count in self.sum(counts))
+        supervised, tokens, pairs, tiles, samples, rejects, stops, saves = self.sum(counts).tolist()
         scale = self.world_size / max(supervised, 1)
         losses = [
             self._backend.micro_step(batch.to(self._accelerator.device), scale, is_last=batch is batches[-1])
@@ -222,7 +225,9 @@ class Engine:
         return cast(list[Value], gather_object([value]))
 
     def sum(self, tensor: Tensor) -> Tensor:
-        """Sum a tensor over all ranks."""
+        """Sum a tensor over all ranks; one rank's stays where it is."""
+        if self.world_size == 1:
+            return tensor
         return cast(Tensor, self._accelerator.reduce(tensor.to(self._accelerator.device), reduction="sum"))
 
 
