@@ -5,19 +5,19 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, StrictUndefined
 
-from anyres_vlm.config import RunConfig, load_config, shipped_config
+from anyres_vlm.config import STAGES, CheckpointConfig, ModelConfig, RunConfig, load_config, shipped_config
 from anyres_vlm.data.sources import open_source
 from anyres_vlm.data.sources.json import JsonSource
 from anyres_vlm.data.sources.open import MIXTURE_SUFFIXES, Peek, peek
 from anyres_vlm.data.sources.parquet import ParquetSource
 from anyres_vlm.data.sources.webdataset import WebDatasetSource
 from anyres_vlm.errors import DataError, UsageError, did_you_mean
+from anyres_vlm.geometry import Grid
 
 CONFIG, MIXTURE = "config.yaml", "mixture.yaml"
 KINDS = {JsonSource: "LLaVA JSON", ParquetSource: "Parquet", WebDatasetSource: "WebDataset tar"}
@@ -32,10 +32,10 @@ MODELS = {
     "yi-34b": "llava_next_34b",
 }
 CHECKPOINT_RECIPE = "llava_next_mistral_7b"  # for a checkpoint, whose model replaces the recipe's
-CAPACITIES = {80.0: 16_384, 40.0: 8_192, 0.0: 4_096}  # memory of a device in GB -> tokens of a pack
 MIN_STEPS = 50  # of an epoch; a recipe's batch of 256 reaches that with 12,800 samples
 MIN_BATCH = 8
-MAX_LENGTH = 4_096
+TILE_TOKENS, TEXT_TOKENS = 600, 1_096  # of a 336 px tile with its newlines; of a long conversation
+HEADROOM = 0.08  # share of a device's memory for fragmentation and errors of the estimate
 
 
 @dataclass(frozen=True)
@@ -65,12 +65,28 @@ class Answers:
             )
         return load_config(shipped_config(CHECKPOINT_RECIPE))
 
-    @property
-    def capacity(self) -> int:
-        """Maximum number of tokens of a pack."""
+    def fitted(self, records: int) -> RunConfig:
+        """Return the recipe as it fits the devices, with batches that suit the number of records.
+
+        Raises `UsageError` if no form of it fits. A checkpoint that is not on this machine is taken for a 7B model.
+        """
+        config = _replace_model(self.recipe(), self.checkpoint, self.grid)
+        for stage in STAGES:
+            settings = config.stage(stage)
+            length = max_length(Grid.parse(self.grid))
+            batch_size = fitting_batch(settings.batch_size, records)
+            change = {"batch_size": batch_size, "packs_per_step": None, "max_length": length}
+            if self.model == TINY or self.gpus == 0:
+                change |= {"capacity": length, "deepspeed": None}
+            config = config.model_copy(update={stage: settings.model_copy(update=change)})
         if self.model == TINY or self.gpus == 0:
-            return MAX_LENGTH
-        return next(tokens for gigabytes, tokens in CAPACITIES.items() if self.memory_gb >= gigabytes)
+            return config
+        from anyres_vlm.preflight.estimate.choice import Machines  # start-up time: imports torch
+        from anyres_vlm.preflight.estimate.fit import Fitter
+        from anyres_vlm.preflight.estimate.workload import GB, Device
+
+        machines = Machines(Device("GPU", self.memory_gb * GB, peak=1.0), self.gpus, HEADROOM, mfu=1.0)
+        return Fitter(config).fit(machines, STAGES if self.checkpoint is None else ("stage2",))
 
 
 @dataclass(frozen=True)
@@ -133,9 +149,8 @@ def fitting_batch(recipe_size: int, samples: int) -> int:
 
 
 def _variables(answers: Answers, sources: list[Found], config: Path, mixture: Path) -> dict[str, Any]:
-    recipe, records = answers.recipe(), sum(source.records for source in sources)
-    adapters = answers.gpus <= 1 and answers.model != TINY
-    cpus = os.cpu_count() or 1
+    records, cpus = sum(source.records for source in sources), os.cpu_count() or 1
+    recipe, fitted = answers.recipe(), answers.fitted(records)
     return {
         "title": answers.checkpoint or answers.model,
         "records": records,
@@ -148,11 +163,7 @@ def _variables(answers: Answers, sources: list[Found], config: Path, mixture: Pa
         "template": _own_template(answers.checkpoint),
         "model": recipe.model,
         "grid": answers.grid,
-        "stages": [("stage1", recipe.stage1, False), ("stage2", recipe.stage2, adapters)],
-        "split": answers.gpus > 1 and answers.model != TINY,
-        "batch": partial(fitting_batch, samples=records),
-        "max_length": MAX_LENGTH,
-        "capacity": answers.capacity,
+        "stages": [(name, fitted.stage(name), recipe.stage(name)) for name in STAGES],
         "precision": "bf16" if answers.gpus else "fp32",
         "workers": min(8, max(1, cpus // answers.gpus)) if answers.gpus else int(cpus > 1),
         "sources": [
@@ -165,6 +176,22 @@ def _variables(answers: Answers, sources: list[Found], config: Path, mixture: Pa
             for source in sources
         ],
     }
+
+
+def max_length(grid: Grid) -> int:
+    """Return a length that conversations about an image of the largest grid fit into, a multiple of 1,024 tokens."""
+    tokens = TILE_TOKENS * (grid.rows * grid.cols + 1) + TEXT_TOKENS
+    return 1024 * max(4, -(-tokens // 1024))
+
+
+def _replace_model(config: RunConfig, checkpoint: str | None, grid: str) -> RunConfig:
+    """Put the grid and, if its folder is on this machine, the checkpoint into a recipe."""
+    model: ModelConfig | CheckpointConfig = config.model
+    if checkpoint is not None and Path(checkpoint).expanduser().is_dir():
+        model = CheckpointConfig(checkpoint=checkpoint, grid=grid)
+    else:
+        model = model.model_copy(update={"grid": grid})
+    return config.model_copy(update={"model": model})
 
 
 def _own_template(checkpoint: str | None) -> str | None:
