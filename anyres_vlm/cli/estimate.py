@@ -23,7 +23,9 @@ def estimate(
         help="Index of stage 2's data, or of stage1=FILE's; may be repeated.",
     ),
     mfu: float = typer.Option(0.4, min=0.01, max=1.0, help="Share of the device's bf16 peak that a busy rank uses."),
-    headroom: float = typer.Option(0.08, min=0.0, max=0.9, help="Share of a device's memory for what is not a tensor."),
+    headroom: float = typer.Option(
+        0.06, min=0.0, max=0.9, help="Share of memory left for fragmentation and errors of estimate."
+    ),
     price: float | None = typer.Option(None, min=0.0, help="Of a GPU-hour; without it no cost is told."),
     published: bool = typer.Option(False, "--published", help="Published runs, and the MFU that each implies."),
     as_json: bool = typer.Option(False, "--json", help="Print the figures as JSON."),

@@ -68,8 +68,8 @@ def frozen_matrices(model: nn.Module) -> Iterator[nn.Parameter]:
     embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
     for module in model.modules():
         if type(module) in (nn.Linear, nn.Conv2d):
-            weight: nn.Parameter = module.weight
-            if not weight.requires_grad and id(weight) not in embeddings:
+            weight = module.weight
+            if isinstance(weight, nn.Parameter) and not weight.requires_grad and id(weight) not in embeddings:
                 yield weight
 
 

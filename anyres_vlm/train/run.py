@@ -7,6 +7,7 @@ from contextlib import closing
 
 from anyres_vlm.config import RunConfig, StageName, load_config
 from anyres_vlm.errors import UsageError
+from anyres_vlm.model.quantize import require_bitsandbytes
 from anyres_vlm.train import checkpoint
 from anyres_vlm.train.checkpoint import Finished
 from anyres_vlm.train.engine.engine import Engine, require_trackers
@@ -38,6 +39,8 @@ def train(config: RunConfig, options: RunOptions, progress: Progress) -> bool:
     could not be saved; `Interrupted` after a signal; `RankLost` if another rank is gone.
     """
     require_trackers(config.trackers)
+    if config.stage2.lora is not None and config.stage2.lora.quantize is not None and "stage2" in options.stages:
+        require_bitsandbytes(f"stage2.lora.quantize={config.stage2.lora.quantize}")
     config = as_begun(config, options)
     minutes = config.rank_timeout_minutes
     with telling_lost_ranks(minutes), closing(Engine.start(config.precision, minutes)) as engine:
