@@ -168,6 +168,8 @@ class LoraSettings(Frozen):
     learning_rate: Rate | None = None  # of the adapters; null: the stage's. LLaVA: 2e-4, with 2e-5 for the projector
     # names of the layers to adapt; null: all linear layers except the head
     target_modules: Annotated[tuple[str, ...], Field(min_length=1)] | None = None
+    # QLoRA: hold the frozen layers of the language model in 4 bits (needs the extra `quantize`); null: as loaded
+    quantize: Literal["nf4"] | None = None
 
 
 class StageConfig(Frozen):

@@ -26,6 +26,7 @@ from anyres_vlm.checkpoints.describe import describe_bases, timm_network
 from anyres_vlm.checkpoints.folders import base_file, read_json, resolve, unavailable
 from anyres_vlm.checkpoints.load_save import clean_generation_config, clean_padding, empty_model, load_pretrained
 from anyres_vlm.checkpoints.tokenizer import image_token_id, load_tokenizer
+from anyres_vlm.checkpoints.weights import dtype_of
 from anyres_vlm.config import CheckpointConfig, EncoderConfig, ModelConfig
 from anyres_vlm.errors import DataError
 from anyres_vlm.model.encoder import ClipEncoder, Encoder, TimmEncoder
@@ -36,27 +37,33 @@ BROKEN = (OSError, ValueError, RuntimeError, EOFError, SafetensorError, pickle.U
 
 
 def build_model(
-    config: ModelConfig | CheckpointConfig, seed: int, dtype: torch.dtype = torch.float32, *, read: bool = True
+    config: ModelConfig | CheckpointConfig,
+    seed: int,
+    dtype: torch.dtype = torch.float32,
+    *,
+    llm_dtype: torch.dtype | None = None,
+    read: bool = True,
 ) -> tuple[VisionLanguageModel, PreTrainedTokenizerFast]:
     """Return a model and its tokenizer with `<image>` in it, from base models or from a checkpoint.
 
     Base models get a projector and a newline that are initialised from `seed`; a checkpoint has both. All parameters
-    are of `dtype`; buffers keep their own. Unless weights are `read`, parameters are on the meta device.
+    are of `dtype`, those of the language model of `llm_dtype` if given; buffers keep their own. Unless weights are
+    `read`, parameters are on the meta device.
     """
     if isinstance(config, CheckpointConfig):
-        model, tokenizer = load_pretrained(config.checkpoint, config.template, dtype, read=read)
+        model, tokenizer = load_pretrained(config.checkpoint, config.template, dtype, llm_dtype=llm_dtype, read=read)
         model.configure(config.apply(model.config))
         return model, tokenizer
     tokenizer = load_tokenizer(config.llm)
     with nullcontext() if read else init_empty_weights(include_buffers=False):
-        language_model = _load_llm(config.llm, dtype, read)
+        language_model = _load_llm(config.llm, llm_dtype or dtype, read)
         _fit_vocabulary(language_model, tokenizer)
         encoder = load_encoder(config.encoder, read=read)
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             model = VisionLanguageModel(config, encoder, language_model, image_token_id(tokenizer))
-    for parameter in model.parameters():
-        parameter.data = parameter.data.to(dtype)
+    for name, parameter in model.named_parameters():
+        parameter.data = parameter.data.to(dtype_of(name, dtype, llm_dtype))
     return model, tokenizer
 
 

@@ -30,7 +30,15 @@ from transformers.initialization import no_init_weights
 from anyres_vlm.checkpoints.describe import EXTRAS_FILE, Description, describe, read_tokenizer
 from anyres_vlm.checkpoints.folders import checkpoint_folder, parsing, read_json
 from anyres_vlm.checkpoints.stock import pixel_statistics, stock_config, stock_obstacle, stock_processor
-from anyres_vlm.checkpoints.weights import HEAD, Renamings, load_weights, read_tensors, renamed, require_weights
+from anyres_vlm.checkpoints.weights import (
+    HEAD,
+    Renamings,
+    dtype_of,
+    load_weights,
+    read_tensors,
+    renamed,
+    require_weights,
+)
 from anyres_vlm.config import TemplateName
 from anyres_vlm.model.encoder import ClipEncoder, Encoder, TimmEncoder
 from anyres_vlm.model.vlm import VisionLanguageModel
@@ -55,12 +63,14 @@ def load_pretrained(
     template: TemplateName | None = None,
     dtype: torch.dtype | None = torch.float32,
     *,
+    llm_dtype: torch.dtype | None = None,
     read: bool = True,
 ) -> tuple[VisionLanguageModel, PreTrainedTokenizerFast]:
     """Load a model and its tokenizer from a folder or hub id, saved by `save_pretrained` or a stock LlavaNext model.
 
-    `template` replaces the folder's own; with `dtype=None` each weight keeps the dtype of its file. Unless weights are
-    `read`, parameters stay on the meta device. Raises `DataError` that names what is missing, broken or not supported.
+    `template` replaces the folder's own; with `dtype=None` each weight keeps the dtype of its file. `llm_dtype`, if
+    given, is that of the language model. Unless weights are `read`, parameters stay on the meta device. Raises
+    `DataError` that names what is missing, broken or not supported.
     """
     folder = checkpoint_folder(name)
     described = describe(folder, template)
@@ -71,11 +81,11 @@ def load_pretrained(
         with init_empty_weights(include_buffers=False):
             model = empty_model(described)
     if read:
-        load_weights(model, _stock_tensors(folder, described), folder, dtype)
+        load_weights(model, _stock_tensors(folder, described), folder, dtype, llm_dtype)
     else:
         model.language_model.tie_weights()
-        for parameter in model.parameters() if dtype is not None else ():
-            parameter.data = parameter.data.to(dtype)
+        for name, parameter in model.named_parameters():
+            parameter.data = parameter.data.to(dtype_of(name, dtype, llm_dtype))
     settings = model.language_model.generation_config.to_diff_dict()
     if (folder / "generation_config.json").exists():
         settings = read_json(folder / "generation_config.json")

@@ -106,10 +106,19 @@ def renamed(name: str, renamings: Renamings) -> str:
     return name
 
 
+def dtype_of(name: str, dtype: torch.dtype | None, llm_dtype: torch.dtype | None) -> torch.dtype | None:
+    """Return the dtype for a weight: `llm_dtype`, if given, for the language model's, else `dtype`."""
+    return llm_dtype if llm_dtype is not None and name.startswith("language_model.") else dtype
+
+
 def load_weights(
-    model: VisionLanguageModel, tensors: Iterable[tuple[str, Tensor]], folder: Path, dtype: torch.dtype | None
+    model: VisionLanguageModel,
+    tensors: Iterable[tuple[str, Tensor]],
+    folder: Path,
+    dtype: torch.dtype | None,
+    llm_dtype: torch.dtype | None = None,
 ) -> None:
-    """Replace the model's parameters with tensors under this package's names, cast to `dtype` unless it is None.
+    """Replace the model's parameters with tensors under this package's names, cast as `dtype_of` says.
 
     Word embeddings are tied if the configuration says so and the folder holds no other head. Raises `DataError` for an
     unknown name, a wrong shape or a missing weight.
@@ -124,7 +133,9 @@ def load_weights(
             raise DataError(f"{folder}: {name} of shape {tuple(tensor.shape)}: {wanted}, as its config.json says")
         if not tensor.is_floating_point():
             raise DataError(f"{folder}: {name} holds {tensor.dtype}, expected floating-point numbers")
-        found[name] = tensor.to(dtype or tensor.dtype, copy=True)  # a view would keep the whole file in memory
+        found[name] = tensor.to(
+            dtype_of(name, dtype, llm_dtype) or tensor.dtype, copy=True
+        )  # a view would keep the whole file in memory
     config, embeddings = model.language_model.config, model.language_model.get_input_embeddings().weight
     if config.tie_word_embeddings and HEAD in found:
         name = next(name for name, parameter in model.named_parameters() if parameter is embeddings)

@@ -22,7 +22,9 @@ def estimate(
         [], metavar="[STAGE=]FILE", help="Index of stage 2's data, or stage1=FILE; may be repeated."
     ),
     mfu: float = typer.Option(0.4, min=0.01, max=1.0, help="Share of the device's bf16 peak that a busy rank reaches."),
-    headroom: float = typer.Option(0.08, min=0.0, max=0.9, help="Share of a device's memory that tensors cannot use."),
+    headroom: float = typer.Option(
+        0.06, min=0.0, max=0.9, help="Share of memory left for fragmentation and errors of the estimate."
+    ),
     price: float | None = typer.Option(None, min=0.0, help="Price of a GPU-hour, to print the cost."),
     published: bool = typer.Option(False, "--published", help="Only list published runs and their implied MFU."),
     as_json: bool = typer.Option(False, "--json", help="Print the figures as JSON."),

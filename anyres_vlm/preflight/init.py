@@ -35,7 +35,6 @@ CHECKPOINT_RECIPE = "llava_next_mistral_7b"  # for a checkpoint, whose model rep
 MIN_STEPS = 50  # of an epoch; a recipe's batch of 256 reaches that with 12,800 samples
 MIN_BATCH = 8
 TILE_TOKENS, TEXT_TOKENS = 600, 1_096  # of a 336 px tile with its newlines; of a long conversation
-HEADROOM = 0.08  # share of a device's memory for fragmentation and errors of the estimate
 
 
 @dataclass(frozen=True)
@@ -85,7 +84,7 @@ class Answers:
         from anyres_vlm.preflight.estimate.fit import Fitter
         from anyres_vlm.preflight.estimate.workload import GB, Device
 
-        machines = Machines(Device("GPU", self.memory_gb * GB, peak=1.0), self.gpus, HEADROOM, mfu=1.0)
+        machines = Machines(Device("GPU", self.memory_gb * GB, peak=1.0), self.gpus)
         return Fitter(config).fit(machines, STAGES if self.checkpoint is None else ("stage2",))
 
 

@@ -8,6 +8,7 @@ from functools import partial
 
 from anyres_vlm.config import RunConfig, StageName, load_config
 from anyres_vlm.errors import UsageError
+from anyres_vlm.model.quantize import require_bitsandbytes
 from anyres_vlm.train import checkpoint
 from anyres_vlm.train.agreement import STALE_S, agree, describe_stages, require_shared
 from anyres_vlm.train.checkpoint import Finished
@@ -41,6 +42,8 @@ def train(config: RunConfig, options: RunOptions, progress: Progress) -> bool:
     could not be saved; `Interrupted` after a signal; `RankLost` if another rank is gone.
     """
     require_trackers(config.trackers)
+    if config.stage2.lora is not None and config.stage2.lora.quantize is not None and "stage2" in options.stages:
+        require_bitsandbytes(f"stage2.lora.quantize={config.stage2.lora.quantize}")
     minutes = config.rank_timeout_minutes
     with telling_lost_ranks(minutes), closing(Engine.start(config.precision, minutes)) as engine:
         require_shared(engine, options.output)

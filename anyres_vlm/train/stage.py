@@ -27,6 +27,7 @@ from anyres_vlm.data.loader import IndexedSamples, iter_steps
 from anyres_vlm.errors import DataError, Interrupted, UsageError
 from anyres_vlm.model.features import FeatureCache
 from anyres_vlm.model.lora import add_lora, merged_weights, save_adapter
+from anyres_vlm.model.quantize import quantize
 from anyres_vlm.model.vlm import VisionLanguageModel
 from anyres_vlm.schema import Batch
 from anyres_vlm.train import checkpoint
@@ -116,7 +117,7 @@ def train_stage(
     """
     settings, rates = config.stage(name), trained_rates(config, name)
     is_split = deepspeed is not None
-    outline, tokenizer = build(config, options, name, is_split=is_split, read=False)
+    outline, tokenizer = build(config, options, name, is_split=is_split, device=None)
     samples = index_samples(engine, config, name, options.output, outline, tokenizer)
     flops = model_flops(outline)
     steps = plan_steps(engine, config, options, name, samples.index, flops)
@@ -165,16 +166,18 @@ def train_stage(
 
 
 def build(
-    config: RunConfig, options: RunOptions, name: StageName, *, is_split: bool, read: bool = True
+    config: RunConfig, options: RunOptions, name: StageName, *, is_split: bool, device: torch.device | None
 ) -> tuple[VisionLanguageModel, PreTrainedTokenizerFast]:
     """Build the model as the stage starts from it, adapters added, frozen where the stage does not train it.
 
-    Unless weights are `read`, parameters are on the meta device.
+    Weights are read to the CPU, and quantised on the `device`; without one, parameters are on the meta device.
     """
     settings, rates = config.stage(name), trained_rates(config, name)
+    read, is_quantized = device is not None, settings.lora is not None and settings.lora.quantize is not None
     # DeepSpeed takes its fp32 masters from cast weights anyway: reading them in bf16 halves the memory of the host.
     dtype = torch.bfloat16 if is_split and config.precision == "bf16" else torch.float32
-    model, tokenizer = build_model(config.model, config.seed, dtype, read=read)
+    llm_dtype = torch.bfloat16 if is_quantized else dtype
+    model, tokenizer = build_model(config.model, config.seed, dtype, llm_dtype=llm_dtype, read=read)
     if read and name == "stage2" and needs_stage_1(config, options):
         load_parts(model, model_folder(options.output, "stage1"), ADAPTER_PARTS)
     model.image_position = settings.data.image_position
@@ -186,6 +189,11 @@ def build(
     if settings.activation_checkpointing:
         enable_checkpointing(model, rates)
     freeze(model, rates)
+    if is_quantized and device is not None:
+        quantize(model.language_model, "4bit", lambda _: device)
+        for parameter in model.language_model.parameters():
+            if parameter.is_floating_point():
+                parameter.data = parameter.data.to(dtype)
     if config.precision == "bf16" and not is_split:
         for weight in frozen_matrices(model):
             weight.data = weight.data.to(torch.bfloat16)
@@ -203,9 +211,13 @@ def load_model(
 ) -> VisionLanguageModel:
     """Read the weights on rank 0; on the others, return the outline with memory that the engine will broadcast into.
 
-    The outline has no tied head if rank 0 found that the weights hold another.
+    The outline has no tied head if rank 0 found that the weights hold another. With `lora.quantize` every rank reads,
+    because the scales of packed weights are not broadcast.
     """
-    model = build(config, options, name, is_split=is_split)[0] if engine.is_main else outline
+    lora = config.stage(name).lora
+    if lora is not None and lora.quantize is not None:
+        return build(config, options, name, is_split=is_split, device=engine.device)[0]
+    model = build(config, options, name, is_split=is_split, device=engine.device)[0] if engine.is_main else outline
     is_tied = engine.sum(torch.tensor(int(engine.is_main and has_tied_head(model)))).item() > 0
     if not engine.is_main:
         allocate(model, is_tied=is_tied)
@@ -404,9 +416,11 @@ def finished_writer(stage: Stage) -> WriteModel:
     """Return what fills the folder of the finished model with the weights it is given, its card included."""
 
     def write(folder: Path, weights: dict[str, Tensor]) -> None:
-        if stage.settings.lora is not None:
+        if (lora := stage.settings.lora) is not None:
             save_adapter(stage.model, weights, folder)
-            weights = merged_weights(weights, stage.settings.lora)
+            weights = merged_weights(weights, lora)
+            if lora.quantize is not None:
+                weights = {name: tensor.to(torch.bfloat16) for name, tensor in weights.items()}
         chat_template = chat_jinja(stage.model.config.template, stage.tokenizer)
         save_pretrained(stage.model, weights, stage.tokenizer, chat_template, folder)
         write_card(folder, stage.model, stage_sections(stage.options.output, indexes(stage)))

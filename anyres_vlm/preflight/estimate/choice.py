@@ -19,7 +19,6 @@ from anyres_vlm.preflight.estimate.memory import (
     RankMemory,
     Sharding,
     StageMemory,
-    count_parameters,
     read_sharding,
 )
 from anyres_vlm.preflight.estimate.workload import (
@@ -86,6 +85,9 @@ def _way(stage: StageMemory, sharding: Sharding, recomputes: bool, usable: float
     alone = stage.without_packs(sharding)
     if sharding.stage == 3 and stage.config.cache_features is not None:
         return Way(sharding, recomputes, alone.peak, None, None, "cache_features does not work with ZeRO-3")
+    lora = stage.config.stage(stage.stage).lora
+    if sharding.stage == 3 and lora is not None and lora.quantize is not None:
+        return Way(sharding, recomputes, alone.peak, None, None, "lora.quantize does not work with ZeRO-3")
     if alone.peak > usable:
         reason = f"weights, gradients and optimizer alone take {alone.peak / GB:.1f} GB"
         return Way(sharding, recomputes, alone.peak, None, None, reason)
@@ -99,19 +101,28 @@ def _way(stage: StageMemory, sharding: Sharding, recomputes: bool, usable: float
     return Way(sharding, recomputes, alone.peak, memory, largest, reason)
 
 
+# Usual sizes with CUDA 12 since Ampere: measure yours as the memory that nvidia-smi shows in addition to torch's.
+CUDA_CONTEXT, NCCL_BUFFERS = 0.6 * GB, 1.0 * GB
+
+
 @dataclass(frozen=True)
 class Machines:
-    """Devices with one rank each; `headroom` is the share of their memory that tensors cannot use."""
+    """Devices with one rank each; `headroom` is the share of memory for fragmentation and errors of the estimate."""
 
     device: Device
     gpus: int
-    headroom: float
-    mfu: float
+    headroom: float = 0.06
+    mfu: float = 0.4
 
     @property
     def usable(self) -> float:
         """Bytes available for tensors on one device."""
-        return self.device.memory * (1 - self.headroom)
+        return self.device.memory * (1 - self.headroom) - self.reserved
+
+    @property
+    def reserved(self) -> float:
+        """Bytes in use before the first tensor: the CUDA context, and NCCL's buffers if there are several ranks."""
+        return CUDA_CONTEXT + (NCCL_BUFFERS if self.gpus > 1 else 0)
 
 
 @dataclass(frozen=True)
@@ -158,7 +169,7 @@ def _estimate_stage(config: RunConfig, stage: StageName, index: Path | None, mac
         plan = _measure_plan(config, stage, samples, flops, min(memory.capacity, chosen.largest or 0), machines.gpus)
         work = stage_work(samples, flops, trained_rates(config, stage), settings.epochs, recomputes=chosen.recomputes)
         hours = work.hours(machines.device, machines.gpus, machines.mfu, plan.straggler)
-    count = count_parameters(memory.model, ways[0].sharding)
+    count = memory.count(ways[0].sharding)
     return StageEstimate(stage, samples, count, memory.capacity, memory.longest, ways, chosen, plan, work, hours)
 
 

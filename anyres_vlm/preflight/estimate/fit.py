@@ -61,9 +61,9 @@ class Fitter:
                         return settings.model_copy(update=fitted)
                     lowest = min(lowest, peak)
         raise UsageError(
-            f"{stage} does not fit on {machines.gpus} x {machines.device.memory / GB:g} GB: it needs at "
-            f"least {lowest / GB:.1f} GB per GPU and {machines.usable / GB:.1f} GB are usable; choose a smaller model, larger "
-            "GPUs or more of them"
+            f"{stage} does not fit on {machines.gpus} x {machines.device.memory / GB:g} GB: it needs {lowest / GB:.1f} "
+            f"GB per GPU or more and {machines.usable / GB:.1f} GB are usable; choose a smaller model, larger GPUs or "
+            "more of them"
         )
 
     def _stage_memory(self, stage: StageName, number: int, settings: StageConfig) -> StageMemory:

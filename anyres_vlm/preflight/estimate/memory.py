@@ -10,10 +10,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from anyres_vlm.config import RunConfig, StageName
 from anyres_vlm.errors import UsageError
+from anyres_vlm.model.quantize import decoder_matrices
 from anyres_vlm.preflight.estimate.activations import Numbers, PackSize, StepBytes, micro_step_bytes, stage_skeleton
 from anyres_vlm.preflight.estimate.workload import StageSamples
 from anyres_vlm.train.engine.deepspeed_settings import find_preset, read_zero
@@ -94,7 +95,7 @@ class Parameters:
     largest: int
 
 
-def count_parameters(model: nn.Module, sharding: Sharding, packed: Iterable[nn.Parameter] = ()) -> Parameters:
+def count_parameters(model: nn.Module, sharding: Sharding, packed: Iterable[Tensor] = ()) -> Parameters:
     """Count a model's parameters; the preset decides which tensors are `small`, `packed` ones are held in 4 bits."""
     sizes = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
     in_4_bits = {id(parameter): parameter.numel() for parameter in packed}
@@ -162,9 +163,13 @@ def rank_memory(
         buckets=_buckets(count, sharding, item, ranks),
         gathered=_gathered(count, sharding, item, ranks),
         activations=step.held,
-        working=step.peak - step.held,
+        # A packed matrix is unpacked to bf16 where it is used.
+        working=step.peak - step.held + (BF16 * count.largest if count.packed else 0),
         update=_update(count, sharding, item, mine, fused),
-        host=max(item * count.total, _host(count, sharding, item, ranks) + _snapshot(count)),
+        host=max(
+            item * (count.total - count.packed) + BF16 * count.packed,
+            _host(count, sharding, item, ranks) + _snapshot(count),
+        ),
     )
 
 
@@ -254,16 +259,23 @@ class StageMemory:
         supervised = np.quantile(self.samples.supervised / lengths, DENSEST)
         return PackSize(tokens, DOCUMENTS, math.ceil(tokens * tiles), math.ceil(tokens * supervised))
 
+    def count(self, sharding: Sharding) -> Parameters:
+        """Count the stage's parameters."""
+        lora = self.config.stage(self.stage).lora
+        is_packed = lora is not None and lora.quantize is not None
+        packed = decoder_matrices(self.model.language_model) if is_packed else ()
+        return count_parameters(self.model, sharding, (layer.weight for _, layer in packed))
+
     def at(self, sharding: Sharding, recomputes: bool, tokens: int) -> RankMemory:
         """Return the memory of a rank with packs of `tokens` tokens."""
         numbers = numbers_of(sharding, self.config.precision)
-        count = count_parameters(self.model, sharding)
+        count = self.count(sharding)
         return rank_memory(count, sharding, numbers, self.ranks, self._step_bytes(numbers, recomputes, tokens))
 
     def without_packs(self, sharding: Sharding) -> RankMemory:
         """Return the memory of a rank without packs."""
         numbers = numbers_of(sharding, self.config.precision)
-        count = count_parameters(self.model, sharding)
+        count = self.count(sharding)
         return rank_memory(count, sharding, numbers, self.ranks, StepBytes(0, 0, 0))
 
     def largest(self, sharding: Sharding, recomputes: bool, usable: float) -> int | None:

@@ -30,7 +30,8 @@ def describe(estimates: Sequence[StageEstimate], machines: Machines, price: floa
     device = machines.device
     lines = [
         f"{machines.gpus} x {device.name}: {device.memory / GB:.0f} GB each, {machines.usable / GB:.1f} GB for "
-        f"tensors (headroom {machines.headroom:.0%}); {device.peak / 1e12:.0f} TFLOP/s in bf16, MFU {machines.mfu:.0%}",
+        f"tensors (headroom {machines.headroom:.0%}, CUDA and NCCL {machines.reserved / GB:.1f} GB); "
+        f"{device.peak / 1e12:.0f} TFLOP/s in bf16, MFU {machines.mfu:.0%}",
     ]
     for estimate in estimates:
         lines += ["", *_stage_lines(estimate, machines)]

@@ -127,6 +127,12 @@ class Engine:
                 "cache_features does not go with ZeRO-3, where an encoder runs on all ranks or on none: use zero2, or "
                 "leave the cache out"
             )
+        lora = config.stage(stage).lora
+        if settings.zero_stage == 3 and lora is not None and lora.quantize is not None:
+            raise UsageError(
+                "lora.quantize does not go with ZeRO-3, which would split packed weights but not their scales: use "
+                "zero2, or leave deepspeed out"
+            )
         try:
             from anyres_vlm.train.engine.zero import check_zero
         except ModuleNotFoundError:
