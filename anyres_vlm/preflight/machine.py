@@ -136,11 +136,7 @@ def _no_accelerator() -> Finding:
         hidden = os.environ.get("CUDA_VISIBLE_DEVICES")
         remedy = f"CUDA_VISIBLE_DEVICES={hidden!r} hides it: unset it" if hidden is not None else "update the driver"
         return Finding("accelerator", "fail", f"{words}, but an NVIDIA driver is installed", remedy)
-    return Finding(
-        "accelerator",
-        "ok",
-        f"{words}: enough for the embedded default, too slow for large models",
-    )
+    return Finding("accelerator", "ok", f"{words}: enough for the embedded default, too slow for large models")
 
 
 def check_attention(_: None) -> Iterator[Finding]:
@@ -162,7 +158,7 @@ def check_attention(_: None) -> Iterator[Finding]:
         separate.append(F.scaled_dot_product_attention(one, two, three, is_causal=True))
     error = float((packed.float().transpose(1, 2) - torch.cat(separate, dim=2)).abs().max())
     kernel = "torch's FlashAttention varlen" if dtype is torch.bfloat16 else "SDPA, document by document"
-    words = f"{kernel}; differs by {error:.0e} from attention over each document alone"
+    words = f"{kernel}; differs by {error:.0e} from attention over each document separately"
     if find_spec("flash_attn"):
         words += "; the flash-attn package is not used"
     tolerance = ATTENTION_TOLERANCE[str(dtype).removeprefix("torch.")]
