@@ -104,18 +104,34 @@ def token_repeats(ids: NDArray[np.int32], plans: Sequence[TilePlan], image_token
     return repeats
 
 
+def supervision(labels: torch.Tensor, lengths: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the supervised positions of a pack and the token that each predicts. (1, L) -> (K,), (K,).
+
+    A position predicts the label of the next one; the last position of a document predicts nothing.
+    """
+    following = labels[0].roll(-1)
+    following[np.cumsum(lengths) - 1] = IGNORE_INDEX
+    positions = (following != IGNORE_INDEX).nonzero().squeeze(1)
+    return positions, following[positions]
+
+
 @dataclass(frozen=True, slots=True)
 class Batch:
     """One pack of documents as tensors.
 
-    `labels[i]` is the token at position i itself; the loss shifts them within each document. `cu_seqlens` holds the
-    boundaries of the documents, 0 and L included. `plans` has one plan per image, in the order of the tiles.
+    `labels[i]` is the token at position i itself; `supervised` and `targets` hold the same labels as the loss uses
+    them. `cu_seqlens` holds the boundaries of the documents, 0 and L included. `plans` has one plan per image, in the
+    order of the tiles. What depends on the content of the tensors is computed before they are copied to the device.
     """
 
     input_ids: torch.Tensor  # (1, L) int64
     labels: torch.Tensor  # (1, L) int64
     position_ids: torch.Tensor  # (1, L) int64, restarting at 0 in each document
     cu_seqlens: torch.Tensor  # (documents + 1,) int32
+    lengths: tuple[int, ...]  # of the documents
+    supervised: torch.Tensor  # (K,) int64, positions that predict a label
+    targets: torch.Tensor  # (K,) int64, the labels that they predict
+    image_positions: torch.Tensor  # (N of all images,) int64
     tiles: torch.Tensor  # (T, 3, S, S) uint8
     plans: tuple[TilePlan, ...]
     sample_ids: tuple[str, ...]
@@ -136,18 +152,18 @@ class Batch:
             labels=change(self.labels),
             position_ids=change(self.position_ids),
             cu_seqlens=change(self.cu_seqlens),
+            supervised=change(self.supervised),
+            targets=change(self.targets),
+            image_positions=change(self.image_positions),
             tiles=change(self.tiles),
         )
 
     @property
     def num_supervised(self) -> int:
         """Number of labels that count in the loss, so without the first position of each document."""
-        labels = self.labels[0].clone()
-        labels[self.cu_seqlens[:-1].long()] = IGNORE_INDEX
-        return int((labels != IGNORE_INDEX).sum())
+        return len(self.targets)
 
     @property
     def num_pairs(self) -> int:
         """Number of (query, visible key) pairs: each token attends to itself and those before it in its document."""
-        lengths = self.cu_seqlens.diff().long()
-        return int((lengths * (lengths + 1)).sum()) // 2
+        return sum(length * (length + 1) for length in self.lengths) // 2

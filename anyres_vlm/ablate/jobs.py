@@ -33,7 +33,8 @@ from anyres_vlm.config import PictureKind, StageName
 from anyres_vlm.errors import DataError, Interrupted, UsageError, did_you_mean
 from anyres_vlm.files import replacing
 from anyres_vlm.synthetic.dataset import DATA_FILE, Purpose, write_dataset
-from anyres_vlm.train.options import CONFIG_FILE, SIGNALS, model_folder
+from anyres_vlm.train.options import CONFIG_FILE, model_folder
+from anyres_vlm.train.signals import SIGNALS
 
 logger = logging.getLogger(__name__)
 

@@ -165,6 +165,8 @@ def _refusal(settings: Mapping[str, Any], name: str) -> str | None:
         ids = settings[name] if isinstance(settings[name], list) else [settings[name]]
         if not ids or not all(type(number) is int and number >= 0 for number in ids):
             return "not a token id"
+    if callable(getattr(GenerationConfig, name, None)):
+        return "not a setting"
     config = GenerationConfig()
     for key, value in settings.items():
         setattr(config, key, value)

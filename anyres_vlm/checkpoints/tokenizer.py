@@ -17,6 +17,8 @@ from anyres_vlm.schema import IMAGE_TOKEN
 logger = logging.getLogger(__name__)
 
 FAST_FILE, SENTENCEPIECE_FILE = "tokenizer.json", "tokenizer.model"
+JSON_FILES = (FAST_FILE, "tokenizer_config.json", "special_tokens_map.json", "config.json")
+LFS_POINTER = b"version https://git-lfs"  # what a clone without Git LFS has in place of a file
 # AutoTokenizer takes the file's pipeline as it is for these classes and, whatever the class, for LlavaNext.
 GENERIC_CLASSES = ("TokenizersBackend", "PreTrainedTokenizerFast")
 # Other model types may have a class that AutoTokenizer prefers to the one that the folder names.
@@ -113,6 +115,17 @@ def _is_generic(name: Path | str) -> bool:
 
 def _file_fault(folder: Path) -> str | None:
     """Return what is wrong with a folder's files; transformers may blame a package for another format instead."""
+    for file in (*JSON_FILES, SENTENCEPIECE_FILE):
+        if not (path := folder / file).is_file():
+            continue
+        with path.open("rb") as stream:
+            if stream.read(len(LFS_POINTER)) == LFS_POINTER:
+                return f"{file} is a pointer of Git LFS, not the file itself: run `git lfs pull` in the folder"
+        if file != SENTENCEPIECE_FILE:
+            try:
+                read_json(path)
+            except DataError as error:
+                return f"{error}: fetch it again"
     if (folder / FAST_FILE).exists():
         return None
     path = folder / SENTENCEPIECE_FILE
@@ -144,7 +157,10 @@ def _pieces_by_file(name: Path | str) -> list[str] | None:
     """Split the probe as the tokenizer's own file does; None if there is no such file or it cannot be read."""
     try:
         if (path := base_file(name, FAST_FILE)) is not None:
-            return list(Tokenizer.from_file(path).encode(PROBE, add_special_tokens=False).tokens)
+            tokenizer = Tokenizer.from_file(path)
+            tokenizer.no_truncation()  # left in the file by whoever saved it, as is padding
+            tokenizer.no_padding()
+            return list(tokenizer.encode(PROBE, add_special_tokens=False).tokens)
         if (path := base_file(name, SENTENCEPIECE_FILE)) is not None:
             from sentencepiece import SentencePieceProcessor  # start-up time: few base models need it
 

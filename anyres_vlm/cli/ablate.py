@@ -37,7 +37,7 @@ def ablate(
     # Start-up time.
     from anyres_vlm.ablate.jobs import SweepRun
     from anyres_vlm.ablate.sweep import expand, read_sweep
-    from anyres_vlm.train.options import catch_signals
+    from anyres_vlm.train.signals import catch_signals
 
     sweep = read_sweep(config)
     for measure in sweep.measure:

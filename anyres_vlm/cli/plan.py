@@ -80,11 +80,21 @@ def plan(
 
 def _cost(model: Path | None) -> tuple[CostModel, str]:
     """Return the cost model and a note on its origin."""
-    from anyres_vlm.data.packing.cost import CostModel, read_cost
+    from anyres_vlm.data.packing.cost import CostModel, derive_cost, forward_flops, read_cost
 
-    if model is not None:
-        return read_cost(model), f"by FLOPs from {model}"
-    return CostModel(), "a 7B model with CLIP ViT-L/14-336; use --model-config for another"
+    if model is None:
+        return CostModel(), "a 7B model with CLIP ViT-L/14-336; use --model-config for another"
+    origin = f"by FLOPs from {model}"
+    if model.suffix not in (".yaml", ".yml"):
+        return read_cost(model), origin
+    from anyres_vlm.checkpoints.describe import describe_bases  # start-up time
+    from anyres_vlm.config import load_config
+
+    described = describe_bases(load_config(model).model)
+    if described.vision_config is None:
+        raise UsageError(f"{model}: no FLOPs are known for an encoder of timm: leave --model-config out")
+    encoder = described.config.encoder
+    return derive_cost(forward_flops(described.text_config, described.vision_config, encoder.layer)), origin
 
 
 def _read(index: Path) -> pa.Table:

@@ -32,9 +32,10 @@ def train(
 
     Example: anyres train --grid 2x2 --stage 2 --set stage2.learning_rate=1e-5
     """
-    from anyres_vlm.train.options import catch_signals  # start-up time of other commands: imports pydantic
+    from anyres_vlm.train.signals import Watchdog, catch_signals  # start-up time of other commands
 
-    with catch_signals() as signalled:  # before the slow imports, as a signal may arrive during them
+    # Before the slow imports, as a signal may arrive during them.
+    with catch_signals() as signalled, Watchdog() as watchdog:
         # Start-up time: torch and transformers take seconds to import.
         from anyres_vlm.cli.progress import show_steps
         from anyres_vlm.config import STAGES, StageName, load_config, shipped_config, tiling_flags
@@ -51,7 +52,9 @@ def train(
             "2": ("stage2",),
             "all": ("stage2",) if skip_stage1 else STAGES,
         }
-        options = RunOptions(folder, stages[stage], resume == "auto", max_steps, skip_stage1, signalled.is_set)
+        options = RunOptions(
+            folder, stages[stage], resume == "auto", max_steps, skip_stage1, signalled.is_set, watchdog
+        )
         with show_steps() as progress:
             reports = run_stages(run_config, options, progress)
     if not reports:

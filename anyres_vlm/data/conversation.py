@@ -77,11 +77,17 @@ class ConversationTokenizer:
         """The supervised text before an answer, which a trained model generates first."""
         return self._pieces.lead
 
+    @property
+    def keeps_text(self) -> bool:
+        """Whether the template writes the text of questions and the system text, not only the images."""
+        return self._pieces.user_text
+
     @cached_property
     def end_id(self) -> int:
         """The token that ends an answer. Raises `UsageError` if the tokenizer has no such token."""
         token: int | None = self.tokenizer.convert_tokens_to_ids(self._end_token)
-        if token is None or token == self.tokenizer.unk_token_id:
+        is_unknown = token == self.tokenizer.unk_token_id and self._end_token != self.tokenizer.unk_token
+        if token is None or is_unknown:  # GPT-2's tokenizer and its kin have one token for both
             raise UsageError(
                 f"template {self.template} ends answers with {self._end_token!r}, which is not a token of this llm"
             )
@@ -205,7 +211,7 @@ class ConversationTokenizer:
         self, name: str, turns: Sequence[Turn], text: str, system: str, prompt: bool = False
     ) -> DataError | None:
         """Return what is wrong with a conversation before it is tokenised."""
-        if system and (found := self._control["assistant"].search(system)):
+        if system and self.keeps_text and (found := self._control["assistant"].search(system)):
             words = f"the system text contains the control token {found.group()!r}"
             return DataError(f"{name}: {words}", kind="control_token")
         for turn in turns:

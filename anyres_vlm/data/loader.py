@@ -29,7 +29,7 @@ from anyres_vlm.data.sources import Source
 from anyres_vlm.data.tiling import Augmentation, Pixels, tile_image
 from anyres_vlm.errors import DataError, check_bad_records
 from anyres_vlm.geometry import Tiling, plan_tiles
-from anyres_vlm.schema import IGNORE_INDEX, Batch, Sample, token_repeats
+from anyres_vlm.schema import IGNORE_INDEX, Batch, Sample, supervision, token_repeats
 
 logger = logging.getLogger(__name__)
 Loaded = tuple[Sample, list[NDArray[np.uint8]]]  # a sample, and the tiles of each of its images, (T, 3, S, S)
@@ -153,11 +153,18 @@ def collate(pack: Sequence[Loaded], tile: int, image_token_id: int, rejects: Seq
     no_tiles = np.zeros((0, 3, tile, tile), np.uint8)
     if not pack:
         ids, labels, positions = [np.zeros(1)], [np.full(1, IGNORE_INDEX)], [np.zeros(1)]
+    lengths = tuple(map(len, ids))
+    input_ids, all_labels = _row(ids), _row(labels)
+    supervised, targets = supervision(all_labels, lengths)
     return Batch(
-        input_ids=_row(ids),
-        labels=_row(labels),
+        input_ids=input_ids,
+        labels=all_labels,
         position_ids=_row(positions),
-        cu_seqlens=torch.from_numpy(np.cumsum([0, *map(len, ids)])).to(torch.int32),
+        cu_seqlens=torch.from_numpy(np.cumsum([0, *lengths])).to(torch.int32),
+        lengths=lengths,
+        supervised=supervised,
+        targets=targets,
+        image_positions=(input_ids[0] == image_token_id).nonzero().squeeze(1),
         tiles=torch.from_numpy(np.concatenate([no_tiles, *(cut for _, images in pack for cut in images)])),
         plans=tuple(plan for sample, _ in pack for plan in sample.plans),
         sample_ids=tuple(sample.id for sample, _ in pack),

@@ -37,10 +37,10 @@ class Template:
 
     `opening` and `system_part` come before the first turn. `{system}` in `system_part` is replaced by the system text
     of the conversation, or else by `system`; without either, the part is left out. `again` comes before every user turn
-    but the first. With `user_text=False`, only the images of a user turn are kept, as in stage 1 of LLaVA. `begins`
-    means that the published format starts with the begin token, which the tokenizer may add or not. `past` replaces
-    `user_suffix`, `assistant_prefix` and `lead` before every answer but the last, for chat templates that write earlier
-    answers without a thinking block.
+    but the first. With `user_text=False`, only the images of a user turn are kept and a system text is left out, as in
+    stage 1 of LLaVA. `begins` means that the published format starts with the begin token, which the tokenizer may add
+    or not. `past` replaces `user_suffix`, `assistant_prefix` and `lead` before every answer but the last, for chat
+    templates that write earlier answers without a thinking block.
     """
 
     opening: str = ""
@@ -65,8 +65,10 @@ class Template:
     def head(self, system: str = "") -> str:
         """Return the opening of a conversation with its own system text, or else the template's.
 
-        Raises `DataError` if the template has no system part for it.
+        Raises `DataError` if the template keeps text but has no system part for it.
         """
+        if not self.user_text:
+            return self.opening
         if system and not self.system_part:
             raise DataError(
                 "it has a system text, which this template cannot write: use vicuna_v1, llama_2, llama_3 or chatml, or "
@@ -111,7 +113,8 @@ class Template:
             f"{{%- for part in content -%}}{{{{ {image} if part.type == 'image' else part.text }}}}{{%- endfor -%}}"
             "{%- endif -%}{%- endmacro -%}"
             f"{{{{ {_expression(self.opening)} }}}}{self._jinja_system}"
-            f"{{%- for message in {'turns' if self.system_part else 'messages'} -%}}{{%- if message.role == 'user' -%}}"
+            f"{{%- for message in {'turns' if self._jinja_system else 'messages'} -%}}"
+            "{%- if message.role == 'user' -%}"
             f"{{%- if not loop.first -%}}{{{{ {_expression(self.again)} }}}}{{%- endif -%}}"
             f"{{{{ {_expression(self.user_prefix)} + words(message.content) + {_expression(self.user_suffix)} }}}}"
             "{%- elif message.role == 'assistant' -%}"
@@ -123,7 +126,9 @@ class Template:
 
     @property
     def _jinja_system(self) -> str:
-        """The Jinja source of the system part, whose text a first message may replace."""
+        """The Jinja source of the system part, whose text a first message may replace; it sets `turns`, the rest."""
+        if not self.user_text:
+            return "{%- set turns = messages[1:] if messages and messages[0].role == 'system' else messages -%}"
         if not self.system_part:
             return ""
         before, after = map(_expression, self.system_part.split(SYSTEM))

@@ -33,6 +33,7 @@ logger = logging.getLogger(__name__)
 WINDOW = 1024  # questions whose prompts are in memory and sorted by length together: 25 MB at 3,000 tokens each
 MODEL_FILES = {".safetensors", ".bin", ".json", ".jinja", ".model"}  # what decides an answer; a model card does not
 MAX_UNASKED = 0.01  # of the questions may be too long or contain control tokens: their answer is ""
+TOO_LONG = "context limit"  # in the message of `room_for_answer`
 SHOWN = 3  # questions named in a message
 
 Progress = Callable[[int, int], None]
@@ -93,17 +94,17 @@ def check_prompts(prepared: Sequence[Prepared], load: Callable[[], Assistant]) -
     `load` is called if a question is open.
     """
     for one in prepared:
-        reason = ""
+        reasons: list[str] = []
         for place in one.open:
             question = one.questions[place]
             try:
                 load().prompt(_conversation(question))
             except (UsageError, DataError) as error:
-                reason = reason or str(error)
+                reasons.append(str(error))
                 logger.warning("question %s gets an empty answer: %s", question.id, error)
                 one.unasked.add(place)
         earlier = {place for place, text in one.log.read().items() if text is None}
-        _check_unasked(one, earlier | one.unasked, reason)
+        _check_unasked(one, earlier | one.unasked, reasons)
 
 
 def evaluate(
@@ -172,15 +173,20 @@ def _check_images(one: Prepared, places: Sequence[int], read: Callable[[ImageRef
         )
 
 
-def _check_unasked(one: Prepared, places: set[int], reason: str = "") -> None:
+def _check_unasked(one: Prepared, places: set[int], reasons: Sequence[str] = ()) -> None:
+    """Raise `DataError` if too many questions cannot be asked, with the first reason of the more frequent kind."""
     if len(places) > MAX_UNASKED * len(one.questions):
         unasked = [str(one.questions[place].id) for place in sorted(places)]
         shown = ", ".join(unasked[:SHOWN]) + (", ..." if len(unasked) > SHOWN else "")
-        too_long = "; lower the checkpoint's grid or use --no-ocr-tokens" if "context limit" in reason else ""
+        too_long = [reason for reason in reasons if TOO_LONG in reason]
+        others = [reason for reason in reasons if TOO_LONG not in reason]
+        why = [*max(others, too_long, key=len), "the warnings of the run that found them say why"][0]
+        if TOO_LONG in why:
+            has_hints = one.task.benchmark.protocol.get("ocr_tokens", "").startswith("in the prompt")
+            why += "; use a checkpoint of a smaller grid" + " or --no-ocr-tokens" * has_hints
         raise DataError(
             f"{one.task.title}: {len(unasked)} of {len(one.questions)} questions cannot be asked ({shown}; see the "
-            f"warnings), at most {MAX_UNASKED:.0%} may: {reason or 'the warnings of the run that found them say why'}"
-            f"{too_long}"
+            f"warnings), at most {MAX_UNASKED:.0%} may: {why}"
         )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from copy import copy
 from dataclasses import dataclass
@@ -22,9 +23,14 @@ from anyres_vlm.data.tiling import cut_tiles
 from anyres_vlm.errors import UsageError
 from anyres_vlm.geometry import Grid, Size, TilePlan, Tiling, plan_tiles
 from anyres_vlm.inference.generation import Decoding, Watch, room_for_answer, stream_tokens
+from anyres_vlm.model.attention import disable_cudnn_attention, has_bf16
+from anyres_vlm.model.device import unusable_gpu
 from anyres_vlm.model.vlm import VisionLanguageModel
 from anyres_vlm.schema import IMAGE_TOKEN, ImageRef, Turn, token_repeats
 
+logger = logging.getLogger(__name__)
+
+FP16_CORES = (7, 0)  # compute capability of Volta: the first with tensor cores, in fp16
 BATCH_TOKENS = 8192  # keys and values of a 7B model with 32 heads take 4.3 GB in bf16
 INCOMPLETE = "\ufffd"  # decoded from the bytes of an incomplete character
 
@@ -62,6 +68,7 @@ class Assistant:
     """A model and its tokenizer, ready to answer."""
 
     def __init__(self, model: VisionLanguageModel, tokenizer: PreTrainedTokenizerFast) -> None:
+        disable_cudnn_attention()
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.model = model.eval().to(self.device)
         self.tiling = model.tiling
@@ -70,13 +77,14 @@ class Assistant:
 
     @classmethod
     def load(cls, folder: Path | str, template: TemplateName | None = None) -> Assistant:
-        """Load a checkpoint folder or hub id, on a GPU with bf16 weights; `template` replaces the checkpoint's.
+        """Load a checkpoint folder or hub id, with weights of `inference_dtype`; `template` replaces the checkpoint's.
 
         Raises `DataError` for a folder that is not a checkpoint, `UsageError` for a template that cannot be used.
         """
         model, tokenizer = load_pretrained(folder, template)
-        if torch.cuda.is_available():
-            halve(model)
+        if (fault := unusable_gpu()) is not None:
+            logger.warning("answers are computed on the CPU: %s: %s", *fault)
+        cast_weights(model, inference_dtype(torch.device("cuda" if torch.cuda.is_available() else "cpu")))
         assistant = cls(model, tokenizer)
         stops = assistant.conversation.stop_ids  # reads the template, so that an error in it is raised here
         if template is not None:
@@ -180,10 +188,31 @@ class Assistant:
         )
 
 
-def halve(model: VisionLanguageModel) -> None:
-    """Convert the weights to bf16. Buffers are unchanged: positions and pixel statistics stay in fp32."""
+def inference_dtype(device: torch.device) -> torch.dtype:
+    """Return the dtype of weights for a device: bf16 on a GPU, fp32 on a CPU.
+
+    GPUs below compute capability 8.0 only emulate bf16: they get fp16 where they have tensor cores for it, else fp32,
+    and a warning.
+    """
+    if device.type != "cuda":
+        return torch.float32
+    if has_bf16(device):
+        return torch.bfloat16
+    capability = torch.cuda.get_device_capability(device)
+    dtype = torch.float16 if capability >= FP16_CORES else torch.float32
+    logger.warning(
+        "%s has compute capability %d.%d, bf16 needs 8.0: weights are converted to %s, and attention uses SDPA",
+        torch.cuda.get_device_name(device),
+        *capability,
+        str(dtype).removeprefix("torch."),
+    )
+    return dtype
+
+
+def cast_weights(model: VisionLanguageModel, dtype: torch.dtype) -> None:
+    """Convert the weights. Buffers are unchanged: positions and pixel statistics stay in fp32."""
     for parameter in model.parameters():
-        parameter.data = parameter.data.to(torch.bfloat16)
+        parameter.data = parameter.data.to(dtype)
 
 
 def text_pieces(tokenizer: PreTrainedTokenizerFast, tokens: Iterable[int], lead: str = "") -> Iterator[str]:

@@ -20,7 +20,7 @@ from transformers.generation import LogitsProcessorList, TemperatureLogitsWarper
 from anyres_vlm.checkpoints.load_save import end_tokens
 from anyres_vlm.errors import UsageError
 from anyres_vlm.geometry import TilePlan
-from anyres_vlm.model.attention import Documents
+from anyres_vlm.model.attention import separated
 from anyres_vlm.model.kv_cache import ConversationCache
 from anyres_vlm.model.vlm import VisionLanguageModel
 
@@ -152,15 +152,14 @@ def _read_prompts(
     """Run the packed prompts and return the last hidden state of each. (1, L, D) -> (B, D)."""
     device = embedded.device
     ends = torch.tensor(np.cumsum(lengths), device=device)
-    documents = Documents(torch.nn.functional.pad(ends, (1, 0)).to(torch.int32), list(lengths))
-    hidden = _forward(
-        language_model,
-        cache,
-        inputs_embeds=embedded,
-        position_ids=torch.cat([torch.arange(length, device=device) for length in lengths])[None],
-        documents=documents,
-    )
-    documents.check(language_model)
+    with separated(language_model, torch.nn.functional.pad(ends, (1, 0)).to(torch.int32), lengths) as documents:
+        hidden = _forward(
+            language_model,
+            cache,
+            inputs_embeds=embedded,
+            position_ids=torch.cat([torch.arange(length, device=device) for length in lengths])[None],
+            documents=documents,
+        )
     return hidden[0, ends - 1]
 
 

@@ -49,9 +49,12 @@ class VisionLanguageModel(nn.Module):
         self.config = config
         self.tiling: Tiling = config.tiling(self.vision_tower.tile, self.vision_tower.patch)
 
-    def embed(self, input_ids: Tensor, tiles: Tensor, plans: Sequence[TilePlan]) -> Tensor:
+    def embed(
+        self, input_ids: Tensor, tiles: Tensor, plans: Sequence[TilePlan], image_positions: Tensor | None = None
+    ) -> Tensor:
         """Return token embeddings with image tokens filled in. (1, L), (T, 3, S, S) uint8 -> (1, L, D).
 
+        `image_positions` (N of all images,) are searched in `input_ids` if not given, which waits for the device.
         Without images a blank tile is encoded with weight 0, so the backward pass of every rank uses the same
         parameters.
         """
@@ -64,19 +67,16 @@ class VisionLanguageModel(nn.Module):
             embedded = embedded + 0.0 * (projected.sum() + self.image_newline.sum()).to(embedded.dtype)
             return embedded
         visual = merge_tiles(projected, plans, self.image_newline) + 0.0 * self.image_newline.to(projected.dtype)
-        places = input_ids == self.image_token_id
-        assert int(places.sum()) == visual.shape[0], "the sample was tokenised with these plans"
-        merged: Tensor = embedded.masked_scatter(places[..., None], visual.to(embedded.dtype))
-        return merged
+        if image_positions is None:
+            image_positions = (input_ids[0] == self.image_token_id).nonzero().squeeze(1)
+        assert len(image_positions) == len(visual), "the sample was tokenised with these plans"
+        return embedded.index_copy(1, image_positions, visual.to(embedded.dtype)[None])
 
     def forward(self, batch: Batch) -> Tensor:
         """Return the summed loss of one pack in nats, fp32. The caller divides by the step's supervised tokens."""
-        documents = attention.Documents.between(batch.cu_seqlens)
-        hidden = self.language_model.base_model(
-            inputs_embeds=self.embed(batch.input_ids, batch.tiles, batch.plans),
-            position_ids=batch.position_ids,
-            documents=documents,
-            use_cache=False,
-        ).last_hidden_state
-        documents.check(self.language_model)
-        return summed_loss(hidden, batch.labels, batch.cu_seqlens, self.language_model.get_output_embeddings())
+        embedded = self.embed(batch.input_ids, batch.tiles, batch.plans, batch.image_positions)
+        with attention.separated(self.language_model, batch.cu_seqlens, batch.lengths) as documents:
+            hidden = self.language_model.base_model(
+                inputs_embeds=embedded, position_ids=batch.position_ids, documents=documents, use_cache=False
+            ).last_hidden_state
+        return summed_loss(hidden, batch.supervised, batch.targets, self.language_model.get_output_embeddings())

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 
 from anyres_vlm.config import STAGES, CheckpointConfig, ModelConfig, RunConfig, StageName
 from anyres_vlm.errors import DataError, UsageError
-from anyres_vlm.preflight.machine import Finding, gigabytes, judge
+from anyres_vlm.preflight.machine import PER_DOCUMENT, VARLEN, Finding, Level, gigabytes, judge
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -158,6 +158,30 @@ def check_models(case: Case) -> Iterator[Finding]:
     words = f"{gigabytes(free)} free; fp32 weights, complete on each of {ranks} local ranks, take {gigabytes(need)}"
     remedy = "use fewer ranks per node or a smaller model; for device memory see anyres estimate"
     yield judge("memory", need < free, words, remedy)
+
+
+def check_attention(case: Case) -> Iterator[Finding]:
+    """Report which attention kernel each stage will use on this machine, by the function that the model uses."""
+    if case.described is None:
+        yield Finding("attention", "warn", "not judged: it depends on the model")
+        return
+    import torch
+
+    from anyres_vlm.checkpoints.describe import describe_bases
+    from anyres_vlm.model.attention import varlen_obstacle
+    from anyres_vlm.train.recipe import trained_rates
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = torch.bfloat16 if case.config.precision == "bf16" else torch.float32
+    text = describe_bases(case.config.model).text_config
+    head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    for name in STAGES:
+        is_trained = "language_model" in trained_rates(case.config, name)  # a frozen one runs without dropout
+        dropout = getattr(text, "attention_dropout", 0.0) if is_trained else 0.0
+        obstacle = varlen_obstacle(device, dtype, {head_dim}, dropout)
+        words = f"{VARLEN}, one call a layer" if obstacle is None else f"{PER_DOCUMENT}: {obstacle}"
+        level: Level = "ok" if obstacle is None or device.type == "cpu" else "warn"
+        yield Finding(f"{name} attention", level, words)
 
 
 def check_shared_memory(case: Case) -> Iterator[Finding]:
@@ -397,6 +421,7 @@ CHECKS: dict[str, Callable[[Case], Iterable[Finding]]] = {
     "trackers": check_trackers,
     "recipe": check_recipe,
     "model": check_models,
+    "attention": check_attention,
     "shared memory": check_shared_memory,
     "output": check_output,
     "disk": check_disk,

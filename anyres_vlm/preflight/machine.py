@@ -18,7 +18,7 @@ from typing import Literal, TypeVar
 
 DISTRIBUTION = "anyres-vlm"
 ATTENTION_TOLERANCE = {"float32": 1e-5, "bfloat16": 2e-2}  # bf16 has 8 bits: 2^-8 of values up to 3
-OLDEST_BF16 = (8, 0)  # compute capability of Ampere; older devices emulate bf16
+VARLEN, PER_DOCUMENT = "torch's FlashAttention varlen", "SDPA, document by document"
 Level = Literal["ok", "warn", "fail"]
 Subject = TypeVar("Subject")
 # Exceptions of broken installations, drivers, disks and data; the errors of this package are subclasses.
@@ -118,10 +118,12 @@ def check_accelerator(_: None) -> Iterator[Finding]:
 def _cuda_device(number: int) -> Finding:
     import torch
 
+    from anyres_vlm.model.attention import has_bf16
+
     facts = torch.cuda.get_device_properties(number)
     free, total = torch.cuda.mem_get_info(number)
     words = f"cuda:{number} {facts.name}, {gigabytes(free)} of {gigabytes(total)} free"
-    if (facts.major, facts.minor) < OLDEST_BF16 and not torch.version.hip:
+    if not has_bf16(torch.device("cuda", number)):
         return Finding("accelerator", "warn", f"{words}, no bf16", "set precision: fp32, or use an Ampere GPU or later")
     if free < total / 2:
         return Finding("accelerator", "warn", words, "another process uses its memory: nvidia-smi shows which")
@@ -131,7 +133,12 @@ def _cuda_device(number: int) -> Finding:
 def _no_accelerator() -> Finding:
     import torch
 
+    from anyres_vlm.model.device import unusable_gpu
+
     words = f"none; {os.cpu_count()} CPU cores"
+    if (fault := unusable_gpu()) is not None:
+        problem, remedy = fault
+        return Finding("accelerator", "fail", f"{words}; {problem}", remedy)
     if torch.version.cuda and shutil.which("nvidia-smi"):
         hidden = os.environ.get("CUDA_VISIBLE_DEVICES")
         remedy = f"CUDA_VISIBLE_DEVICES={hidden!r} hides it: unset it" if hidden is not None else "update the driver"
@@ -140,24 +147,26 @@ def _no_accelerator() -> Finding:
 
 
 def check_attention(_: None) -> Iterator[Finding]:
-    """Check that attention keeps the documents of a pack apart, and report the kernel."""
+    """Check that attention on this device keeps the documents of a pack apart, and report the kernel."""
     import torch
     import torch.nn.functional as F
 
-    from anyres_vlm.model.attention import Documents, packed_attention
+    from anyres_vlm.model.attention import Documents, has_bf16, packed_attention, varlen_obstacle
 
-    device = torch.accelerator.current_accelerator() if torch.cuda.is_available() else torch.device("cpu")
-    dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = torch.bfloat16 if device.type == "cuda" and has_bf16(device) else torch.float32
     generator, ends = torch.Generator().manual_seed(0), [0, 5, 17]
     q, k, v = (torch.randn(1, 4, ends[-1], 64, generator=generator).to(device, dtype) for _ in range(3))
-    documents = Documents.between(torch.tensor(ends, dtype=torch.int32, device=device))
+    lengths = [end - start for start, end in pairwise(ends)]
+    documents = Documents(torch.tensor(ends, dtype=torch.int32, device=device), lengths)
     packed, _ = packed_attention(torch.nn.Module(), q, k, v, None, documents=documents)
     separate = []
     for start, end in pairwise(ends):
         one, two, three = (x[:, :, start:end].float() for x in (q, k, v))
         separate.append(F.scaled_dot_product_attention(one, two, three, is_causal=True))
     error = float((packed.float().transpose(1, 2) - torch.cat(separate, dim=2)).abs().max())
-    kernel = "torch's FlashAttention varlen" if dtype is torch.bfloat16 else "SDPA, document by document"
+    obstacle = varlen_obstacle(device, dtype, {q.shape[-1]}, 0.0)
+    kernel = VARLEN if obstacle is None else PER_DOCUMENT
     words = f"{kernel}; differs by {error:.0e} from attention over each document separately"
     if find_spec("flash_attn"):
         words += "; the flash-attn package is not used"

@@ -174,7 +174,7 @@ def require_same_settings(folder: Path, stage: StageName, before: dict[str, Any]
     for key in sorted((now.keys() & before.keys()) - {"epochs", "steps", "plan"}):
         path = f"{stage}.{key}" if key in StageConfig.model_fields else key
         for where, old, new in _changes(path, before[key], now[key]):
-            changes.append(f"{where}: {shortened(old)} before, {shortened(new)} now")
+            changes.append(f"{where}: {_in_words(where, old)} before, {_in_words(where, new)} now")
     if not changes and now.get("plan") != before.get("plan"):
         changes = ["the samples have other lengths than before: the data, its images or the tokenizer changed"]
     changes.sort()
@@ -208,6 +208,12 @@ def _changes(path: str, before: Any, now: Any) -> Iterator[tuple[str, Any, Any]]
         yield path, before, now
 
 
+def _in_words(path: str, value: Any) -> str:
+    if value is None:  # `stage_settings` leaves `as_is` out
+        return "as_is, the default of older versions," if path.endswith(".image_position") else "not set"
+    return shortened(value)
+
+
 def require_same_data(folder: Path, before: DataFacts | None, now: DataFacts | None) -> None:
     """Raise `UsageError` if the content of the data changed since a folder was written. None means not known."""
     if before is None or now is None or before["fingerprint"] == now["fingerprint"]:
@@ -237,6 +243,12 @@ def latest(folder: Path) -> tuple[Path, TrainerState] | None:
     if broken is not None:
         raise DataError(f"{broken}, and no other is left: delete {folder} to start again")
     return None
+
+
+def newest_step(folder: Path) -> int | None:
+    """Return the step of the newest checkpoint in a folder by its name, whole or not; None without any."""
+    steps = [step for step in map(_step, folder.glob(f"{PREFIX}*")) if step >= 0]
+    return max(steps, default=None)
 
 
 def checkpoint_path(folder: Path, step: int) -> Path:

@@ -1,26 +1,20 @@
-"""What a run was started with: options, folders, the settings that decide a result, and signals that stop it.
-
-Light to import: `anyres train` catches signals before it imports torch.
-"""
+"""What a run was started with: options, folders and the settings that decide a result. Imports no torch."""
 
 from __future__ import annotations
 
-import signal
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from anyres_vlm.config import CheckpointConfig, RunConfig, StageConfig, StageName, read_mapping
+from anyres_vlm.train.signals import Watchdog
 
 CONFIG_FILE = "config.yaml"
 # Not part of what decides a result: where the index lies, and how DeepSpeed splits the same steps. The number of epochs
 # decides how many steps there are, which checkpoints record themselves.
 NOT_DECISIVE: Any = {"data": {"index": True}, "deepspeed": True}
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1)  # Slurm's warning, a preemption, Kubernetes' eviction
 MARKER = "interrupted"  # a file in the output folder: launchers replace the exit status, so job scripts look for it
 
 Progress = Callable[[StageName, int, int, dict[str, float]], None]
@@ -37,6 +31,7 @@ class RunOptions:
     max_steps: int | None = None  # of each stage
     skip_stage1: bool = False
     is_signalled: Callable[[], bool] = lambda: False  # whether to save and stop after the current step
+    watchdog: Watchdog = field(default_factory=Watchdog)  # ends the process if it does not stop after a signal
 
 
 def model_folder(output: Path, stage: StageName) -> Path:
@@ -81,21 +76,6 @@ def needs_stage_1(config: RunConfig, options: RunOptions) -> bool:
     if isinstance(config.model, CheckpointConfig) and not model_folder(options.output, "stage1").is_dir():
         return False
     return not options.skip_stage1
-
-
-@contextmanager
-def catch_signals() -> Iterator[threading.Event]:
-    """Yield an event that SIGTERM and SIGUSR1 set, instead of ending the process, while the block runs."""
-    received = threading.Event()
-    if threading.current_thread() is not threading.main_thread():  # Python installs handlers in the main thread alone
-        yield received
-        return
-    before = {number: signal.signal(number, lambda *_: received.set()) for number in SIGNALS}
-    try:
-        yield received
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def mark(output: Path, reason: str) -> None:

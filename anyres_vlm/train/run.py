@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import logging
 from contextlib import closing
+from functools import partial
 
 from anyres_vlm.config import RunConfig, StageName, load_config
 from anyres_vlm.errors import UsageError
 from anyres_vlm.train import checkpoint
+from anyres_vlm.train.agreement import STALE_S, agree, describe_stages, require_shared
 from anyres_vlm.train.checkpoint import Finished
 from anyres_vlm.train.engine.engine import Engine, require_trackers
 from anyres_vlm.train.engine.ranks import telling_lost_ranks
@@ -22,6 +24,7 @@ from anyres_vlm.train.options import (
     stage_settings,
     unmark,
 )
+from anyres_vlm.train.saving import resume_point
 from anyres_vlm.train.stage import train_stage
 from anyres_vlm.train.steps import INDEX_FILE, current_data, indexed_data
 
@@ -38,12 +41,16 @@ def train(config: RunConfig, options: RunOptions, progress: Progress) -> bool:
     could not be saved; `Interrupted` after a signal; `RankLost` if another rank is gone.
     """
     require_trackers(config.trackers)
-    config = as_begun(config, options)
     minutes = config.rank_timeout_minutes
     with telling_lost_ranks(minutes), closing(Engine.start(config.precision, minutes)) as engine:
+        require_shared(engine, options.output)
+        agree(engine, options.output, partial(describe_stages, options.output), STALE_S)
         unmark(options.output)
+        config = as_begun(config, options)
+        options.watchdog.before_leaving = partial(resume_point, options)
         deepspeed = {stage: engine.read_deepspeed(config, stage) for stage in options.stages}
         for stage in options.stages:
+            agree(engine, options.output, partial(describe_stages, options.output), STALE_S)
             done = finished_stage(config, options, stage) if options.resume else None
             if stage == "stage2" and engine.is_main:
                 _warn_of_earlier_stage_1(options)

@@ -20,6 +20,7 @@ from anyres_vlm.model.vlm import VisionLanguageModel
 from anyres_vlm.train import checkpoint
 from anyres_vlm.train.checkpoint import TrainerState
 from anyres_vlm.train.engine.plain import MOMENTS, Snapshot
+from anyres_vlm.train.options import RunOptions, mark
 
 logger = logging.getLogger(__name__)
 
@@ -27,6 +28,17 @@ WriteModel = Callable[[Path, dict[str, Tensor]], None]
 """Fills an existing folder with the model whose weights are given."""
 TRIAL = "trial"  # name of the folders of a dry run, which are deleted at once
 MOMENT_BYTES = 4 * len(MOMENTS)
+
+
+def resume_point(options: RunOptions, saver: Saver | None = None) -> str:
+    """Complete the checkpoint being written, leave the marker for job scripts, and return where a rerun resumes."""
+    if saver is not None:
+        saver.finish()
+    steps = {stage: checkpoint.newest_step(options.output / stage / "checkpoints") for stage in options.stages}
+    saved = [f"{stage} after step {step}" for stage, step in steps.items() if step is not None]
+    reason = "nothing was saved after the last checkpoint, " + (saved[-1] if saved else "and there is none yet")
+    mark(options.output, reason)
+    return f"{reason}; rerun the same command to {'resume' if saved else 'start again'}"
 
 
 class Saver:

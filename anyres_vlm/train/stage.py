@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import NoReturn
 
@@ -29,6 +30,7 @@ from anyres_vlm.model.lora import add_lora, merged_weights, save_adapter
 from anyres_vlm.model.vlm import VisionLanguageModel
 from anyres_vlm.schema import Batch
 from anyres_vlm.train import checkpoint
+from anyres_vlm.train.agreement import agree
 from anyres_vlm.train.checkpoint import Finished, TrainerState
 from anyres_vlm.train.engine.deepspeed_settings import DeepSpeedSettings
 from anyres_vlm.train.engine.engine import Engine, start_trackers
@@ -51,8 +53,17 @@ from anyres_vlm.train.recipe import (
     trained_rates,
 )
 from anyres_vlm.train.report import stage_sections
-from anyres_vlm.train.saving import Saver, SaveSize, WriteModel, measure_save, require_disk, try_saves
-from anyres_vlm.train.steps import StageSteps, index_path, index_samples, indexed_data, model_flops
+from anyres_vlm.train.saving import Saver, SaveSize, WriteModel, measure_save, require_disk, resume_point, try_saves
+from anyres_vlm.train.steps import (
+    StageSteps,
+    cache_counts,
+    index_path,
+    index_samples,
+    indexed_data,
+    model_flops,
+    open_cache,
+    plan_steps,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -106,7 +117,7 @@ def train_stage(
     cache = open_cache(config, model)
     samples = index_samples(engine, config, name, options.output, model, tokenizer)
     flops = model_flops(model)
-    steps = StageSteps.plan(samples.index, config, name, flops, options.max_steps)
+    steps = plan_steps(engine, config, options, name, samples.index, flops)
     stage = Stage(engine, config, options, name, model, tokenizer, samples, steps)
     if done is not None and len(steps) <= done.steps:
         return record_finished(stage, done.steps, done.stage1_steps)
@@ -114,11 +125,11 @@ def train_stage(
     optimizer = build_optimizer(model, rates, settings.weight_decay)
     size = measure_save(model)
     before = prepare(stage, optimizer, deepspeed, done)
-    first = 0 if before is None else before.step
-    stage1_steps = stage_1_steps(stage) if before is None else before.stage1_steps
+    first, stage1_steps = (0, stage_1_steps(stage)) if before is None else (before.step, before.stage1_steps)
     schedule = build_schedule(optimizer, settings, len(steps), first)
     announce(stage, before, cache)
     saver = Saver(stage.folder / "checkpoints", stage_writer(stage), config.keep_checkpoints, config.save_minutes)
+    options.watchdog.before_leaving = partial(resume_point, options, saver)
     throughput = Throughput(flops, rates, device_peak(), engine.world_size)
     num_skipped = 0
     with open_log(stage, first) as log:
@@ -134,6 +145,7 @@ def train_stage(
             result = engine.step(packs, stop=options.is_signalled(), save=engine.is_main and saver.is_due)
             schedule.step()
             clock.stepped()
+            options.watchdog.stepped(clock.total_s)
             numbers = step_numbers(result, rate, clock) | throughput.rates(result, clock.total_s)
             log.write(step, numbers | cache_counts(engine, cache))
             if engine.is_main:
@@ -169,29 +181,14 @@ def build(
     return model, tokenizer
 
 
-def open_cache(config: RunConfig, model: VisionLanguageModel) -> FeatureCache | None:
-    """Give the model the run's cache of encoder features, if there is one."""
-    settings = config.cache_features
-    if settings is None:
-        return None
-    model.cached_features = FeatureCache(model.vision_tower, settings.folder, int(settings.max_gb * 1e9))
-    return model.cached_features
-
-
-def cache_counts(engine: Engine, cache: FeatureCache | None) -> dict[str, float]:
-    """Hits and misses of the last step over all ranks."""
-    if cache is None:
-        return {}
-    hits, misses = engine.sum(torch.tensor(cache.take_counts())).tolist()
-    return {"cache/hits": hits, "cache/misses": misses}
-
-
 def prepare(
     stage: Stage, optimizer: AdamW, deepspeed: DeepSpeedSettings | None, done: Finished | None
 ) -> TrainerState | None:
     """Hand the model to the engine as it was at the newest checkpoint, whose state is returned; None without one."""
     engine, settings = stage.engine, stage.settings
     resumed = checkpoint.latest(stage.folder / "checkpoints")
+    step = "no whole checkpoint" if resumed is None else f"a whole checkpoint of step {resumed[1].step}"
+    agree(engine, stage.options.output, step)
     if done is not None and (resumed is None or resumed[1].step < done.steps):
         raise UsageError(
             f"{stage.name} is finished after {done.steps} steps, {len(stage.steps)} are asked for, and its last "
@@ -315,9 +312,11 @@ def fetch_steps(stage: Stage, first: int) -> Iterator[list[Batch]]:
 
 def save(stage: Stage, saver: Saver, step: int, stage1_steps: int | None) -> None:
     """Start to write the checkpoint of a step on rank 0, from a copy that all ranks gather."""
-    snapshot = stage.engine.snapshot()
-    if stage.engine.is_main:
-        saver.save(snapshot, stage.state(step, snapshot.updates, stage1_steps))
+    with stage.options.watchdog.paused():
+        snapshot = stage.engine.snapshot()
+        if stage.engine.is_main:
+            saver.save(snapshot, stage.state(step, snapshot.updates, stage1_steps))
+        stage.engine.wait()  # `save` may wait for the disk, while the other ranks must not count the time
 
 
 def cap_skipped(stage: Stage, step: int, num_skipped: int) -> None:
@@ -332,21 +331,24 @@ def cap_skipped(stage: Stage, step: int, num_skipped: int) -> None:
 def leave(stage: Stage, saver: Saver, step: int) -> NoReturn:
     """Wait for the checkpoint, leave the marker for job scripts, and raise `Interrupted` on all ranks."""
     reason = f"{stage.name} is saved after step {step} of {len(stage.steps)}: rerun the same command to resume"
-    if stage.engine.is_main:
-        saver.finish()
-        mark(stage.options.output, reason)
-    stage.engine.wait()
+    with stage.options.watchdog.paused():
+        if stage.engine.is_main:
+            saver.finish()
+            mark(stage.options.output, reason)
+        stage.engine.wait()
     raise Interrupted(reason)
 
 
 def finish(stage: Stage, saver: Saver, stage1_steps: int | None) -> None:
     """Save the finished model, and record the stage as finished."""
-    weights = stage.engine.snapshot(with_moments=False).weights
-    if stage.engine.is_main:
-        saver.finish()
-        write = finished_writer(stage)
-        target = model_folder(stage.options.output, stage.name)
-        checkpoint.write_folder(target, lambda folder: write(folder, weights))
+    with stage.options.watchdog.paused():
+        weights = stage.engine.snapshot(with_moments=False).weights
+        if stage.engine.is_main:
+            saver.finish()
+            write = finished_writer(stage)
+            target = model_folder(stage.options.output, stage.name)
+            checkpoint.write_folder(target, lambda folder: write(folder, weights))
+        stage.engine.wait()
     record_finished(stage, len(stage.steps), stage1_steps)
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from transformers import CLIPVisionConfig, PreTrainedTokenizerFast
 
@@ -25,9 +26,12 @@ from anyres_vlm.data.sources import open_source
 from anyres_vlm.errors import DataError, UsageError
 from anyres_vlm.model.attention import sliding_window
 from anyres_vlm.model.encoder import ClipEncoder
+from anyres_vlm.model.features import FeatureCache
 from anyres_vlm.model.vlm import VisionLanguageModel
 from anyres_vlm.synthetic.dataset import write_dataset
+from anyres_vlm.train.agreement import agree
 from anyres_vlm.train.checkpoint import DataFacts
+from anyres_vlm.train.options import RunOptions
 
 if TYPE_CHECKING:  # start-up time: `anyres estimate` plans without an engine
     from anyres_vlm.train.engine.engine import Engine
@@ -210,3 +214,29 @@ def model_flops(model: VisionLanguageModel) -> Flops | None:
     except UsageError as error:
         logger.info("packs are balanced by the costs of a 7B model: %s", error)
         return None
+
+
+def plan_steps(
+    engine: Engine, config: RunConfig, options: RunOptions, stage: StageName, index: Index, flops: Flops | None
+) -> StageSteps:
+    """Plan a stage's steps on every rank. Raises `UsageError` if the plans of two ranks differ."""
+    steps = StageSteps.plan(index, config, stage, flops, options.max_steps)
+    agree(engine, options.output, f"{len(steps)} steps of plan {steps.key[:16]} for {stage}")
+    return steps
+
+
+def open_cache(config: RunConfig, model: VisionLanguageModel) -> FeatureCache | None:
+    """Give the model the run's cache of encoder features, if there is one."""
+    settings = config.cache_features
+    if settings is None:
+        return None
+    model.cached_features = FeatureCache(model.vision_tower, settings.folder, int(settings.max_gb * 1e9))
+    return model.cached_features
+
+
+def cache_counts(engine: Engine, cache: FeatureCache | None) -> dict[str, float]:
+    """Hits and misses of the last step over all ranks."""
+    if cache is None:
+        return {}
+    hits, misses = engine.sum(torch.tensor(cache.take_counts())).tolist()
+    return {"cache/hits": hits, "cache/misses": misses}

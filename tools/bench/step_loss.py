@@ -18,8 +18,8 @@ import torch.nn.functional as F
 from common import of_peer, peak_mb
 from torch import Tensor, nn
 
-from anyres_vlm.model.loss import next_token_targets, summed_loss
-from anyres_vlm.schema import IGNORE_INDEX
+from anyres_vlm.model.loss import summed_loss
+from anyres_vlm.schema import IGNORE_INDEX, supervision
 
 QUICK = {"tokens": 4096}
 ATOL = 1e-5  # of loss and gradients, relative to their largest entry
@@ -70,22 +70,22 @@ class Problem:
         self.hidden = torch.randn(1, arguments.tokens, arguments.hidden, generator=generator).requires_grad_()
         self.labels = torch.randint(arguments.words, (1, arguments.tokens), generator=generator)
         self.labels[torch.rand(self.labels.shape, generator=generator) >= arguments.supervised] = IGNORE_INDEX
-        self.ends = torch.tensor([0, arguments.tokens], dtype=torch.int32)
+        self.positions, self.targets = supervision(self.labels, [arguments.tokens])
         self.head = nn.Linear(arguments.hidden, arguments.words, bias=False)
         nn.init.normal_(self.head.weight, std=0.02, generator=generator)
 
     def backward(self, name: str) -> tuple[Tensor, ...]:
         """Return the loss and its gradients by one of the methods."""
         self.hidden.grad = self.head.weight.grad = None
-        loss = self._dense() if name == "dense" else summed_loss(self.hidden, self.labels, self.ends, self.head)
+        loss = self._dense() if name == "dense" else summed_loss(self.hidden, self.positions, self.targets, self.head)
         loss.backward()
         assert self.hidden.grad is not None
         assert self.head.weight.grad is not None
         return loss.detach(), self.hidden.grad, self.head.weight.grad
 
     def _dense(self) -> Tensor:
-        targets = next_token_targets(self.labels, self.ends)
-        return F.cross_entropy(self.head(self.hidden)[0].float(), targets, ignore_index=IGNORE_INDEX, reduction="sum")
+        logits = self.head(self.hidden)[0, :-1].float()
+        return F.cross_entropy(logits, self.labels[0, 1:], ignore_index=IGNORE_INDEX, reduction="sum")
 
     def difference(self) -> float:
         """Return the largest relative difference of loss and gradients. Fails above the tolerance."""

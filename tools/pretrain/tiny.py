@@ -35,10 +35,10 @@ from transformers import (
 
 from anyres_vlm.data.tiling import cut_tiles
 from anyres_vlm.geometry import Grid, Size, TilePlan, Tiling, plan_tiles
-from anyres_vlm.model.attention import ATTENTION_NAME, Documents
+from anyres_vlm.model.attention import ATTENTION_NAME, separated
 from anyres_vlm.model.encoder import ClipEncoder
 from anyres_vlm.model.loss import summed_loss
-from anyres_vlm.schema import IGNORE_INDEX
+from anyres_vlm.schema import IGNORE_INDEX, supervision
 from anyres_vlm.synthetic.prose import passages
 from anyres_vlm.synthetic.rendering import Rendering, render
 from anyres_vlm.synthetic.words import COLOURS, SHAPES
@@ -133,13 +133,12 @@ def train_lm(out: Path, steps: int) -> None:
 
 def text_loss(model: LlamaForCausalLM, ids: Tensor, labels: Tensor, positions: Tensor, ends: Tensor) -> Tensor:
     """Return the mean loss of a pack in nats per supervised token; documents do not attend to each other."""
-    documents = Documents.between(ends)
-    with torch.autocast("cpu", torch.bfloat16):
+    lengths = ends.diff().tolist()
+    with torch.autocast("cpu", torch.bfloat16), separated(model, ends, lengths) as documents:
         hidden = model.model(
             input_ids=ids, position_ids=positions, documents=documents, use_cache=False
         ).last_hidden_state
-    documents.check(model)
-    return summed_loss(hidden.float(), labels, ends, model.lm_head) / (labels != IGNORE_INDEX).sum()
+    return summed_loss(hidden.float(), *supervision(labels, lengths), model.lm_head) / (labels != IGNORE_INDEX).sum()
 
 
 class RenderedTiles(IterableDataset[tuple[Tensor, Tensor, Tensor, Tensor]]):

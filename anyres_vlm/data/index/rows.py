@@ -26,6 +26,7 @@ from anyres_vlm.schema import IGNORE_INDEX, IMAGE_TOKEN, Record, Sample, Turn, t
 BATCH = 512  # conversations tokenised at once
 BATCH_CHARACTERS = 1 << 20  # limit for long ones: until the row is computed, a token takes up to 270 bytes of memory
 MOVED_IMAGE = f"moved {IMAGE_TOKEN} to the front"
+DROPPED_SYSTEM = "dropped the system text, as the template keeps images and answers only"
 CHANGES_KEY = b"changes"  # in the metadata of a part: number of samples that were changed on reading, by kind
 PROBE = (Turn("user", f"{IMAGE_TOKEN}\nquestion"), Turn("assistant", "answer")) * 2
 ROW, STATUS = SCHEMA.names.index("row"), SCHEMA.names.index("status")
@@ -162,7 +163,8 @@ def _reject(name: str, place: Place, error: DataError, kind: RejectKind, image: 
 def _changes(record: Record, conversation: ConversationTokenizer) -> tuple[str, ...]:
     """Return the kinds of changes made to a record on reading and by placing its image."""
     is_moved = conversation.place_images(record.turns) is not record.turns
-    return (*record.changes, MOVED_IMAGE) if is_moved else record.changes
+    drops_system = bool(record.system) and not conversation.keeps_text
+    return (*record.changes, *[MOVED_IMAGE] * is_moved, *[DROPPED_SYSTEM] * drops_system)
 
 
 def _digest(content: Any) -> str:

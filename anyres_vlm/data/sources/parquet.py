@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from anyres_vlm.data.blobs import open_file, read_slice
 from anyres_vlm.data.sources.paths import image_file
-from anyres_vlm.data.sources.record import CONVERSATION_KEYS, ENTRY_KEYS, folder_key, shards_name, to_record
+from anyres_vlm.data.sources.record import CONVERSATION_KEYS, READ_KEYS, folder_key, key_meaning, shards_name, to_record
 from anyres_vlm.errors import DataError
 from anyres_vlm.schema import ImageRef, Record
 
@@ -190,4 +190,4 @@ def _columns(footer: pq.FileMetaData, path: Path) -> list[str]:
             f"{path}: expected a column {', '.join(CONVERSATION_KEYS[:-1])} or {CONVERSATION_KEYS[-1]}, "
             f"got {', '.join(found[:20])}"
         )
-    return [name for name in ENTRY_KEYS if name in found]
+    return [name for name in found if name in READ_KEYS or key_meaning(name) is not None]

@@ -1,60 +1,65 @@
 """The interface of a source, and the conversion of its entries to records.
 
 Entries are read as LLaVA reads them: a leading assistant turn is dropped, and an image of `""`, null or `[]` means no
-image. Content that is not supported and would change the meaning of a record (video, audio, tools) causes a reject.
+image. Content that is not supported and would change the meaning of a record (video, audio, tools) causes a reject:
+`KEY_MEANINGS` is the table of the keys.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+import re
+from collections.abc import Callable, Container, Iterator, Sequence
+from functools import lru_cache
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from anyres_vlm.data.blobs import open_file
 from anyres_vlm.data.sources.paths import valid_text
 from anyres_vlm.errors import DataError, RejectKind
 from anyres_vlm.schema import IMAGE_TOKEN, ImageRef, Record, Role, Turn
 
-ROLES: dict[str, Role] = {
+ROLES: dict[str, Role | Literal["system"]] = {
     **dict.fromkeys(("human", "user"), "user"),
     **dict.fromkeys(("gpt", "assistant", "model", "bot", "chatgpt"), "assistant"),
+    "developer": "system",
 }
-TOOL_ROLES = {"tool", "function", "function_call", "observation"}
+TOOL_ROLES = {
+    *("tool", "tools", "tool_call", "tool_response", "tool_result"),
+    *("function", "function_call", "function_response", "observation", "ipython"),
+}
 CONVERSATION_KEYS = ("messages", "conversations", "texts")  # the first that holds something counts
-SYSTEM_KEYS = ("system", "system_prompt")
-REFUSED_KEYS: dict[str, RejectKind] = {
-    "video": "video",
-    "videos": "video",
-    "audio": "audio",
-    "audios": "audio",
-    "tools": "tools",
-    "functions": "tools",
-    "tool_calls": "tools",
-    "function_call": "tools",
+READ_KEYS = frozenset({"id", "task", "image", "images", *CONVERSATION_KEYS})
+
+# Other keys of records and turns whose content is used or refused but never ignored, as `key_meaning` spells them.
+ENDINGS = ("", "s", "path", "paths", "spath", "spaths", "file", "files", "url", "urls", "bytes")
+SYSTEM_WORDS = ("prompt", "message", "text", "instruction", "instructions")
+KEY_MEANINGS: dict[str, RejectKind] = {
+    **dict.fromkeys(("system", "sysprompt", *(f"system{word}" for word in SYSTEM_WORDS)), "system"),
+    **{f"video{ending}": "video" for ending in ENDINGS},
+    **{f"{word}{ending}": "audio" for word in ("audio", "sound", "speech") for ending in ENDINGS},
+    **dict.fromkeys(("tool", "tools", "toolcall", "toolcalls", "availabletools"), "tools"),
+    **dict.fromkeys(("function", "functions", "functioncall", "functioncalls"), "tools"),
+    **{f"{word}{ending}": "image_count" for word in ("image", "img", "picture") for ending in ENDINGS},
 }
-REFUSED_TAGS: dict[str, RejectKind] = {"<video>": "video", "<audio>": "audio"}
+REFUSED_TAG = re.compile(r"<\|?(video|audio)(?:_?pad|_?\d+)?\s*[|/]?>", re.IGNORECASE)
+LOSS_KEYS = frozenset({"weight", "loss", "train", "training"})  # of an answer: 0 or false to learn nothing from it
+TAG_KINDS: dict[str, RejectKind] = {"video": "video", "audio": "audio"}
 REFUSED_PARTS: dict[str, RejectKind] = {
     **dict.fromkeys(("video", "video_url"), "video"),
     **dict.fromkeys(("audio", "audio_url", "input_audio"), "audio"),
     **dict.fromkeys(("tool_use", "tool_call", "tool_result"), "tools"),
     "image_url": "remote_image",
 }
-TURN_KEYS: dict[str, RejectKind] = {
-    **REFUSED_KEYS,
-    "image": "image_count",
-    "images": "image_count",
-}
-ENTRY_KEYS = ("id", "task", "image", "images", *CONVERSATION_KEYS, *SYSTEM_KEYS, *REFUSED_KEYS)  # those that are read
 REMEDIES: dict[RejectKind, str] = {
     "video": "videos are not supported: leave the record out, or name frames of it as images",
     "audio": "audio is not supported: leave the record out",
     "tools": "tool calls are not supported: leave the record out",
-    "image_count": "list the images of all turns under the record's own 'images'",
+    "image_count": "list all images of the record under its own 'images'",
+    "system": "write the system text under the record's own 'system'",
     "remote_image": "download the images and name them under the record's own 'images'",
 }
-NOT_USED, NOT_TEXT = frozenset(REFUSED_KEYS), frozenset(TURN_KEYS)
 CHAT, LLAVA = ("role", "content"), ("from", "value")  # keys of a turn
 DROPPED_TURN = "dropped a leading assistant turn"
 
@@ -105,9 +110,9 @@ def to_record(entry: Any, default_id: str, find_image: ImageFinder) -> Record:
 
 
 def _checked(entry: dict[str, Any], name: str, find_image: ImageFinder) -> Record:
-    if not NOT_USED.isdisjoint(entry):
-        _refuse(entry, REFUSED_KEYS, f"record {name}")
-    images = tuple(find_image(item, name) for item in _image_items(entry))
+    items = _image_items(entry)
+    _refuse(entry, f"record {name}", READ_KEYS, ("system", "image_count") if items else ("system",))
+    images = tuple(find_image(item, name) for item in items)
     spoken = _spoken(entry, name, len(images))
     system = _system(entry, spoken, name)
     first = int(spoken[0][0] == "system")
@@ -125,32 +130,44 @@ def _checked(entry: dict[str, Any], name: str, find_image: ImageFinder) -> Recor
     return Record(name, images, turns, task, system, changes)
 
 
-def _refuse(content: dict[str, Any], keys: dict[str, RejectKind], where: str) -> None:
-    """Raise `DataError` for the first key that holds something and cannot be used."""
-    for key in keys:
-        if key in content and not _is_absent(content[key]):
-            kind = keys[key]
+@lru_cache(maxsize=4096)
+def key_meaning(key: str) -> RejectKind | None:
+    """Return the kind of a reject for ignoring a key of a record or turn; None if nothing would be lost.
+
+    All spellings of a key are equal: `video_path`, `videoPath`, `Video-Path` and `video_path_1`.
+    """
+    return KEY_MEANINGS.get(re.sub("[^a-z]", "", key.lower()))
+
+
+def _refuse(
+    content: dict[str, Any], where: str, read: Container[str] = (), kinds_read: Container[RejectKind] = ()
+) -> None:
+    """Raise `DataError` for the first key that is not read, holds something and has a meaning.
+
+    `read` are the keys that are read, and `kinds_read` the kinds whose keys are read or repeat what is read.
+    """
+    for key in content:
+        kind = None if key in read else key_meaning(key)
+        if kind is not None and kind not in kinds_read and not _is_absent(content[key]):
             raise DataError(f"{where}: it has {key!r}: {REMEDIES[kind]}", kind=kind)
 
 
 def _is_absent(value: Any) -> bool:
-    """Whether a value stands for nothing: null, false, an empty text, list or mapping, or one of such members alone."""
+    """Return whether a value means nothing: null, false, NaN, or an empty text, or a list or mapping of these."""
     if isinstance(value, str):
-        return value.strip() in ("", "[]", "{}", "null")
+        return value.strip().lower() in ("", "[]", "{}", "null", "none", "nan")
     if isinstance(value, list | dict):
         members = value.values() if isinstance(value, dict) else value
         return not any(member or isinstance(member, int) for member in members)
-    return value is None or value is False or value == b""
+    return value is None or value is False or value == b"" or value != value  # NaN, as pandas writes it
 
 
 def _image_items(entry: dict[str, Any]) -> list[Any]:
     """Return the images as the entry names them, without empty ones."""
     for key in ("image", "images"):
         value = entry.get(key)
-        if isinstance(value, str) and value:
-            return [value]
-        if value is not None and value != "" and value != []:
-            return [item for item in (value if isinstance(value, list) else [value]) if not _is_absent(item)]
+        if items := [item for item in (value if isinstance(value, list) else [value]) if not _is_absent(item)]:
+            return items
     return []
 
 
@@ -179,7 +196,7 @@ def _turns(spoken: Sequence[Spoken], first: int, name: str) -> tuple[Turn, ...]:
         text = text.strip()
         if not text:
             raise DataError(f"record {name} turn {place + 1}: the text is empty")
-        if role == "user" and ("<video>" in text or "<audio>" in text):
+        if role == "user":
             _refuse_tags(text, f"record {name} turn {place + 1}")
         if not text.isascii():
             valid_text(text, f"record {name} turn {place + 1}: the text")
@@ -191,16 +208,16 @@ def _turns(spoken: Sequence[Spoken], first: int, name: str) -> tuple[Turn, ...]:
 
 def _refuse_tags(text: str, where: str) -> None:
     """Raise `DataError` for a text with a placeholder of video or audio."""
-    for tag, kind in REFUSED_TAGS.items():
-        if tag in text:
-            raise DataError(f"{where}: the text contains {tag}: {REMEDIES[kind]}", kind=kind)
+    if (tag := REFUSED_TAG.search(text)) is not None:
+        kind = TAG_KINDS[tag[1].lower()]
+        raise DataError(f"{where}: the text contains {tag.group()}: {REMEDIES[kind]}", kind=kind)
 
 
 def _system(entry: dict[str, Any], spoken: Sequence[Spoken], name: str) -> str:
     """Return the system text from a key or the first turn. Raises `DataError` if two differ or one is not text."""
     texts = []
-    for key in SYSTEM_KEYS:
-        if (value := entry.get(key)) is None or _is_absent(value):
+    for key, value in entry.items():
+        if key_meaning(key) != "system" or _is_absent(value):
             continue
         if not isinstance(value, str):
             raise DataError(f"record {name}: expected text under {key!r}, got {type(value).__name__}")
@@ -228,6 +245,8 @@ def _spoken(entry: dict[str, Any], name: str, num_images: int) -> list[Spoken]:
     spoken: list[Spoken] = []
     if key == "texts":
         for position, said in enumerate(said_list):
+            if isinstance(said, dict):
+                _refuse(said, f"record {name} turn {2 * position + 1}")
             opening = "" if position else f"{IMAGE_TOKEN}\n" * num_images
             question = opening + _text(said, ("user",), f"record {name} turn {2 * position + 1}")
             answer = _text(said, ("assistant",), f"record {name} turn {2 * position + 2}")
@@ -241,19 +260,26 @@ def _spoken(entry: dict[str, Any], name: str, num_images: int) -> list[Spoken]:
         keys = other if said.get(usual[0]) is None and said.get(other[0]) is not None else usual
         said_by, text = said.get(keys[0]), said.get(keys[1])
         role = _role(said_by)
-        if role in TOOL_ROLES or not NOT_TEXT.isdisjoint(said):
-            _refuse_turn(said, said_by, role, f"record {name} turn {position}")
+        if role in TOOL_ROLES:
+            where = f"record {name} turn {position}"
+            raise DataError(f"{where}: its role is {said_by!r}: {REMEDIES['tools']}", kind="tools")
+        _refuse(said, f"record {name} turn {position}")
+        if role == "assistant" and not LOSS_KEYS.isdisjoint(said):
+            _refuse_untrained(said, f"record {name} turn {position}")
         if not isinstance(text, str):
             text = _text(said, (keys[1], CHAT[1], LLAVA[1]), f"record {name} turn {position}")
         spoken.append((role, said_by, text))
     return spoken
 
 
-def _refuse_turn(said: dict[str, Any], said_by: Any, role: Role | str | None, where: str) -> None:
-    """Raise `DataError` for a turn of a tool, and for one that holds more than text."""
-    if role in TOOL_ROLES:
-        raise DataError(f"{where}: its role is {said_by!r}: {REMEDIES['tools']}", kind="tools")
-    _refuse(said, TURN_KEYS, where)
+def _refuse_untrained(said: dict[str, Any], where: str) -> None:
+    """Raise `DataError` for an answer that is not to be learnt."""
+    for key in LOSS_KEYS & said.keys():
+        if said[key] == 0:  # or False
+            raise DataError(
+                f"{where}: it has {key!r}={said[key]!r}, but every answer is trained on: leave the record out",
+                kind="unsupervised",
+            )
 
 
 def _text(said: Any, keys: tuple[str, ...], where: str) -> str:

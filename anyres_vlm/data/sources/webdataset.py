@@ -20,6 +20,7 @@ from anyres_vlm.data.headers import IMAGE_SUFFIXES
 from anyres_vlm.data.sources.record import (
     CONVERSATION_KEYS,
     REMEDIES,
+    key_meaning,
     parse_json,
     place_in_text,
     shards_name,
@@ -35,8 +36,8 @@ PADDING_READ = 1 << 20  # bytes to check after the end mark; tar usually pads to
 MEMBER = re.compile(r"(?P<key>(?:.*/)?[^./][^./]*)\.(?P<suffix>[^/]+)", re.DOTALL)
 DIGITS = re.compile(r"(\d+)")
 REFUSED_SUFFIXES: dict[str, RejectKind] = {
-    **dict.fromkeys(("mp4", "webm", "avi", "mov", "mkv"), "video"),
-    **dict.fromkeys(("wav", "mp3", "flac", "ogg", "m4a"), "audio"),
+    **dict.fromkeys(("mp4", "m4v", "webm", "avi", "mov", "mkv", "mpg", "mpeg", "wmv", "flv"), "video"),
+    **dict.fromkeys(("wav", "mp3", "flac", "ogg", "m4a", "opus", "aac", "wma"), "audio"),
 }
 
 
@@ -203,7 +204,8 @@ def _entry(members: dict[str, ImageRef], key: str, num_images: int) -> Any:
     except UnicodeDecodeError as error:
         raise DataError(f"{members['txt'].name}: cannot be read as UTF-8 text: {error.reason}") from None
     question = "\n".join([IMAGE_TOKEN] * num_images)
-    return {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": caption}]}
+    kept = {name: entry[name] for name in entry if key_meaning(name) is not None} if isinstance(entry, dict) else {}
+    return {**kept, "messages": [{"role": "user", "content": question}, {"role": "assistant", "content": caption}]}
 
 
 def _is_image(suffix: str) -> bool:

@@ -85,7 +85,7 @@ class VQAv2(Benchmark):
         content = read_json(path)
         subset = _subset(content, path)
         split = "test2015" if subset == "test-dev2015" else subset  # a part of test2015, with its images
-        folders = ImageFolders(data, path, images, (split,))
+        folders = ImageFolders(data, path, images, (split, f"Images/mscoco/{split}"))  # the latter: VQA's own layout
         questions = []
         for number, entry in enumerate(take(content, "questions", list, str(path))[:limit], start=1):
             where = f"{path}: question {number}"

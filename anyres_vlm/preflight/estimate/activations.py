@@ -22,7 +22,7 @@ from anyres_vlm.checkpoints.describe import describe_bases
 from anyres_vlm.config import RunConfig, StageName
 from anyres_vlm.model.attention import Documents
 from anyres_vlm.model.lora import add_lora
-from anyres_vlm.model.loss import head_loss
+from anyres_vlm.model.loss import chunk_positions, summed_loss
 from anyres_vlm.model.vlm import VisionLanguageModel
 from anyres_vlm.train.recipe import freeze, trained_rates
 
@@ -133,7 +133,6 @@ class _FakeBatch:
         self.tokens = torch.zeros((1, pack.tokens), dtype=torch.int64)
         self.boundaries = torch.zeros(pack.documents + 1, dtype=torch.int32)
         self.tiles = torch.zeros((max(pack.tiles, 1), 3, side, side), dtype=torch.uint8)
-        self.places = torch.zeros((1, pack.tokens, 1), dtype=torch.bool)
         self.positions = torch.zeros(pack.supervised, dtype=torch.int64)
 
 
@@ -142,15 +141,17 @@ def _loss(model: VisionLanguageModel, pack: PackSize, batch: _FakeBatch) -> Tens
     projected = model.multi_modal_projector(model.vision_tower(batch.tiles))
     embedded = model.language_model.get_input_embeddings()(batch.tokens)
     visual = projected.flatten(0, 1) + 0.0 * model.image_newline.to(projected.dtype)
-    merged = embedded.masked_scatter(batch.places, visual.to(embedded.dtype))
+    image_positions = batch.tokens[0].new_empty(len(visual))
+    merged = embedded.index_copy(1, image_positions, visual.to(embedded.dtype)[None])
     hidden = model.language_model.base_model(
         inputs_embeds=merged,
         position_ids=batch.tokens,
         documents=Documents(batch.boundaries, pack.lengths),
         use_cache=False,
     ).last_hidden_state
-    states = hidden[0].index_select(0, batch.positions)
-    return head_loss(states, batch.positions, model.language_model.get_output_embeddings())
+    head: Any = model.language_model.get_output_embeddings()
+    chunk = chunk_positions(head.out_features, "cuda")  # traced on fake CPU tensors, but used on a GPU
+    return summed_loss(hidden, batch.positions, batch.positions, head, chunk)
 
 
 def _release(parameter: Tensor) -> None:

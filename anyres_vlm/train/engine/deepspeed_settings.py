@@ -138,7 +138,7 @@ def find_preset(name: str) -> Path:
 def read_preset(path: Path) -> dict[str, Any]:
     """Read a file as it is written. Raises `UsageError` unless it is a JSON object without repeated keys."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_without_repeats)
+        content = json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=_without_repeats)
     except (OSError, ValueError, RecursionError) as error:
         raise UsageError(f"--deepspeed {path}: cannot be read as JSON: {error}") from None
     if not isinstance(content, dict):
@@ -188,6 +188,8 @@ class _Resolver:
             treatment = TREATMENTS.get(key)
             if treatment == "block":
                 self.resolve_block(key, value, settings)
+            elif key == "steps_per_print":
+                settings[key] = self.steps_per_print(value)
             elif treatment == "passed":
                 if (kept := _without_auto(value)) not in (AUTO, None):
                     settings[key] = kept
@@ -213,12 +215,26 @@ class _Resolver:
         elif key == "scheduler":
             self.scheduler(self.section(key, value))
         elif key == "data_types":
-            types = self.section(key, value)
-            settings[key] = {name: "fp32" if kind == AUTO else kind for name, kind in types.items()}
+            settings[key] = {}
+            for name, kind in self.section(key, value).items():
+                if kind not in (AUTO, None, "fp32", "bf16"):
+                    ours = f"precision={self.run.precision}"
+                    raise self.contradiction(f"{key}.{name}", kind, ours, '"auto", "fp32" or "bf16"')
+                settings[key][name] = "fp32" if kind == AUTO else kind
         elif value not in (AUTO, None):  # communication_data_type
             if str(value) in ("fp16", "float16"):
                 raise self.contradiction(key, value, f"precision={self.run.precision}", "fp32 or bf16")
             settings[key] = value
+
+    def steps_per_print(self, value: Any) -> Any:
+        """Return the steps between DeepSpeed's log lines; 0 turns them off."""
+        if value in (AUTO, None):
+            return QUIET
+        if isinstance(value, bool) or not isinstance(value, int | float) or not value >= 0:
+            raise UsageError(
+                f"--deepspeed {self.path}: steps_per_print: expected a number of steps, got {shortened(value)}"
+            )
+        return value or QUIET
 
     @property
     def run(self) -> RunConfig:

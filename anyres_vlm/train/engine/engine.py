@@ -16,12 +16,12 @@ from dataclasses import dataclass
 from datetime import timedelta
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol, cast
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar, cast
 
 import torch
 from accelerate import Accelerator
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS
-from accelerate.utils import InitProcessGroupKwargs
+from accelerate.utils import InitProcessGroupKwargs, gather_object
 from torch import Tensor
 from torch._C._distributed_c10d import HashStore
 from torch.distributed import init_process_group, is_initialized
@@ -29,6 +29,8 @@ from torch.optim import AdamW
 
 from anyres_vlm.config import RunConfig, StageName
 from anyres_vlm.errors import UsageError
+from anyres_vlm.model.attention import disable_cudnn_attention
+from anyres_vlm.model.device import unusable_gpu
 from anyres_vlm.model.vlm import VisionLanguageModel
 from anyres_vlm.schema import Batch
 from anyres_vlm.train.engine.deepspeed_settings import DeepSpeedSettings, find_preset, resolve_deepspeed
@@ -40,6 +42,7 @@ if TYPE_CHECKING:  # DeepSpeed is optional
 
 logger = logging.getLogger(__name__)
 
+Value = TypeVar("Value")
 PROJECT = "anyres-vlm"
 ID_FILE = "tracker_id"  # in the stage's folder: a resumed stage continues the same tracked run
 
@@ -80,8 +83,14 @@ class Engine:
 
     @classmethod
     def start(cls, precision: Literal["fp32", "bf16"], rank_timeout_minutes: float) -> Engine:
-        """Join the ranks that a launcher or `srun` started; one process alone is a run of one rank."""
+        """Join the ranks that a launcher or `srun` started; one process alone is a run of one rank.
+
+        Raises `UsageError` for a GPU that torch was built for but cannot use.
+        """
+        if (fault := unusable_gpu()) is not None:
+            raise UsageError(": ".join(fault))
         adopt_slurm_ranks()
+        disable_cudnn_attention()
         has_device = torch.accelerator.is_available()
         if not has_device:
             os.environ.setdefault(
@@ -150,7 +159,8 @@ class Engine:
 
         Every rank passes the same number of packs. The summed loss is divided once, by the supervised tokens of the
         whole step; the factor `world_size` undoes the mean that the gradient exchange takes. `stop` and `save` are
-        exchanged with the counts, so that all ranks agree on them without another collective.
+        exchanged with the counts, so that all ranks agree on them without another collective. The host waits for the
+        device for the counts, the norm and the loss: never between packs, and only once if it is a single rank's.
         """
         counts = torch.tensor(
             [
@@ -164,7 +174,7 @@ class Engine:
                 int(save),
             ]
         )
-        supervised, tokens, pairs, tiles, samples, rejects, stops, saves = (int(count) for count in self.sum(counts))
+        supervised, tokens, pairs, tiles, samples, rejects, stops, saves = self.sum(counts).tolist()
         scale = self.world_size / max(supervised, 1)
         losses = [
             self._backend.micro_step(batch.to(self._accelerator.device), scale, is_last=batch is batches[-1])
@@ -210,8 +220,14 @@ class Engine:
         with self._accelerator.main_process_first():
             yield
 
+    def gather(self, value: Value) -> list[Value]:
+        """Return this value of every rank, in the order of the ranks."""
+        return cast(list[Value], gather_object([value]))
+
     def sum(self, tensor: Tensor) -> Tensor:
-        """Sum a tensor over all ranks."""
+        """Sum a tensor over all ranks; one rank's stays where it is."""
+        if self.world_size == 1:
+            return tensor
         return cast(Tensor, self._accelerator.reduce(tensor.to(self._accelerator.device), reduction="sum"))
 
 

@@ -7,6 +7,7 @@ from typing import Any
 import deepspeed
 import torch
 import torch.distributed as dist
+from deepspeed.runtime.config import DeepSpeedConfig
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 from pydantic import ValidationError
@@ -19,9 +20,51 @@ from anyres_vlm.schema import Batch
 from anyres_vlm.train.engine.deepspeed_settings import DeepSpeedSettings, fill_sizes
 from anyres_vlm.train.engine.plain import MOMENTS, ReadTensor, Snapshot, blank_entry, trained_parameters
 
+# What this module uses of DeepSpeed's objects, most of it undocumented, so each minor version may change it. The extra
+# `deepspeed` in pyproject.toml allows the minor version for which this list and the code below were written.
+INTERNALS = {
+    "engine": (
+        "backward",
+        "get_global_grad_norm",
+        "set_gradient_accumulation_boundary",
+        "step",
+        "zero_optimization_stage",
+    ),
+    "optimizer of every ZeRO stage": ("optimizer", "overflow"),
+    "optimizer of ZeRO-1 and ZeRO-2": ("_lazy_init_hp_params_optimizer_state",),
+    "optimizer of ZeRO-3": ("fp32_partitioned_groups_flat", "set_local_hp_param"),
+    "parameter of ZeRO-1 and ZeRO-2": ("set_full_hp_param",),
+    "parameter of ZeRO-3": ("ds_tensor",),
+    "part of a parameter of ZeRO-3": ("ds_numel",),
+    "deepspeed.ops": ("__compatible_ops__",),
+}
+
+
+def require_internals(engine: Any, zero: Any, parameter: Any) -> None:
+    """Raise `UsageError` if DeepSpeed's objects lack what this module uses; otherwise a save hours later would fail."""
+    _require("engine", engine)
+    _require("optimizer of every ZeRO stage", zero)
+    _require("deepspeed.ops", deepspeed.ops)
+    if engine.zero_optimization_stage() == 3:
+        _require("optimizer of ZeRO-3", zero)
+        _require("parameter of ZeRO-3", parameter)
+        _require("part of a parameter of ZeRO-3", parameter.ds_tensor)
+    else:
+        _require("optimizer of ZeRO-1 and ZeRO-2", zero)
+        _require("parameter of ZeRO-1 and ZeRO-2", parameter)
+
+
+def _require(what: str, subject: Any) -> None:
+    for name in INTERNALS[what]:
+        if not hasattr(subject, name):
+            raise UsageError(
+                f"DeepSpeed {deepspeed.__version__} has no {name} in the {what}, which training needs: "
+                "pip install 'anyres-vlm[deepspeed]'"
+            )
+
 
 def check_zero(settings: DeepSpeedSettings) -> None:
-    """Raise `UsageError` unless DeepSpeed itself takes the settings' `zero_optimization`."""
+    """Raise `UsageError` unless DeepSpeed itself accepts the settings."""
     fields = DeepSpeedZeroConfig.model_fields
     known = [*fields, *(field.alias for field in fields.values() if field.alias is not None)]
     where = f"--deepspeed {settings.path}: zero_optimization"
@@ -34,6 +77,10 @@ def check_zero(settings: DeepSpeedSettings) -> None:
     except (ValidationError, AssertionError) as error:
         reason = explain(error, DeepSpeedZeroConfig) if isinstance(error, ValidationError) else str(error)
         raise UsageError(f"{where}: {reason}") from None
+    try:
+        DeepSpeedConfig({**settings.content, "zero_optimization": zero})
+    except Exception as error:  # DeepSpeed raises errors of any kind for values of other sections
+        raise UsageError(f"--deepspeed {settings.path}: {' '.join(str(error).split())}") from None
 
 
 def split(model: nn.Module, settings: dict[str, Any]) -> None:
@@ -69,6 +116,8 @@ class ZeroBackend:
         self._engine, self._zero, *_ = deepspeed.initialize(
             model=model, optimizer=optimizer, config=settings, dist_init_required=False
         )
+        _, first = next(trained_parameters(model))
+        require_internals(self._engine, self._zero, first)
         for name, buffer in model.named_buffers():
             buffer.data = buffers[name].to(device)
         self._is_stage_3 = self._engine.zero_optimization_stage() == 3

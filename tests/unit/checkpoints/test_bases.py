@@ -15,13 +15,15 @@ from sentencepiece import SentencePieceProcessor
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from anyres_vlm.checkpoints.bases import build_model, load_encoder
+from anyres_vlm.checkpoints.folders import resolve
 from anyres_vlm.checkpoints.load_save import clean_generation_config
 from anyres_vlm.checkpoints.tokenizer import build_tokenizer, load_tokenizer
 from anyres_vlm.checkpoints.weights import read_tensors
 from anyres_vlm.cli.main import main
 from anyres_vlm.config import EncoderConfig, ModelConfig
+from anyres_vlm.data.conversation import ConversationTokenizer
 from anyres_vlm.data.templates import TEMPLATES
-from anyres_vlm.errors import DataError
+from anyres_vlm.errors import DataError, UsageError
 from anyres_vlm.schema import Turn
 
 TEXTS = [
@@ -174,9 +176,52 @@ def test_any_other_tokenizer_is_left_to_auto_tokenizer(
 
 def test_a_tokenizer_that_is_no_sentencepiece_model(bases: Path, tmp_path: Path) -> None:
     folder = copy(bases, replicas.VICUNA_7B, tmp_path)
-    (folder / "tokenizer.model").write_bytes(b"version https://git-lfs.github.com/spec/v1")
+    (folder / "tokenizer.model").write_bytes(b"not a model")
     with pytest.raises(DataError, match=r"llm .*base: its tokenizer cannot be used \(tokenizer\.model is not a Sent"):
         load_tokenizer(str(folder))
+
+
+def tiny_folder(folder: Path) -> Path:
+    for file in Path(resolve("embedded:tiny-lm")).glob("*.json"):
+        shutil.copy(file, folder)
+    return folder
+
+
+@pytest.mark.parametrize("file", ["tokenizer.json", "tokenizer_config.json", "config.json", "tokenizer.model"])
+def test_a_clone_without_git_lfs_is_named(tmp_path: Path, file: str) -> None:
+    tiny_folder(tmp_path)
+    if file == "tokenizer.model":
+        (tmp_path / "tokenizer.json").unlink()
+    (tmp_path / file).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:ab\nsize 5\n")
+    with pytest.raises(DataError, match=rf"\({file} is a pointer of Git LFS, .*run `git lfs pull`"):
+        load_tokenizer(str(tmp_path))
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{"])
+def test_a_broken_json_file_of_a_tokenizer_is_named(tmp_path: Path, content: str) -> None:
+    (tiny_folder(tmp_path) / "tokenizer_config.json").write_text(content)
+    with pytest.raises(DataError, match=r"tokenizer_config\.json: .*JSON.*: fetch it again"):
+        load_tokenizer(str(tmp_path))
+
+
+def test_truncation_and_padding_left_in_the_file_are_no_difference(tmp_path: Path, caplog) -> None:
+    path = tiny_folder(tmp_path) / "tokenizer.json"
+    content = json.loads(path.read_text())
+    content["truncation"] = {"direction": "Right", "max_length": 4, "strategy": "LongestFirst", "stride": 0}
+    path.write_text(json.dumps(content))
+    load_tokenizer(str(tmp_path))
+    assert not caplog.records
+
+
+def test_a_tokenizer_whose_unknown_token_is_its_end_token(tmp_path: Path) -> None:
+    """As those of GPT-2 and SmolLM2."""
+    path = tiny_folder(tmp_path) / "tokenizer_config.json"
+    end = json.loads(path.read_text())["eos_token"]
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"unk_token": end}))
+    tokenizer = load_tokenizer(str(tmp_path))
+    assert ConversationTokenizer("vicuna_v1", tokenizer).end_id == tokenizer.eos_token_id
+    with pytest.raises(UsageError, match="which is not a token of this llm"):
+        assert ConversationTokenizer("chatml", tokenizer).end_id
 
 
 def test_a_folder_without_a_tokenizer(bases: Path, tmp_path: Path) -> None:
@@ -313,6 +358,7 @@ REFUSED = [
     ({"max_new_tokens": 0}, {"max_new_tokens"}),
     ({"cache_implementation": "none"}, {"cache_implementation"}),
     ({"streamer": 1}, {"streamer"}),
+    ({"save_pretrained": 1}, {"save_pretrained"}),
 ]
 KEPT = [
     {"do_sample": True, "temperature": 0.6, "top_p": 0.9, "eos_token_id": [128001, 128009], "bos_token_id": 128000},
@@ -326,7 +372,7 @@ KEPT = [
 def test_what_could_not_be_saved_is_dropped_with_a_line(settings, gone, tmp_path: Path, caplog) -> None:
     caplog.set_level(logging.INFO, logger="anyres_vlm")
     config = clean_generation_config({"bos_token_id": 1, **settings}, "llm x")
-    assert all(getattr(config, name, None) in (None, False) for name in gone)
+    assert all(getattr(config, name, None) in (None, False) for name in gone - {"save_pretrained"})
     config.eos_token_id = [2, 3]  # as a run does
     config.save_pretrained(tmp_path)
     saved = json.loads((tmp_path / "generation_config.json").read_text())

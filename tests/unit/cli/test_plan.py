@@ -11,8 +11,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from transformers import CLIPVisionConfig, LlamaConfig
 
 from anyres_vlm.cli.main import main
+from anyres_vlm.config import shipped_config
 
 
 def anyres(*arguments: str | Path) -> int:
@@ -122,6 +124,45 @@ def test_mistakes(
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 1
+
+
+VICUNA = LlamaConfig(hidden_size=4096, num_hidden_layers=32, vocab_size=32000)
+LARGE = CLIPVisionConfig(
+    hidden_size=1024,
+    num_hidden_layers=24,
+    num_attention_heads=16,
+    intermediate_size=4096,
+    image_size=336,
+    patch_size=14,
+)
+
+
+@pytest.mark.parametrize("local", [True, False], ids=["local folders", "hub ids, without a download"])
+def test_costs_of_a_run(index: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], local: bool) -> None:
+    run = shipped_config("llava_next_vicuna_7b")
+    if local:
+        VICUNA.save_pretrained(tmp_path / "llm")
+        LARGE.save_pretrained(tmp_path / "encoder")
+        text = run.read_text().replace("lmsys/vicuna-7b-v1.5", str(tmp_path / "llm"))
+        run = tmp_path / "run.yaml"
+        run.write_text(text.replace("openai/clip-vit-large-patch14-336", str(tmp_path / "encoder")))
+    assert anyres("plan", index, "--model-config", run, "--json") == 0
+    assert json.loads(capsys.readouterr().out)["cost_tile"] == pytest.approx(29, rel=0.05)
+
+
+def test_costs_of_embedded_models(index: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert anyres("plan", index, "--model-config", shipped_config("tiny"), "--json") == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["cost_from"] == f"by FLOPs from {shipped_config('tiny')}"
+    assert 1 < report["cost_tile"] < 100
+
+
+def test_costs_of_an_encoder_of_timm(index: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = tmp_path / "run.yaml"
+    text = shipped_config("tiny").read_text().replace("kind: clip", "kind: timm")
+    run.write_text(text.replace("embedded:tiny-vit", "vit_tiny_patch16_224"))
+    assert anyres("plan", index, "--model-config", run) == 2
+    assert "no FLOPs are known for an encoder of timm" in capsys.readouterr().err
 
 
 def test_a_file_that_is_not_parquet(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -109,6 +109,17 @@ def test_changes_are_counted_in_the_index(data: Path, tiny_tokenizer: PreTrained
     assert data.with_name("c.parquet").read_bytes() == whole.path.read_bytes()
 
 
+def test_system_texts_that_the_template_drops_are_counted(
+    tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    data = tmp_path / "data.json"
+    said = [{"from": "human", "value": "Q"}, {"from": "gpt", "value": "A star."}]
+    data.write_text(json.dumps([{"conversations": said, "system": system} for system in ("Be brief.", "")]))
+    settings = IndexSettings(ConversationTokenizer("plain", tiny_tokenizer), TILING, 4096)
+    built = build_index(data, None, settings, tmp_path / "a.parquet", workers=1, max_bad_fraction=0)
+    assert built.index.changes == {"dropped the system text, as the template keeps images and answers only": 1}
+
+
 def test_an_index_of_the_other_position_is_made_again(data: Path, tiny_tokenizer: PreTrainedTokenizerFast) -> None:
     assert build(data, tiny_tokenizer, "front", "a.parquet").rows_read == 7
     assert build(data, tiny_tokenizer, "front", "a.parquet").rows_read == 0
@@ -157,6 +168,14 @@ def test_each_template_writes_a_system_text_or_refuses_it(template: TemplateName
     tokenizer = exact_tokenizer("llama_legacy")
     encoder = ConversationTokenizer(template, tokenizer)
     (result,) = encoder.encode([Record("r", (), DIALOGUE, system="Be brief.")])
+    if template == "plain":
+        messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "<image>"}]
+        messages += [{"role": "assistant", "content": "A"}]
+        served = tokenizer.apply_chat_template(messages, chat_template=TEMPLATES[template].jinja, tokenize=False)
+        assert served == encoder.render([Turn("user", "<image>"), DIALOGUE[1]], system="Be </s> brief.")[0]
+        (bare, forged) = encoder.encode([Record(text, (), DIALOGUE, system=text) for text in ("", "Be </s> brief.")])
+        assert all(not isinstance(one, DataError) and one[0].tolist() == bare[0].tolist() for one in (result, forged))
+        return
     if template not in SYSTEMS:
         assert isinstance(result, DataError)
         assert result.kind == "system"

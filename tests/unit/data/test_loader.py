@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import multiprocessing
 import subprocess
@@ -68,6 +69,28 @@ def test_a_pack_concatenates_its_samples(samples: IndexedSamples) -> None:
     assert batch.tiles.shape[0] == pack[0].num_tiles + pack[2].num_tiles
     assert batch.tiles[:, 0].amax() == 2
     assert batch.num_supervised == sum(sample.num_supervised for sample in pack)
+
+
+def test_a_batch_knows_what_depends_on_its_content(samples: IndexedSamples) -> None:
+    """Computed by the loader, so that the model need not wait for the device to read it from there."""
+    batch = collate([load(samples.sample(position), "exact") for position in (1, 0, 2, 4)], 28, IMAGE)
+    ids, labels, ends = batch.input_ids[0].tolist(), batch.labels[0].tolist(), batch.cu_seqlens.tolist()
+    assert list(batch.lengths) == [end - start for start, end in itertools.pairwise(ends)]
+    assert batch.image_positions.tolist() == [place for place, word in enumerate(ids) if word == IMAGE]
+    expected = [
+        (place - 1, labels[place])
+        for start, end in itertools.pairwise(ends)
+        for place in range(start + 1, end)
+        if labels[place] != IGNORE_INDEX
+    ]
+    assert list(zip(batch.supervised.tolist(), batch.targets.tolist(), strict=True)) == expected
+    assert batch.num_supervised == len(expected) > 0
+    assert batch.num_pairs == sum(range(1, batch.lengths[0] + 1)) + sum(
+        place + 1 for length in batch.lengths[1:] for place in range(length)
+    )
+    moved = batch.to(torch.device("meta"))
+    for name in ("input_ids", "cu_seqlens", "tiles", "supervised", "targets", "image_positions"):
+        assert getattr(moved, name).is_meta, name
 
 
 @pytest.mark.parametrize("workers", [0, 1, 2])

@@ -83,6 +83,21 @@ def read(folder: Path, kind: str, content: dict[str, Any]) -> Record | DataError
         ({"conversations": said(("human", "Q"), ("function_call", "f()"), ("gpt", "A"))}, "tools"),
         ({"conversations": said(("human", "Q"), ("observation", "3"), ("gpt", "A"))}, "tools"),
         ({"system": "Look at <video>."}, "video"),
+        ({"video_path": "a.mp4"}, "video"),
+        ({"videoPaths": ["a.mp4"]}, "video"),
+        ({"video_1": "a.mp4"}, "video"),
+        ({"Video": {"bytes": b"x".decode(), "path": None}}, "video"),
+        ({"audio_path": "a.wav"}, "audio"),
+        ({"audio_urls": ["https://a.wav"]}, "audio"),
+        ({"sound": "a.wav"}, "audio"),
+        ({"tool": "search"}, "tools"),
+        ({"functions": [{"name": "search"}]}, "tools"),
+        ({"toolCalls": [{"name": "search"}]}, "tools"),
+        ({"conversations": said(("human", "<|video_pad|>\nQ"), ("gpt", "A"))}, "video"),
+        ({"conversations": said(("human", "<Audio_1> Q"), ("gpt", "A"))}, "audio"),
+        ({"conversations": said(("human", "<video /> Q"), ("gpt", "A"))}, "video"),
+        ({"conversations": said(("human", "Q"), ("tool_response", "3"), ("gpt", "A"))}, "tools"),
+        ({"conversations": None, "texts": [{"user": "Q", "assistant": "A", "video_path": "a.mp4"}]}, "video"),
     ],
 )
 def test_what_cannot_be_used_is_a_reject_of_its_kind(
@@ -94,9 +109,38 @@ def test_what_cannot_be_used_is_a_reject_of_its_kind(
     assert "not supported" in str(item)
 
 
+NEW_KEYS = ["video_path", "audios", "functions", "system_message", "image_path"]
+
+
+@pytest.mark.parametrize("kind", ["json", "parquet", "tar"])
+@pytest.mark.parametrize("key", ["image_path", "imagePaths", "Image", "image_1", "img", "image_url"])
+def test_images_under_another_key_are_a_reject_unless_the_record_has_images(
+    tmp_path: Path, kind: str, key: str
+) -> None:
+    item = read(tmp_path, kind, entry(**{key: "a.png"}))
+    assert isinstance(item, DataError)
+    assert (item.kind, f"it has {key!r}: list all images" in str(item)) == ("image_count", True)
+    if kind != "tar":
+        Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
+        turns = said(("human", "<image>"), ("gpt", "A"))
+        kept = read(tmp_path, kind, entry(image="a.png", conversations=turns, **{key: "elsewhere.png"}))
+        assert isinstance(kept, Record)
+        assert len(kept.images) == 1
+
+
+def test_the_metadata_of_a_caption_counts_as_well(tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "a.tar", "w") as archive:
+        add(archive, "r.json", json.dumps({"url": "https://x", "video_path": "a.mp4"}).encode())
+        add(archive, "r.png", png())
+        add(archive, "r.txt", b"A cat.")
+    (item,) = open_source(tmp_path / "a.tar").records(0, 1)
+    assert isinstance(item, DataError)
+    assert item.kind == "video"
+
+
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("key", ["video", "videos", "audio", "tools", "system", "system_prompt", "image", "images"])
-@pytest.mark.parametrize("value", [None, "", []])
+@pytest.mark.parametrize("key", ["video", "videos", "audio", "tools", "system", "image", "images", *NEW_KEYS])
+@pytest.mark.parametrize("value", [None, "", [], float("nan"), "none"])
 def test_values_of_nothing_are_nothing(tmp_path: Path, kind: str, key: str, value: Any) -> None:
     item = read(tmp_path, kind, entry(**{key: value}))
     assert isinstance(item, Record)
@@ -109,6 +153,10 @@ def test_values_of_nothing_are_nothing(tmp_path: Path, kind: str, key: str, valu
     [
         {"system": " Be brief.\n"},
         {"system_prompt": "Be brief."},
+        {"system_message": "Be brief."},
+        {"systemPrompt": "Be brief."},
+        {"sys_prompt": "Be brief.", "video_path": ""},
+        {"conversations": said(("developer", "Be brief."), ("human", "Q"), ("gpt", "A"))},
         {"system": "Be brief.", "system_prompt": "Be brief."},
         {"conversations": said(("system", "Be brief."), ("human", "Q"), ("gpt", "A"))},
         {"system": "Be brief.", "conversations": said(("system", ""), ("human", "Q"), ("gpt", "A"))},
@@ -198,7 +246,13 @@ def test_parts_that_cannot_be_used(tmp_path: Path, part: dict[str, Any], reject:
 
 @pytest.mark.parametrize(
     ("extra", "reject"),
-    [({"tool_calls": [{"id": 1}]}, "tools"), ({"video": "a.mp4"}, "video"), ({"image": "a.png"}, "image_count")],
+    [
+        ({"tool_calls": [{"id": 1}]}, "tools"),
+        ({"video_url": "a.mp4"}, "video"),
+        ({"image": "a.png"}, "image_count"),
+        ({"image_path": "a.png"}, "image_count"),
+        ({"system_prompt": "Be brief."}, "system"),
+    ],
 )
 def test_turns_that_hold_more_than_text(tmp_path: Path, extra: dict[str, Any], reject: str) -> None:
     turns = said(("human", "Q"), ("gpt", "A"))
@@ -207,6 +261,21 @@ def test_turns_that_hold_more_than_text(tmp_path: Path, extra: dict[str, Any], r
     assert item.kind == reject
     empty = dict.fromkeys(extra)
     assert isinstance(read(tmp_path, "json", entry(conversations=[turns[0] | empty, turns[1]])), Record)
+
+
+@pytest.mark.parametrize("key", ["weight", "loss", "train", "training"])
+@pytest.mark.parametrize("kind", ["json", "parquet"])
+def test_answers_that_are_not_to_be_learnt_are_a_reject(tmp_path: Path, kind: str, key: str) -> None:
+    turns: list[dict[str, Any]] = [*said(("human", "Q"), ("gpt", "A"), ("human", "Q"), ("gpt", "B"))]
+    trained: Any = 1 if key == "weight" else True
+    values = [trained - 1 if key == "weight" else False, None if kind == "json" else trained, trained]
+    for value, is_kept in zip(values, (False, True, True), strict=True):
+        weights = [{key: type(trained)(0)}, {key: value}, {key: type(trained)(0)}, {key: trained}]
+        item = read(
+            tmp_path, kind, entry(conversations=[turn | more for turn, more in zip(turns, weights, strict=True)])
+        )
+        assert isinstance(item, Record) == is_kept
+        assert is_kept or (isinstance(item, DataError) and item.kind == "unsupervised")
 
 
 def test_html_in_an_answer_is_text(tmp_path: Path) -> None:

@@ -1,10 +1,46 @@
-"""Normal forms worked out by hand from the official rules, slips included."""
+"""Normal forms worked out by hand from the official rules, slips included, and the layouts of the test archive."""
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pytest
 
-from anyres_vlm.evaluate.benchmarks.vqav2 import CONTRACTIONS, evalai_answer, one_line, vqa_answer
+from anyres_vlm.evaluate.benchmarks.vqav2 import CONTRACTIONS, VQAv2, evalai_answer, one_line, vqa_answer
+
+
+@pytest.mark.parametrize(
+    ("questions", "images", "named"),
+    [
+        ("", "test2015", None),
+        ("", "", None),
+        ("v2_Questions_Test_mscoco", "test2015", None),  # each archive in a folder of its name
+        ("v2_Questions_Test_mscoco", "images/test2015", "images"),
+        ("Questions", "Images/mscoco/test2015", None),  # as VQA's repository has them
+        ("vqav2/Questions", "vqav2/Images/mscoco/test2015", None),
+        ("", "elsewhere/coco/test2015", "elsewhere/coco"),
+        ("", "elsewhere/coco/test2015", "elsewhere/coco/test2015"),
+    ],
+)
+def test_the_test_archive_in_the_layouts_people_have(
+    tmp_path: Path, questions: str, images: str, named: str | None
+) -> None:
+    (tmp_path / questions).mkdir(parents=True, exist_ok=True)
+    (tmp_path / images).mkdir(parents=True, exist_ok=True)
+    meta = {"info": {}, "task_type": "Open-Ended", "data_type": "mscoco", "license": {}}
+    asked = [{"image_id": n % 3 + 1, "question": "Why?", "question_id": n} for n in range(6)]
+    for subset, part in (("test2015", asked), ("test-dev2015", asked[2:4])):
+        file = tmp_path / questions / f"v2_OpenEnded_mscoco_{subset}_questions.json"
+        file.write_text(json.dumps(meta | {"data_subtype": subset, "questions": part}))
+    for number in (1, 2, 3):
+        (tmp_path / images / f"COCO_test2015_{number:012d}.jpg").touch()
+    found = VQAv2().questions(tmp_path, None if named is None else tmp_path / named, None)
+    assert [question.id for question in found] == [2, 3]
+    names = [question.images[0].path for question in found]
+    assert names == [tmp_path / images / f"COCO_test2015_{n:012d}.jpg" for n in (3, 1)]
+    sent = VQAv2().submission(tmp_path, [(question, "Red.") for question in found])[1]
+    assert [line["answer"] for line in sent] == ["", "", "red", "red", "", ""]
 
 
 @pytest.mark.parametrize(

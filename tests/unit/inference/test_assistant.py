@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 from anyres_vlm.checkpoints.bases import build_model
 from anyres_vlm.config import ModelConfig
 from anyres_vlm.errors import UsageError
-from anyres_vlm.inference.assistant import Assistant, Conversation, halve, text_pieces
+from anyres_vlm.inference.assistant import Assistant, Conversation, cast_weights, inference_dtype, text_pieces
 from anyres_vlm.inference.generation import Decoding, stream_tokens
 from anyres_vlm.schema import ImageRef, Turn
 
@@ -166,11 +166,35 @@ def test_images_and_places_must_match(assistant: Assistant) -> None:
         assistant.stream([Turn("user", "<image>")], [], Decoding(4))
 
 
-def test_halve_converts_weights_and_keeps_buffers(tiny_bases: Path) -> None:
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_cast_weights_keeps_buffers(tiny_bases: Path, dtype: torch.dtype) -> None:
     bases = {"llm": str(tiny_bases / "llm"), "encoder": {"name": str(tiny_bases / "vit")}, "template": "tiny"}
     model, tokenizer = build_model(ModelConfig.model_validate(bases), seed=0)
-    halve(model)
-    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+    cast_weights(model, dtype)
+    assert {parameter.dtype for parameter in model.parameters()} == {dtype}
     assert {buffer.dtype for buffer in model.buffers() if buffer.is_floating_point()} == {torch.float32}
     picture = Image.linear_gradient("L").convert("RGB")
     assert Assistant(model, tokenizer).answer([Turn("user", "<image>a")], [picture], Decoding(3)).new_tokens > 0
+
+
+@pytest.mark.parametrize(
+    ("capability", "dtype"),
+    [((6, 1), torch.float32), ((7, 5), torch.float16), ((8, 0), torch.bfloat16), ((12, 0), torch.bfloat16)],
+)
+def test_weights_are_of_a_dtype_that_the_gpu_computes_in(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, capability: tuple[int, int], dtype: torch.dtype
+) -> None:
+    """Regression: GPUs that only emulate bf16 were given bf16 weights, without a word."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "Card")
+    assert inference_dtype(torch.device("cuda")) == dtype
+    said = f"Card has compute capability {capability[0]}.{capability[1]}, bf16 needs 8.0: weights are converted to "
+    assert [said in line for line in caplog.messages] == [True] * (capability < (8, 0))
+    assert inference_dtype(torch.device("cpu")) == torch.float32
+
+
+def test_cudnn_attention_is_off(assistant: Assistant) -> None:
+    """Regression: cuDNN plans anew for each number of keys, so for each generated token."""
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    Assistant(assistant.model, assistant.tokenizer)
+    assert not torch.backends.cuda.cudnn_sdp_enabled()

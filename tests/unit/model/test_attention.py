@@ -21,7 +21,7 @@ def test_attention_stays_inside_documents(groups: int, lengths: list[int]) -> No
     query = torch.randn(1, 4, sum(lengths), 8, generator=generator)
     key, value = torch.randn(2, 1, 4 // groups, sum(lengths), 8, generator=generator)
     ends = torch.tensor([0, *lengths]).cumsum(0).int()
-    documents = Documents.between(ends)
+    documents = Documents(ends, lengths)
     out, _ = packed_attention(torch.nn.Module(), query, key, value, None, 0.0, 0.3, documents)
 
     document = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))

@@ -8,11 +8,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from anyres_vlm.errors import UsageError
-from anyres_vlm.model import loss as loss_module
-from anyres_vlm.model.loss import next_token_targets, summed_loss
-from anyres_vlm.schema import IGNORE_INDEX
+from anyres_vlm.model.loss import chunk_positions, summed_loss
+from anyres_vlm.schema import IGNORE_INDEX, supervision
 
-ENDS = torch.tensor([0, 1, 15, 40], dtype=torch.int32)
+LENGTHS = (1, 14, 25)
 DOCUMENTS = ((0, 1), (1, 15), (15, 40))
 
 
@@ -21,6 +20,10 @@ def problem(seed: int = 0) -> tuple[Tensor, Tensor]:
     labels = torch.randint(0, 30, (1, 40), generator=generator)
     labels[torch.rand(1, 40, generator=generator) < 0.4] = IGNORE_INDEX
     return torch.randn(1, 40, 8, generator=generator, requires_grad=True), labels
+
+
+def packed_loss(hidden: Tensor, labels: Tensor, head: nn.Module, chunk: int | None = None) -> Tensor:
+    return summed_loss(hidden, *supervision(labels, LENGTHS), head, chunk)
 
 
 def dense_loss(hidden: Tensor, labels: Tensor, head: nn.Module) -> Tensor:
@@ -34,13 +37,12 @@ def dense_loss(hidden: Tensor, labels: Tensor, head: nn.Module) -> Tensor:
 
 @pytest.mark.parametrize("chunk", [512, 5, 1])
 @pytest.mark.parametrize("bias", [False, True])
-def test_loss_and_gradients_are_the_dense_ones(monkeypatch: pytest.MonkeyPatch, chunk: int, bias: bool) -> None:
-    monkeypatch.setattr(loss_module, "CHUNK", chunk)
+def test_loss_and_gradients_are_the_dense_ones(chunk: int, bias: bool) -> None:
     hidden, labels = problem()
     head = nn.Linear(8, 30, bias=bias)
     of = [hidden, *head.parameters()]
     expected = dense_loss(hidden, labels, head)
-    total = summed_loss(hidden, labels, ENDS, head)
+    total = packed_loss(hidden, labels, head, chunk)
     torch.testing.assert_close(total, expected)
     # divided, as a training step does
     gradients = torch.autograd.grad(total / 7, of)
@@ -51,7 +53,7 @@ def test_extreme_logits_keep_precision() -> None:
     hidden, labels = problem()
     head = nn.Linear(8, 30, bias=False)
     nn.init.normal_(head.weight, std=300.0)
-    total, expected = summed_loss(hidden, labels, ENDS, head), dense_loss(hidden, labels, head)
+    total, expected = packed_loss(hidden, labels, head), dense_loss(hidden, labels, head)
     assert total > 10_000
     torch.testing.assert_close(total, expected)
     torch.testing.assert_close(torch.autograd.grad(total, hidden), torch.autograd.grad(expected, hidden))
@@ -60,11 +62,11 @@ def test_extreme_logits_keep_precision() -> None:
 def test_a_frozen_head_costs_no_gradient_and_evaluation_costs_none() -> None:
     hidden, labels = problem()
     head = nn.Linear(8, 30, bias=False).requires_grad_(False)
-    summed_loss(hidden, labels, ENDS, head).backward()
+    packed_loss(hidden, labels, head).backward()
     assert hidden.grad is not None
     assert head.weight.grad is None
     with torch.no_grad():
-        assert summed_loss(hidden, labels, ENDS, head).grad_fn is None
+        assert packed_loss(hidden, labels, head).grad_fn is None
 
 
 @pytest.mark.parametrize("frozen", ["weight", "bias", "hidden", "all"])
@@ -77,7 +79,7 @@ def test_no_memory_is_used_for_unneeded_gradients(monkeypatch: pytest.MonkeyPatc
     parts = {"hidden": hidden, "weight": head.weight, "bias": head.bias}
     for name, part in parts.items():
         part.requires_grad_(frozen not in (name, "all"))
-    summed_loss(hidden, labels, ENDS, head)
+    packed_loss(hidden, labels, head)
     wanted = [part for part in parts.values() if part.requires_grad]
     assert len(made) == len(wanted)
     assert {tensor.shape[-2:] for tensor in made} >= {part.shape for part in wanted if part is not hidden}
@@ -85,7 +87,7 @@ def test_no_memory_is_used_for_unneeded_gradients(monkeypatch: pytest.MonkeyPatc
 
 def test_a_second_derivative_is_refused() -> None:
     hidden, labels = problem()
-    total = summed_loss(hidden, labels, ENDS, nn.Linear(8, 30))
+    total = packed_loss(hidden, labels, nn.Linear(8, 30))
     (gradient,) = torch.autograd.grad(total**2, hidden, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         gradient.sum().backward()
@@ -99,7 +101,7 @@ def test_the_gradient_reaches_a_tied_weight_once() -> None:
     arrivals: list[Tensor] = []
     embedding.weight.register_post_accumulate_grad_hook(lambda weight: arrivals.append(weight.grad.clone()))
     ids = torch.arange(40)[None] % 30
-    summed_loss(embedding(ids), labels, ENDS, head).backward()
+    packed_loss(embedding(ids), labels, head).backward()
     (mine,) = arrivals
     (expected,) = torch.autograd.grad(dense_loss(embedding(ids), labels, head), embedding.weight)
     torch.testing.assert_close(mine, expected)
@@ -113,10 +115,10 @@ def test_bf16_weights_and_autocast_are_close(whole: bool) -> None:
     gradients = torch.autograd.grad(expected, [hidden, head.weight])
     if whole:
         head, hidden = head.bfloat16(), hidden.detach().bfloat16().requires_grad_()
-        total = summed_loss(hidden, labels, ENDS, head)
+        total = packed_loss(hidden, labels, head)
     else:
         with torch.autocast("cpu", torch.bfloat16):
-            total = summed_loss(hidden, labels, ENDS, head)
+            total = packed_loss(hidden, labels, head)
     assert total.dtype == torch.float32
     torch.testing.assert_close(total, expected, rtol=2e-3, atol=0)  # measured: 2e-4
     for mine, theirs in zip(torch.autograd.grad(total, [hidden, head.weight]), gradients, strict=True):
@@ -126,7 +128,7 @@ def test_bf16_weights_and_autocast_are_close(whole: bool) -> None:
 def test_no_label_is_no_loss() -> None:
     hidden, labels = problem()
     head = nn.Linear(8, 30)
-    total = summed_loss(hidden, torch.full_like(labels, IGNORE_INDEX), ENDS, head)
+    total = packed_loss(hidden, torch.full_like(labels, IGNORE_INDEX), head)
     total.backward()
     assert total == 0
     assert hidden.grad is not None
@@ -135,12 +137,28 @@ def test_no_label_is_no_loss() -> None:
 
 
 def test_no_prediction_crosses_documents() -> None:
-    labels = torch.arange(6)[None]
-    targets = next_token_targets(labels, torch.tensor([0, 1, 4, 6]))
-    assert targets.tolist() == [IGNORE_INDEX, 2, 3, IGNORE_INDEX, 5, IGNORE_INDEX]
+    positions, targets = supervision(torch.arange(6)[None], (1, 3, 2))
+    assert positions.tolist() == [1, 2, 4]
+    assert targets.tolist() == [2, 3, 5]
+
+
+@pytest.mark.parametrize(
+    ("device", "words", "positions"),
+    [
+        ("cpu", 32_064, 512),
+        ("cpu", 256_000, 512),
+        ("cuda", 1024, 2048),
+        ("cuda", 64_000, 2048),
+        ("cuda", 128_256, 1024),
+        ("cuda", 152_064, 768),
+        ("cuda", 10_000_000, 128),
+    ],
+)
+def test_the_chunk_follows_device_and_vocabulary(device: str, words: int, positions: int) -> None:
+    assert chunk_positions(words, device) == positions
 
 
 def test_a_head_of_several_parts_is_refused() -> None:
     hidden, labels = problem()
     with pytest.raises(UsageError, match="plain linear language-model head, got Sequential"):
-        summed_loss(hidden, labels, ENDS, nn.Sequential(nn.Linear(8, 30)))
+        packed_loss(hidden, labels, nn.Sequential(nn.Linear(8, 30)))

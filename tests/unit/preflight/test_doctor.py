@@ -139,6 +139,44 @@ def test_attention_that_mixes_documents_fails(monkeypatch: pytest.MonkeyPatch) -
     assert only(machine.check_attention(None)).level == "fail"
 
 
+@pytest.mark.parametrize(
+    ("capability", "settings", "found"),
+    [
+        ((8, 0), [], "FlashAttention varlen of torch, one call a layer"),
+        ((8, 0), ["precision=fp32"], "SDPA, document by document: the computation is in float32"),
+        ((7, 5), [], "SDPA, document by document: the GPU's compute capability is below 8.0"),
+    ],
+)
+def test_the_attention_of_a_config_is_named(
+    make: Make, monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], settings: list[str], found: str
+) -> None:
+    """Regression: it named the kernel that exists, not the one that the precision and the GPU allow."""
+    import torch
+
+    assert [finding.level for finding in doctor.check_attention(make())] == ["ok", "ok"]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
+    findings = list(doctor.check_attention(make("precision=bf16", *settings)))
+    assert [finding.check for finding in findings] == ["stage1 attention", "stage2 attention"]
+    assert {finding.found for finding in findings} == {found}
+    assert {finding.level for finding in findings} == {"ok" if found.startswith("Flash") else "warn"}
+
+
+def test_attention_dropout_counts_where_the_language_model_is_trained(
+    make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torch
+
+    folder = shutil.copytree(resolve("embedded:tiny-lm"), tmp_path / "dropping")
+    settings = json.loads((folder / "config.json").read_text()) | {"attention_dropout": 0.1}
+    (folder / "config.json").write_text(json.dumps(settings))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+    first, second = doctor.check_attention(make("precision=bf16", f"model.llm={folder}"))
+    assert first.found.startswith("FlashAttention")
+    assert second.found.endswith("the model has attention dropout of 0.1")
+
+
 def test_deepspeed_is_needed_only_where_it_is_named(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     uninstall(monkeypatch, "deepspeed")
     assert only(doctor.check_deepspeed(make())).level == "ok"

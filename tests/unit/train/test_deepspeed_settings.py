@@ -13,7 +13,14 @@ from deepspeed_files import PUBLISHED, WARMUP
 from anyres_vlm.config import RunConfig, load_config, shipped_config
 from anyres_vlm.errors import UsageError
 from anyres_vlm.preflight.estimate.memory import PRESETS, read_sharding
-from anyres_vlm.train.engine.deepspeed_settings import DeepSpeedSettings, find_preset, read_zero, resolve_deepspeed
+from anyres_vlm.train.engine.deepspeed_settings import (
+    QUIET,
+    DeepSpeedSettings,
+    find_preset,
+    read_preset,
+    read_zero,
+    resolve_deepspeed,
+)
 from anyres_vlm.train.engine.zero import check_zero
 
 
@@ -63,6 +70,11 @@ CONTRADICTIONS: list[tuple[dict[str, Any], str]] = [
     ({"amp": {"enabled": True, "opt_level": "O1"}}, "amp.enabled is True"),
     ({"fp8": {"enabled": True}}, "fp8.enabled is True"),
     ({"communication_data_type": "fp16"}, "communication_data_type is 'fp16', the run has precision=fp32"),
+    ({"communication_data_type": "fp8"}, "Invalid communication_data_type"),
+    ({"data_types": {"grad_accum_dtype": "fp16"}}, "grad_accum_dtype is 'fp16', the run has precision=fp32"),
+    ({"checkpoint": {"tag_validation": "Perhaps"}}, "tag_validation"),
+    ({"steps_per_print": "ten"}, "steps_per_print: expected a number of steps, got 'ten'"),
+    ({"steps_per_print": -1}, "steps_per_print: expected a number of steps, got -1"),
     ({"optimizer": {"type": "Lion"}}, "optimizer.type is 'Lion', the run has AdamW"),
     ({"optimizer": {"type": "AdamW", "params": {"lr": 3e-5}}}, r"params.lr is 3e-05, the run has stage2.learning_rate"),
     (
@@ -99,6 +111,17 @@ CONTRADICTIONS: list[tuple[dict[str, Any], str]] = [
     ({"zero_optimization": {"stage": 3, "zero_hpz_partition_size": 8}}, "=8 does not divide 2 ranks"),
     ({"zero_optimization": {"stage": 3, "zero_quantized_weights": True}}, "zero_quantized_weights needs CUDA devices"),
 ]
+
+
+@pytest.mark.parametrize("value", [0, None, "auto"])
+def test_steps_per_print_of_nothing_is_quiet(tmp_path: Path, value: Any) -> None:
+    assert resolve(tmp_path, {**ZERO, "steps_per_print": value}).content["steps_per_print"] == QUIET
+    assert resolve(tmp_path, {**ZERO, "steps_per_print": 1e5}).content["steps_per_print"] == 1e5
+
+
+def test_a_file_with_a_byte_order_mark_is_read(tmp_path: Path) -> None:
+    (tmp_path / "ds.json").write_text(json.dumps(ZERO), encoding="utf-8-sig")
+    assert read_preset(tmp_path / "ds.json") == ZERO
 
 
 @pytest.mark.parametrize(("content", "words"), CONTRADICTIONS, ids=lambda value: json.dumps(value)[:60])

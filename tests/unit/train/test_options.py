@@ -66,5 +66,10 @@ def test_images_left_where_they_are_are_no_change_of_the_settings(tmp_path: Path
     settings = stage_settings(config, "stage2")
     require_same_settings(tmp_path, "stage2", settings, settings)
     chosen = stage_settings(resumed(tmp_path, "stage2.data.image_position=front"), "stage2")
-    with pytest.raises(UsageError, match="image_position: None before, 'front' now"):
+    with pytest.raises(UsageError, match="image_position: as_is, the default of older versions, before, 'front' now:"):
         require_same_settings(tmp_path, "stage2", settings, chosen)
+    with pytest.raises(UsageError, match="image_position: 'front' before, as_is, the default of older versions, now:"):
+        require_same_settings(tmp_path, "stage2", chosen, settings)
+    rate = stage_settings(resumed(tmp_path, override, "stage2.vision_lr=1e-6"), "stage2")
+    with pytest.raises(UsageError, match="vision_lr: not set before, 1e-06 now"):
+        require_same_settings(tmp_path, "stage2", settings, rate)
