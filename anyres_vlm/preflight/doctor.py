@@ -163,7 +163,7 @@ def check_models(case: Case) -> Iterator[Finding]:
 def check_attention(case: Case) -> Iterator[Finding]:
     """Report which attention kernel each stage will use on this machine, by the function that the model uses."""
     if case.described is None:
-        yield Finding("attention", "warn", "not judged: it depends on the model")
+        yield Finding("attention", "warn", "not checked: depends on the model")
         return
     import torch
 
@@ -179,7 +179,7 @@ def check_attention(case: Case) -> Iterator[Finding]:
         is_trained = "language_model" in trained_rates(case.config, name)  # a frozen one runs without dropout
         dropout = getattr(text, "attention_dropout", 0.0) if is_trained else 0.0
         obstacle = varlen_obstacle(device, dtype, {head_dim}, dropout)
-        words = f"{VARLEN}, one call a layer" if obstacle is None else f"{PER_DOCUMENT}: {obstacle}"
+        words = f"{VARLEN}, one call per layer" if obstacle is None else f"{PER_DOCUMENT}: {obstacle}"
         level: Level = "ok" if obstacle is None or device.type == "cpu" else "warn"
         yield Finding(f"{name} attention", level, words)
 

@@ -143,11 +143,7 @@ def _no_accelerator() -> Finding:
         hidden = os.environ.get("CUDA_VISIBLE_DEVICES")
         remedy = f"CUDA_VISIBLE_DEVICES={hidden!r} hides it: unset it" if hidden is not None else "update the driver"
         return Finding("accelerator", "fail", f"{words}, but an NVIDIA driver is installed", remedy)
-    return Finding(
-        "accelerator",
-        "ok",
-        f"{words}: enough for the embedded default, too slow for large models",
-    )
+    return Finding("accelerator", "ok", f"{words}: enough for the embedded default, too slow for large models")
 
 
 def check_attention(_: None) -> Iterator[Finding]:
@@ -171,7 +167,7 @@ def check_attention(_: None) -> Iterator[Finding]:
     error = float((packed.float().transpose(1, 2) - torch.cat(separate, dim=2)).abs().max())
     obstacle = varlen_obstacle(device, dtype, {q.shape[-1]}, 0.0)
     kernel = VARLEN if obstacle is None else PER_DOCUMENT
-    words = f"{kernel}; differs by {error:.0e} from attention over each document alone"
+    words = f"{kernel}; differs by {error:.0e} from attention over each document separately"
     if find_spec("flash_attn"):
         words += "; the flash-attn package is not used"
     tolerance = ATTENTION_TOLERANCE[str(dtype).removeprefix("torch.")]

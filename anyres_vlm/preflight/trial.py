@@ -79,12 +79,8 @@ class Trial:
         yield Finding("train", "ok", words)
         if lost := sorted(set(re.findall(r"left out: (.*)", self._text))):
             words = f"{len(lost)} of the chosen records could not be read in training, for example: {lost[0]}"
-            yield Finding(
-                "train",
-                "warn",
-                words,
-                "replace these images: a run ends if there are more than max_bad_fraction of them",
-            )
+            remedy = "replace these images: a run ends if there are more than max_bad_fraction of them"
+            yield Finding("train", "warn", words, remedy)
 
     def resume(self) -> Iterator[Finding]:
         """Run the same command again to its end and check that repeated steps have the same loss and gradient norm."""
@@ -100,9 +96,8 @@ class Trial:
                 then, now = row.get(key, 0.0), after[step].get(key, 0.0)
                 if abs(then - now) > tolerance * abs(then):
                     words = f"step {step} had {key}={then} before the kill and {now} when repeated"
-                    yield Finding(
-                        "resume", "fail", words, "resuming changes the result: please report this with the config"
-                    )
+                    remedy = "resuming changes the result: please report this with the config"
+                    yield Finding("resume", "fail", words, remedy)
                     return
         resumed = re.search(r"stage2: .*resumed after step (\d+)", self._text)
         if resumed is None:
@@ -118,10 +113,8 @@ class Trial:
         model, tokenizer = load_pretrained(folder)
         assistant = Assistant(model, tokenizer)
         question = self._question()
-        ours: list[int] = []
-        for _ in assistant.stream(
-            question.turns, question.images, Decoding(NEW_TOKENS), lambda tokens, _: ours.extend(tokens)
-        ):
+        ours: list[int] = []  # with the end token, which answers do not contain
+        for _ in assistant.tokens([assistant.prompt(question)], Decoding(NEW_TOKENS), lambda new, _: ours.extend(new)):
             pass
         if (obstacle := stock_obstacle(model)) is not None:
             yield Finding("answers", "ok", f"{len(ours)} tokens generated; {obstacle}")
@@ -139,12 +132,8 @@ class Trial:
         words = f"greedy tokens are {ours}, with stock transformers {theirs}"
         if ours == theirs:
             words = f"{len(ours)} greedy tokens after a prompt of {length:,} equal those of stock transformers"
-        yield judge(
-            "answers",
-            ours == theirs,
-            words,
-            "stock transformers would answer wrongly: please report this with the config",
-        )
+        remedy = "stock transformers would answer wrongly: please report this with the config"
+        yield judge("answers", ours == theirs, words, remedy)
 
     def _question(self) -> Conversation:
         """Return the first question of the example, or of a rendered record with images."""

@@ -1,1 +1,1 @@
-"""Training data of the embedded default: seeded renderings with exact ground truth."""
+"""The embedded default's little world: a renderer with exact ground truth, seeded and unlimited."""

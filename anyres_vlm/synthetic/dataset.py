@@ -1,4 +1,4 @@
-"""Write rendered data as a folder of LLaVA JSON and images, reproducible from its arguments."""
+"""Rendered data as a LLaVA JSON folder, the same for the same arguments and made once."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ Purpose = Literal["captions", "instructions", "generated", "academic", "heldout"
 
 DATA_FILE = "data.json"
 MANIFEST_FILE = "manifest.json"
-FORMAT = 2  # incremented when the same arguments give different data
+FORMAT = 2  # raised whenever the same arguments would give other data
 KIND_OF_TASK: dict[Task, PictureKind] = {
-    task: task if task in KINDS else "scene"  # tasks on documents have the name of their kind
+    task: task if task in KINDS else "scene"  # the tasks of documents are named as their kinds
     for task in get_args(Task)
 }
 
@@ -31,13 +31,13 @@ KIND_OF_TASK: dict[Task, PictureKind] = {
 def write_dataset(
     folder: Path, purpose: Purpose, count: int, seed: int, kinds: Sequence[PictureKind] | None = None
 ) -> Path:
-    """Write `count` records with their images and return the JSON file; reuse a finished folder of the same arguments.
+    """Write `count` records with their pictures; returns the JSON file. A finished folder of the same call is reused.
 
-    `captions` are for stage 1, `instructions` for stage 2 (one in five without an image). On the same images,
-    `generated` has conversations, descriptions and reasoning in sentences, `academic` questions with brief answers.
-    `heldout` has one question with a brief answer per record, with tasks in rotation, on images with words and
-    combinations that training does not show. Training images are drawn uniformly from `kinds`, by default from the
-    default's mix. Raises `UsageError` for a folder with other content.
+    `captions` are for stage 1, `instructions` for stage 2 (one in five without a picture); of the same pictures,
+    `generated` has conversations, details and reasons in sentences alone, `academic` questions with brief answers.
+    `heldout` has one brief question a record, the tasks in turn, on pictures with words and combinations that training
+    never shows. Training pictures are of `kinds`, one as likely as another; without them in the default's mix.
+    A folder with anything else in it is left alone and raises UsageError.
     """
     manifest: dict[str, object] = {"format": FORMAT, "purpose": purpose, "count": count, "seed": seed}
     manifest |= {} if kinds is None else {"kinds": list(kinds)}
@@ -56,7 +56,7 @@ def write_dataset(
     ]
     (partial / DATA_FILE).write_text(json.dumps(records, indent=1) + "\n", encoding="utf-8")
     (partial / MANIFEST_FILE).write_text(json.dumps(manifest) + "\n", encoding="utf-8")
-    # The old folder is renamed before it is deleted: a kill never leaves a folder without its manifest.
+    # Renamed before it is deleted: a kill in between never leaves a folder without its manifest.
     replaced = folder.with_name(f".{folder.name}.replaced")
     shutil.rmtree(replaced, ignore_errors=True)
     if folder.exists():
@@ -67,7 +67,7 @@ def write_dataset(
 
 
 def picture_seed(seed: int, number: int) -> int:
-    """Return the seed of an image, unique over runs and numbers."""
+    """Seeds of different runs' pictures do not meet."""
     return seed * 1_000_000_000 + number
 
 
@@ -79,7 +79,7 @@ def _training(
     name = f"{purpose}-{seed}-{number:06d}"
     if stage == "instructions" and rng.random() < 0.2:
         return _record(name, None, [text_instruction(rng, "train") for _ in range(rng.randint(1, 3))])
-    offset = 500_000_000 if stage == "instructions" else 0  # so that stage 2 has other images than stage 1
+    offset = 500_000_000 if stage == "instructions" else 0  # stage 2 sees other pictures than stage 1
     rendering = render(pick_kind(rng, kinds), picture_seed(seed, number + offset), "train")
     image = _save(folder, name, rendering)
     if purpose == "captions":
@@ -96,7 +96,7 @@ def _training(
 
 
 def _heldout(folder: Path, seed: int, number: int, task: Task) -> dict[str, Any]:
-    """Return a record with a question of the task, on the first image that has one."""
+    """The first picture from this number on that a question of the task can be asked about."""
     split: Split = "heldout"
     for attempt in range(1000):
         rng = random.Random(f"heldout/{seed}/{number}/{attempt}")
@@ -107,7 +107,7 @@ def _heldout(folder: Path, seed: int, number: int, task: Task) -> dict[str, Any]
             name = f"heldout-{seed}-{number:06d}"
             record = _record(name, _save(folder, name, rendering), [(f"{asked.question} {BRIEFLY}", asked.answer)])
             return {**record, "task": task}
-    raise AssertionError(f"no image in 1000 has a {task} question")
+    raise AssertionError(f"no picture in 1000 answers a {task} question")
 
 
 def _record(name: str, image: str | None, dialogue: Dialogue) -> dict[str, Any]:
@@ -125,16 +125,16 @@ def _save(folder: Path, name: str, rendering: Rendering) -> str:
 
 
 def _refuse_foreign(folder: Path) -> None:
-    """Raise `UsageError` unless the folder, which will be replaced, is missing, empty or holds only rendered data."""
+    """Rendering replaces the folder, so it must be absent, empty, or a rendered folder and nothing more."""
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return
     ours = {DATA_FILE, MANIFEST_FILE, "images"}
     if _read_manifest(folder) is None or any(entry.name not in ours for entry in folder.iterdir()):
-        raise UsageError(f"{folder} holds other files than rendered data: name a new folder, or empty this one")
+        raise UsageError(f"{folder} holds something else than rendered data: name a new folder, or empty this one")
 
 
 def _read_manifest(folder: Path) -> dict[str, Any] | None:
-    """Return the arguments of a rendered folder; None for any other folder."""
+    """The arguments that a rendered folder was made with; None for any other folder."""
     try:
         content = json.loads((folder / MANIFEST_FILE).read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError, UnicodeDecodeError, json.JSONDecodeError):

@@ -1,4 +1,4 @@
-"""Dialogues about an image, of the three kinds in LLaVA's instruction data."""
+"""Conversations about a picture, in the three kinds of LLaVA's instruction data."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from anyres_vlm.config import PictureKind
 from anyres_vlm.synthetic.rendering import KINDS, Rendering
 
 DialogueKind = Literal["conversation", "detail", "reasoning"]
-Dialogue = list[tuple[str, str]]  # (question, answer) pairs
+Dialogue = list[tuple[str, str]]  # (question, answer) in turn
 
 BRIEFLY = "Answer briefly."
 DETAIL_WORDINGS = (
@@ -18,26 +18,26 @@ DETAIL_WORDINGS = (
     "What do you see?",
     "Give a full description of the picture.",
 )
-_KIND_WEIGHTS = (45, 15, 10, 10, 10, 10)  # in the order of KINDS; almost half of the images are scenes
+_KIND_WEIGHTS = (45, 15, 10, 10, 10, 10)  # in the order of KINDS: half of the pictures are scenes
 
 
 def pick_kind(rng: random.Random, kinds: Sequence[PictureKind] | None = None) -> PictureKind:
-    """Choose one of the kinds of images; by default, from the mix of the embedded default."""
+    """One of the kinds of picture; without any, a kind in the mix of the embedded default."""
     if kinds is not None:
         return rng.choice(kinds)
     return rng.choices(KINDS, _KIND_WEIGHTS)[0]
 
 
 def pick_dialogue(rng: random.Random) -> DialogueKind:
-    """Choose a kind of dialogue from the mix of the embedded default."""
+    """A kind of dialogue in the mix of the embedded default."""
     kinds: tuple[DialogueKind, ...] = ("conversation", "detail", "reasoning")
     return rng.choices(kinds, (70, 12, 18))[0]
 
 
 def converse(rendering: Rendering, kind: DialogueKind, rng: random.Random, brief_share: float = 0.6) -> Dialogue:
-    """Return a dialogue of 3 to 8 questions, of a detailed description, or of an answer with its reasoning.
+    """Turns of one kind: 3 to 8 questions, a detailed description, or an answer with its reasons.
 
-    `brief_share` of the questions have brief answers, the others sentences.
+    `brief_share` of the questions ask for brief answers; the others are answered in sentences.
     """
     if kind == "detail":
         return [(rng.choice(DETAIL_WORDINGS), rendering.detail)]

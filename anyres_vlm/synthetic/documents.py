@@ -1,4 +1,4 @@
-"""Images with text: signs, receipts, tables, bar charts and pages."""
+"""Pictures to be read: signs, receipts, tables, bar charts and pages of text."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ SMALLEST = 10  # pixels of font size
 
 
 def draw_sign(rng: random.Random, split: Split) -> tuple[Sheet, Facts]:
-    """Draw one or two words on a coloured sign."""
+    """One or two words on a coloured board."""
     words = _words(rng, split, "shop", 1) + _words(rng, split, "notice", rng.choice((0, 1, 1)))
     if rng.random() < 0.4:
         words = _words(rng, split, "notice", rng.choice((1, 2)))
@@ -55,7 +55,7 @@ def draw_sign(rng: random.Random, split: Split) -> tuple[Sheet, Facts]:
 
 
 def draw_receipt(rng: random.Random, split: Split) -> tuple[Sheet, Facts]:
-    """Draw a receipt with the name of a shop, goods with prices and the total."""
+    """A shop's name, goods with prices and the total."""
     shop = _words(rng, split, "shop", 1)[0]
     goods = _words(rng, split, "good", rng.randint(2, 4))
     cents = [rng.randint(10, 99) * 10 for _ in goods]
@@ -95,7 +95,7 @@ def draw_receipt(rng: random.Random, split: Split) -> tuple[Sheet, Facts]:
 
 
 def draw_table(rng: random.Random, split: Split) -> tuple[Sheet, Facts]:
-    """Draw a table of goods or places with one or two columns of numbers."""
+    """Goods or places against one or two columns of numbers."""
     names = _words(rng, split, rng.choice(("good", "place")), rng.choice((2, 3)))
     columns = rng.sample(words_of("column", split), rng.choice((1, 2)))
     cells = [[rng.randint(2, 99) for _ in columns] for _ in names]
@@ -132,7 +132,7 @@ def draw_table(rng: random.Random, split: Split) -> tuple[Sheet, Facts]:
 
 
 def draw_chart(rng: random.Random, split: Split) -> tuple[Sheet, Facts]:
-    """Draw a bar chart with two or three labelled bars and their values."""
+    """A bar chart with three or four labelled bars, their values above them."""
     subject = _words(rng, split, "subject", 1)[0]
     names = _words(rng, split, rng.choice(("good", "place")), rng.choice((2, 3)), longest=5)
     values = rng.sample(range(10, 100, 5), len(names))
@@ -167,7 +167,7 @@ def draw_chart(rng: random.Random, split: Split) -> tuple[Sheet, Facts]:
 
 
 def draw_page(rng: random.Random, split: Split) -> tuple[Sheet, Facts]:
-    """Draw a title and two to four short lines of text."""
+    """A title over two to four short lines of text."""
     title = " ".join(_words(rng, split, "plain", rng.choice((1, 2))))
     lines = [" ".join(_words(rng, split, "plain", rng.choice((1, 2)))) for _ in range(rng.randint(2, 4))]
     sheet = Sheet(rng.randint(130, 190), rng.randint(130, 190), rng.choice(PAPERS))
@@ -198,7 +198,7 @@ def draw_page(rng: random.Random, split: Split) -> tuple[Sheet, Facts]:
 
 
 def _words(rng: random.Random, split: Split, group: str, count: int, longest: int = 8) -> list[str]:
-    """Choose distinct words of a group; each one in a held-out image is held out with probability 1/2."""
+    """Different words of a group; a held-out picture takes a held-out word with even odds for each."""
     known = [word for word in words_of(group, split) if len(word) <= longest]
     words = rng.sample([word for word in known if word not in HELDOUT_WORDS], count)
     unseen = [word for word in known if word in HELDOUT_WORDS]

@@ -1,4 +1,4 @@
-"""Draw text and anti-aliased shapes, and record the box of every glyph and object."""
+"""Drawing with exact marks: text whose every glyph's box is known, and anti-aliased shapes."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ FACES = (
     "DejaVuSansMono",
     "DejaVuSansMono-Bold",
 )
-OVERSAMPLING = 4  # shapes are drawn at this scale and reduced, for smooth edges
+OVERSAMPLING = 4  # shapes are drawn this much larger and reduced, for smooth edges
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +51,7 @@ class ObjectMark:
 
 @dataclass
 class Sheet:
-    """An image being drawn, with marks of its glyphs and objects."""
+    """A picture in the making, with the marks of what is on it."""
 
     height: int
     width: int
@@ -64,7 +64,7 @@ class Sheet:
         self.pen = ImageDraw.Draw(self.image)
 
     def text(self, left: float, baseline: float, text: str, face: str, size: int, ink: Ink) -> None:
-        """Draw one line, character by character, and mark each one."""
+        """Write one line, character by character, so that each one's place is known."""
         shape = font(face, size)
         for char in text:
             advance = shape.getlength(char)
@@ -85,14 +85,14 @@ class Sheet:
         )
 
     def object(self, colour: str, shape: str, left: int, top: int, side: int) -> None:
-        """Draw an object in a square."""
+        """Draw an object into a square."""
         self.image.paste(RGB[colour], (left, top), _shape_mask(shape, side))
         self.objects.append(ObjectMark(colour, shape, (left, top, left + side, top + side)))
 
 
 @lru_cache(maxsize=256)
 def font(face: str, size: int) -> ImageFont.FreeTypeFont:
-    """Load a DejaVu face (free licence) from the fonts of matplotlib. Raises `UsageError` without matplotlib."""
+    """A DejaVu face (free licence), out of the fonts that matplotlib ships."""
     found = find_spec("matplotlib")
     if found is None or found.origin is None:
         raise UsageError("rendering needs the fonts that matplotlib ships: pip install 'anyres-vlm[demo]'")
@@ -100,12 +100,12 @@ def font(face: str, size: int) -> ImageFont.FreeTypeFont:
 
 
 def text_width(text: str, face: str, size: int) -> float:
-    """Return the width of one line in pixels."""
+    """Width of one line in pixels."""
     return sum(font(face, size).getlength(char) for char in text)
 
 
 def fitting_size(lines: list[str], face: str, width: float, largest: int, smallest: int) -> int:
-    """Return the largest font size at which every line fits the width, within the bounds."""
+    """The largest font size at which every line fits the width."""
     widest = max(text_width(line, face, 100) for line in lines)
     return max(min(largest, int(100 * width / widest)), smallest)
 

@@ -1,4 +1,4 @@
-"""Text about rendered images, to pretrain a language model without images."""
+"""Plain text of the rendered world, for a language model that has never seen a picture."""
 
 from __future__ import annotations
 
@@ -14,13 +14,14 @@ from anyres_vlm.synthetic.textonly import text_instruction
 BLANK = "."
 END = "</s>"
 
-Window = tuple[float, float, float, float]  # left, top, right, bottom in pixels of the image
+Window = tuple[float, float, float, float]  # left, top, right, bottom in the picture's pixels
 
 
 def passages(seed: int, tiling: Tiling) -> Iterator[tuple[str, str]]:
-    """Yield endless pairs of a context and its continuation, from training images only.
+    """Endless passages from training pictures alone, each what is given and what follows from it.
 
-    The context is the layout of an image in words, or empty; the continuation is a dialogue or a description.
+    Given is a picture's layout in words, or nothing; what follows is talk about it, a description, or questions and
+    answers of all sorts.
     """
     for number in itertools.count():
         rng = random.Random(f"prose/{seed}/{number}")
@@ -35,7 +36,7 @@ def _passage(rng: random.Random, picture_seed: int, tiling: Tiling) -> tuple[str
     if choice < 0.13:
         return "", (rendering.caption if rng.random() < 0.5 else rendering.detail) + END
     plan = plan_tiles(Size(height=rendering.image.height, width=rendering.image.width), tiling)
-    # Objects are recognisable in the cells of a thumbnail, text is not.
+    # Text is not legible on a thumbnail's cells, objects are.
     with_grid = bool(rendering.glyphs) or rng.random() < 0.5
     layout = transcript(rendering, plan, thumbnail=not with_grid or rng.random() < 0.5, grid=with_grid)
     if rng.random() < 0.15:
@@ -44,12 +45,12 @@ def _passage(rng: random.Random, picture_seed: int, tiling: Tiling) -> tuple[str
 
 
 def talk(dialogue: Dialogue) -> str:
-    """Return a dialogue as text in the `tiny` conversation template."""
+    """Turns as plain text, in the words of the `tiny` conversation template."""
     return "".join(f"User: {question} Assistant: {answer}{END}" for question, answer in dialogue)
 
 
 def transcript(rendering: Rendering, plan: TilePlan, *, thumbnail: bool = True, grid: bool = True) -> str:
-    """Describe an image in the order of its patches: the thumbnail on one line, then each row of the grid."""
+    """A picture in words, in the order of its patches: the thumbnail's on one line, then the grid's, a row a line."""
     cells = []
     if thumbnail:
         height, width = plan.image.height / plan.side, plan.image.width / plan.side
@@ -68,7 +69,7 @@ def transcript(rendering: Rendering, plan: TilePlan, *, thumbnail: bool = True, 
 
 
 def _cell(rendering: Rendering, window: Window) -> str:
-    """Return the objects that cover the window's centre or are centred in it, and the characters centred in it."""
+    """The object that covers the window's middle or has its own there, and the characters centred in it."""
     left, top, right, bottom = window
     y, x = (top + bottom) / 2, (left + right) / 2
     words = []

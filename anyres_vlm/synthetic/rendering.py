@@ -1,4 +1,4 @@
-"""A rendered image with its ground truth."""
+"""A rendered picture with all that is true of it."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from PIL import Image
 
 from anyres_vlm.config import PictureKind
 from anyres_vlm.synthetic import documents, scenes
-from anyres_vlm.synthetic.drawing import GlyphMark, ObjectMark
-from anyres_vlm.synthetic.words import Question, Split
+from anyres_vlm.synthetic.drawing import GlyphMark, ObjectMark, Sheet
+from anyres_vlm.synthetic.words import Facts, Question, Split
 
 KINDS: tuple[PictureKind, ...] = get_args(PictureKind)
 
@@ -27,7 +27,7 @@ _DRAW = {
 
 @dataclass(frozen=True)
 class Rendering:
-    """An image, sentences about it, questions with exact answers, and marks of all glyphs and objects."""
+    """A picture, sentences about it, questions with exact answers, and the marks of what is drawn where."""
 
     kind: PictureKind
     image: Image.Image
@@ -40,8 +40,8 @@ class Rendering:
 
 
 def render(kind: PictureKind, seed: int, split: Split) -> Rendering:
-    """Draw an image. The same arguments give the same pixels and sentences on every machine."""
-    sheet, facts = _DRAW[kind](random.Random(f"{kind}/{seed}/{split}"), split)
+    """Draw one picture. The same arguments give the same pixels and sentences on every machine."""
+    sheet, facts = _draw(kind, random.Random(f"{kind}/{seed}/{split}"), split)
     return Rendering(
         kind,
         sheet.image,
@@ -52,3 +52,7 @@ def render(kind: PictureKind, seed: int, split: Split) -> Rendering:
         tuple(sheet.glyphs),
         tuple(sheet.objects),
     )
+
+
+def _draw(kind: PictureKind, rng: random.Random, split: Split) -> tuple[Sheet, Facts]:
+    return _DRAW[kind](rng, split)

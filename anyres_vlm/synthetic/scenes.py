@@ -1,4 +1,4 @@
-"""Scenes of one to five coloured objects on a plain background."""
+"""Scenes: one to five coloured objects on a plain ground."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ PLACES = (
     ("left", "middle", "right"),
     ("bottom left", "bottom", "bottom right"),
 )
-MARGIN = 0.04  # of a side: minimum distance of a centre from the border between two places
-CLEARLY = 0.15  # of a side: minimum distance of two centres for a question about their relation
+MARGIN = 0.04  # of a side: no centre lies closer to the border between two places
+CLEARLY = 0.15  # of a side: centres this far apart are clearly left, right, above or below
 
 
 def draw_scene(rng: random.Random, split: Split) -> tuple[Sheet, Facts]:
-    """Draw a scene and return it with its facts."""
+    """A scene and its facts."""
     sheet = Sheet(rng.randint(84, 200), rng.randint(84, 200), rng.choice(GROUNDS))
     for _ in range(rng.choice((1, 2, 2, 3, 3, 4, 5))):
         _place(sheet, *_object(rng, split), rng)
@@ -27,7 +27,7 @@ def draw_scene(rng: random.Random, split: Split) -> tuple[Sheet, Facts]:
 
 
 def place_of(mark: ObjectMark, height: int, width: int) -> str:
-    """Return the name of the ninth of the image in which an object's centre lies."""
+    """The name of the third of the picture in which an object's centre lies."""
     y, x = mark.centre
     return PLACES[int(3 * y / height)][int(3 * x / width)]
 
@@ -42,13 +42,13 @@ def _object(rng: random.Random, split: Split) -> tuple[str, str]:
 
 
 def _place(sheet: Sheet, colour: str, shape: str, rng: random.Random) -> None:
-    """Draw the object where it overlaps nothing and its place is unambiguous, or skip it if there is no room."""
+    """Draw the object where it overlaps nothing and its place is beyond doubt; leave it out if there is no room."""
     for _ in range(40):
         side = rng.randint(20, 40)
         left, top = rng.randint(2, sheet.width - side - 2), rng.randint(2, sheet.height - side - 2)
         shares = (top + side / 2) / sheet.height, (left + side / 2) / sheet.width
-        is_ambiguous = any(abs(share - border) < MARGIN for share in shares for border in (1 / 3, 2 / 3))
-        if sheet.is_free(left, top, side) and not is_ambiguous:
+        doubtful = any(abs(share - border) < MARGIN for share in shares for border in (1 / 3, 2 / 3))
+        if sheet.is_free(left, top, side) and not doubtful:
             sheet.object(colour, shape, left, top, side)
             return
 
@@ -123,7 +123,7 @@ def _ask_counts(facts: Facts, marks: list[ObjectMark], rng: random.Random) -> No
 def _ask_existence(facts: Facts, marks: list[ObjectMark], rng: random.Random) -> None:
     shown = {(mark.colour, mark.shape) for mark in marks}
     mark = rng.choice(marks)
-    # The absent object shares its colour or shape with a present one, so that both matter for the answer.
+    # The absent object shares its colour or its shape with one that is there: the answer needs both.
     near = [(mark.colour, shape) for shape in SHAPES] + [(colour, mark.shape) for colour in COLOURS]
     absent = rng.choice([pair for pair in near if pair not in shown])
     for (colour, shape), answer in (((mark.colour, mark.shape), "yes"), (absent, "no")):

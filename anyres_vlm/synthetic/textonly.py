@@ -1,4 +1,4 @@
-"""Instructions without an image: small families of questions with exact answers."""
+"""Instructions without a picture: small families of questions with exact answers."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ ALPHABET = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 
 def text_instruction(rng: random.Random, split: Split) -> tuple[str, str]:
-    """Return a question and its answer in a sentence. Operands whose sum is a multiple of 7 are held out."""
+    """A question and its answer in a sentence. Sums whose operands add up to a multiple of 7 are held out."""
     family = rng.choice((_sum, _difference, _opposite, _spell, _letters, _next_letter, _next_day, _larger, _colour))
     return family(rng, split)
 

@@ -1,4 +1,4 @@
-"""Words, colours and shapes of rendered images, and the facts stated about them."""
+"""Words, colours and shapes of the rendered world, and the sentences that state facts about it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ RGB = {
 COLOURS = tuple(RGB)
 SHAPES = ("circle", "square", "triangle", "star", "heart", "diamond", "cross", "ring")
 
-# One shape per colour and one colour per shape, so that training shows each of them in other combinations.
+# One shape a colour and one colour a shape, so that each is well known apart from the other.
 HELDOUT_OBJECTS = frozenset((colour, SHAPES[(3 * index + 2) % len(SHAPES)]) for index, colour in enumerate(COLOURS))
 
 _GROUPS = {
@@ -45,7 +45,7 @@ HELDOUT_WORDS = frozenset(word for words in WORDS.values() if len(words) > 8 for
 
 
 def words_of(group: str, split: Split) -> tuple[str, ...]:
-    """Return the words of a group that a split may show; held-out images may show all."""
+    """The words of a group that a split may show; held-out pictures show both kinds."""
     return tuple(word for word in WORDS[group] if split == "heldout" or word not in HELDOUT_WORDS)
 
 
@@ -66,7 +66,7 @@ class Question:
 
 @dataclass
 class Facts:
-    """Sentences and questions about an image."""
+    """Sentences and questions about one picture."""
 
     caption: str = ""
     detail: str = ""
@@ -74,25 +74,25 @@ class Facts:
     reasoning: list[tuple[str, str]] = field(default_factory=list)
 
     def ask(self, rng: random.Random, task: Task, wordings: list[str], answer: str, sentence: str) -> None:
-        """Add a question with a randomly chosen wording."""
+        """Add a question in one of its wordings."""
         self.questions.append(Question(task, rng.choice(wordings), answer, sentence))
 
 
 def listing(parts: list[str]) -> str:
-    """Join parts as `a`, `a and b`, `a, b and c`."""
+    """`a`, `a and b`, `a, b and c`."""
     return parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"
 
 
 def plural(count: int, noun: str) -> str:
-    """Return `1 star`, `2 stars`; crosses and boxes take -es."""
+    """`1 star`, `2 stars`; crosses and boxes take -es."""
     return f"{count} {noun}" if count == 1 else f"{count} {plural_of(noun)}"
 
 
 def plural_of(noun: str) -> str:
-    """Return the plural of a noun."""
+    """The plural of a shape or of `object`."""
     return f"{noun}es" if noun.endswith(("s", "x")) else f"{noun}s"
 
 
 def an(word: str) -> str:
-    """Return the word with its indefinite article."""
+    """The word behind its indefinite article."""
     return f"{'an' if word[0] in 'aeio' else 'a'} {word}"

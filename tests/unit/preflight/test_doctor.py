@@ -142,7 +142,7 @@ def test_attention_that_mixes_documents_fails(monkeypatch: pytest.MonkeyPatch) -
 @pytest.mark.parametrize(
     ("capability", "settings", "found"),
     [
-        ((8, 0), [], "FlashAttention varlen of torch, one call a layer"),
+        ((8, 0), [], "torch's FlashAttention varlen, one call per layer"),
         ((8, 0), ["precision=fp32"], "SDPA, document by document: the computation is in float32"),
         ((7, 5), [], "SDPA, document by document: the GPU's compute capability is below 8.0"),
     ],
@@ -159,7 +159,7 @@ def test_the_attention_of_a_config_is_named(
     findings = list(doctor.check_attention(make("precision=bf16", *settings)))
     assert [finding.check for finding in findings] == ["stage1 attention", "stage2 attention"]
     assert {finding.found for finding in findings} == {found}
-    assert {finding.level for finding in findings} == {"ok" if found.startswith("Flash") else "warn"}
+    assert {finding.level for finding in findings} == {"ok" if found.startswith("torch's Flash") else "warn"}
 
 
 def test_attention_dropout_counts_where_the_language_model_is_trained(
@@ -173,7 +173,7 @@ def test_attention_dropout_counts_where_the_language_model_is_trained(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
     first, second = doctor.check_attention(make("precision=bf16", f"model.llm={folder}"))
-    assert first.found.startswith("FlashAttention")
+    assert first.found.startswith("torch's FlashAttention")
     assert second.found.endswith("the model has attention dropout of 0.1")
 
 
