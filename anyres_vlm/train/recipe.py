@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
+from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from anyres_vlm.config import RunConfig, StageConfig, StageName
@@ -39,6 +40,16 @@ def trained_rates(config: RunConfig, stage: StageName) -> dict[str, float]:
 def part_of(name: str) -> str:
     """Return the part of the model that a parameter belongs to."""
     return LORA_PART if is_adapter(name) else name.partition(".")[0]
+
+
+def recompute_activations(language_model: PreTrainedModel, every: bool | int) -> None:
+    """Recompute the activations of every n-th layer in the backward pass: of all if `True`, of none if `False`."""
+    if not every:
+        return
+    language_model.activation_checkpointing_enable()
+    layers = (module for module in language_model.modules() if isinstance(module, GradientCheckpointingLayer))
+    for number, layer in enumerate(layers):
+        layer.gradient_checkpointing = number % int(every) == 0
 
 
 def freeze(model: VisionLanguageModel, parts: Collection[str]) -> None:

@@ -7,6 +7,7 @@ from contextlib import closing
 
 from anyres_vlm.config import RunConfig, StageName, load_config
 from anyres_vlm.errors import UsageError
+from anyres_vlm.model.kernels import require_kernels
 from anyres_vlm.train import checkpoint
 from anyres_vlm.train.checkpoint import Finished
 from anyres_vlm.train.engine.engine import Engine, require_trackers
@@ -34,10 +35,11 @@ def train(config: RunConfig, options: RunOptions, progress: Progress) -> bool:
     Returns whether this process is the one that reports, rank 0; only there is `progress` called.
 
     Raises `UsageError` for stage 2 without a stage-1 projector, an output folder of another run, settings of DeepSpeed
-    that contradict the run, and a tracker that is not installed; `DataError` for data that cannot be used and what
-    could not be saved; `Interrupted` after a signal; `RankLost` if another rank is gone.
+    that contradict the run, and a tracker or kernels that are not installed; `DataError` for data that cannot be used
+    and what could not be saved; `Interrupted` after a signal; `RankLost` if another rank is gone.
     """
     require_trackers(config.trackers)
+    require_kernels(config.kernels)
     config = as_begun(config, options)
     minutes = config.rank_timeout_minutes
     with telling_lost_ranks(minutes), closing(Engine.start(config.precision, minutes)) as engine:

@@ -25,6 +25,7 @@ from anyres_vlm.data.index.table import Index, read_index
 from anyres_vlm.data.loader import IndexedSamples, iter_steps
 from anyres_vlm.errors import DataError, Interrupted, UsageError
 from anyres_vlm.model.features import FeatureCache
+from anyres_vlm.model.kernels import apply_kernels
 from anyres_vlm.model.lora import add_lora, merged_weights, save_adapter
 from anyres_vlm.model.vlm import VisionLanguageModel
 from anyres_vlm.schema import Batch
@@ -48,6 +49,7 @@ from anyres_vlm.train.recipe import (
     build_schedule,
     freeze,
     recipe_warnings,
+    recompute_activations,
     trained_rates,
 )
 from anyres_vlm.train.report import stage_sections
@@ -163,8 +165,8 @@ def build(
     generation.eos_token_id = sorted({*stops, *end_tokens(generation)})
     if settings.lora is not None:
         add_lora(model, settings.lora, config.seed)
-    if settings.activation_checkpointing:
-        model.language_model.activation_checkpointing_enable()
+    apply_kernels(model.language_model, config.kernels)
+    recompute_activations(model.language_model, settings.activation_checkpointing)
     freeze(model, trained_rates(config, name))
     return model, tokenizer
 

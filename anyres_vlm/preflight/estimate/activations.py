@@ -7,6 +7,7 @@ further layer adds what the last one added.
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections.abc import Iterable, Sequence
 from dataclasses import astuple, dataclass
@@ -25,7 +26,7 @@ from anyres_vlm.model.attention import Documents
 from anyres_vlm.model.lora import add_lora
 from anyres_vlm.model.loss import chunk_positions, summed_loss
 from anyres_vlm.model.vlm import VisionLanguageModel
-from anyres_vlm.train.recipe import freeze, trained_rates
+from anyres_vlm.train.recipe import freeze, recompute_activations, trained_rates
 
 Numbers = Literal["fp32", "bf16", "autocast"]
 """What weights and activations are: both fp32, both bf16, or fp32 weights that are cast where they are used."""
@@ -74,8 +75,7 @@ def stage_skeleton(config: RunConfig, stage: StageName, layers: int | None = Non
     model = skeleton(config.model, layers)
     if settings.lora is not None:
         add_lora(model, settings.lora, config.seed)
-    if settings.activation_checkpointing:
-        model.language_model.activation_checkpointing_enable()
+    recompute_activations(model.language_model, settings.activation_checkpointing)
     freeze(model, trained_rates(config, stage))
     return model
 
@@ -85,11 +85,12 @@ def micro_step_bytes(
 ) -> list[StepBytes]:
     """Trace packs, one by one, through forward and backward of a stage."""
     layers: int = describe_bases(config.model).text_config.num_hidden_layers
-    more = FEW_LAYERS[-1]
+    period = max(int(config.stage(stage).activation_checkpointing), 1)  # layers after which checkpointing repeats
+    more = FEW_LAYERS[-1] * period
     if layers <= more:
         return _trace(config, stage, packs, numbers, layers)
-    traces = zip(*(_trace(config, stage, packs, numbers, count) for count in FEW_LAYERS), strict=True)
-    return [last.beyond(first, layers - more) for first, last in traces]
+    traces = zip(*(_trace(config, stage, packs, numbers, count * period) for count in FEW_LAYERS), strict=True)
+    return [last.beyond(first, math.ceil((layers - more) / period)) for first, last in traces]
 
 
 def _trace(
