@@ -189,7 +189,8 @@ class StageConfig(Frozen):
     weight_decay: Annotated[float, Field(ge=0)] = 0.0  # weight decay of AdamW
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0  # gradients are clipped to this norm
     template: TemplateName | None = None  # chat template; null: the model's. Stage 1 of LLaVA uses `plain`
-    activation_checkpointing: bool = False  # recompute activations in the backward pass: less memory, more time
+    # recompute activations in the backward pass, of all layers or of every n-th: less memory, more time
+    activation_checkpointing: bool | Positive = False
     deepspeed: str | None = None  # preset such as zero2, or a JSON file; null: every rank holds the whole model
 
     @model_validator(mode="after")
@@ -226,6 +227,8 @@ class RunConfig(Frozen):
     stage2: StageConfig  # visual instruction tuning: trains the projector and the language model
     seed: Annotated[int, Field(ge=-(1 << 63), lt=1 << 63)] = 0  # seed of all random numbers
     precision: Literal["fp32", "bf16"] = "bf16"  # of the computation; weights and optimizer state are fp32
+    # of RMSNorm, rotary embedding and SwiGLU: transformers' own, Liger's (extra `liger`, GPU only), or torch.compile's
+    kernels: Literal["none", "liger", "compile"] = "none"
     workers: Annotated[int, Field(ge=0)] = 0  # data loader processes per rank
     trackers: tuple[Literal["wandb", "trackio"], ...] = ()  # in addition to TensorBoard, which is always written
     cache_features: CacheConfig | None = None  # folder or section; null: no cache, tiles are encoded in every epoch

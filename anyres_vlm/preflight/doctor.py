@@ -184,6 +184,15 @@ def check_attention(case: Case) -> Iterator[Finding]:
         yield Finding(f"{name} attention", level, words)
 
 
+def check_kernels(case: Case) -> Iterator[Finding]:
+    """Check that the kernels of the config are installed and can run here."""
+    from anyres_vlm.model.kernels import require_kernels
+
+    require_kernels(case.config.kernels)
+    names = {"none": "those of transformers", "liger": "Liger's", "compile": "compiled by torch at the first step"}
+    yield Finding("kernels", "ok", names[case.config.kernels])
+
+
 def check_shared_memory(case: Case) -> Iterator[Finding]:
     """Check the size of /dev/shm, through which loader workers pass tiles; containers default to 64 MB."""
     if case.config.workers == 0 or not SHM.is_dir():
@@ -422,6 +431,7 @@ CHECKS: dict[str, Callable[[Case], Iterable[Finding]]] = {
     "recipe": check_recipe,
     "model": check_models,
     "attention": check_attention,
+    "kernels": check_kernels,
     "shared memory": check_shared_memory,
     "output": check_output,
     "disk": check_disk,

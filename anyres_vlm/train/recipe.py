@@ -40,6 +40,21 @@ def part_of(name: str) -> str:
     return LORA_PART if is_adapter(name) else name.partition(".")[0]
 
 
+def recompute_activations(model: VisionLanguageModel, every: bool | int, parts: Collection[str]) -> None:
+    """Recompute the activations of every n-th layer of the language model in the backward pass, or of all if `True`.
+
+    With any of them, those of all blocks of the encoder are recomputed if it is among the trained parts.
+    """
+    if not every:
+        return
+    model.language_model.activation_checkpointing_enable()
+    layers = (module for module in model.language_model.modules() if isinstance(module, GradientCheckpointingLayer))
+    for number, layer in enumerate(layers):
+        layer.gradient_checkpointing = number % int(every) == 0
+    if "vision_tower" in parts:
+        model.vision_tower.enable_checkpointing()
+
+
 def freeze(model: VisionLanguageModel, parts: Collection[str]) -> None:
     """Let gradients reach just these parts. All others run as in evaluation, without dropout or drop path.
 
@@ -70,13 +85,6 @@ def frozen_matrices(model: nn.Module) -> Iterator[nn.Parameter]:
             weight = module.weight
             if isinstance(weight, nn.Parameter) and not weight.requires_grad and id(weight) not in embeddings:
                 yield weight
-
-
-def enable_checkpointing(model: VisionLanguageModel, parts: Collection[str]) -> None:
-    """Recompute activations in the backward pass: of the language model, and of the encoder if it is trained."""
-    model.language_model.activation_checkpointing_enable()
-    if "vision_tower" in parts:
-        model.vision_tower.enable_checkpointing()
 
 
 def build_optimizer(model: nn.Module, rates: Mapping[str, float], weight_decay: float) -> AdamW:

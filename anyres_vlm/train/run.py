@@ -8,6 +8,7 @@ from functools import partial
 
 from anyres_vlm.config import RunConfig, StageName, load_config
 from anyres_vlm.errors import UsageError
+from anyres_vlm.model.kernels import require_kernels
 from anyres_vlm.model.quantize import require_bitsandbytes
 from anyres_vlm.train import checkpoint
 from anyres_vlm.train.agreement import STALE_S, agree, describe_stages, require_shared
@@ -38,10 +39,11 @@ def train(config: RunConfig, options: RunOptions, progress: Progress) -> bool:
     Returns whether this process is the one that reports, rank 0; only there is `progress` called.
 
     Raises `UsageError` for stage 2 without a stage-1 projector, an output folder of another run, settings of DeepSpeed
-    that contradict the run, and a tracker that is not installed; `DataError` for data that cannot be used and what
-    could not be saved; `Interrupted` after a signal; `RankLost` if another rank is gone.
+    that contradict the run, and a tracker or kernels that are not installed; `DataError` for data that cannot be used
+    and what could not be saved; `Interrupted` after a signal; `RankLost` if another rank is gone.
     """
     require_trackers(config.trackers)
+    require_kernels(config.kernels)
     if config.stage2.lora is not None and config.stage2.lora.quantize is not None and "stage2" in options.stages:
         require_bitsandbytes(f"stage2.lora.quantize={config.stage2.lora.quantize}")
     minutes = config.rank_timeout_minutes

@@ -26,6 +26,7 @@ from anyres_vlm.data.index.table import Index, read_index
 from anyres_vlm.data.loader import IndexedSamples, iter_steps
 from anyres_vlm.errors import DataError, Interrupted, UsageError
 from anyres_vlm.model.features import FeatureCache
+from anyres_vlm.model.kernels import apply_kernels
 from anyres_vlm.model.lora import add_lora, merged_weights, save_adapter
 from anyres_vlm.model.quantize import quantize
 from anyres_vlm.model.vlm import VisionLanguageModel
@@ -49,10 +50,10 @@ from anyres_vlm.train.recipe import (
     ADAPTER_PARTS,
     build_optimizer,
     build_schedule,
-    enable_checkpointing,
     freeze,
     frozen_matrices,
     recipe_warnings,
+    recompute_activations,
     trained_rates,
 )
 from anyres_vlm.train.report import stage_sections
@@ -186,8 +187,8 @@ def build(
     generation.eos_token_id = sorted({*stops, *end_tokens(generation)})
     if settings.lora is not None:
         add_lora(model, settings.lora, config.seed)
-    if settings.activation_checkpointing:
-        enable_checkpointing(model, rates)
+    apply_kernels(model.language_model, config.kernels)
+    recompute_activations(model, settings.activation_checkpointing, rates)
     freeze(model, rates)
     if is_quantized and device is not None:
         quantize(model.language_model, "4bit", lambda _: device)

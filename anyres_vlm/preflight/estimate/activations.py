@@ -6,6 +6,7 @@ description here. Models of one and two layers are traced; every further layer a
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections.abc import Iterable, Sequence
 from dataclasses import astuple, dataclass
@@ -24,7 +25,7 @@ from anyres_vlm.model.attention import Documents
 from anyres_vlm.model.lora import add_lora
 from anyres_vlm.model.loss import chunk_positions, summed_loss
 from anyres_vlm.model.vlm import VisionLanguageModel
-from anyres_vlm.train.recipe import enable_checkpointing, freeze, frozen_matrices, trained_rates
+from anyres_vlm.train.recipe import freeze, frozen_matrices, recompute_activations, trained_rates
 
 Numbers = Literal["fp32", "bf16", "autocast"]
 """Dtypes of weights and activations: both fp32, both bf16, or `autocast`: trained weights in fp32, which are cast on
@@ -74,8 +75,7 @@ def stage_skeleton(config: RunConfig, stage: StageName, layers: int | None = Non
     model = skeleton(config.model, layers)
     if settings.lora is not None:
         add_lora(model, settings.lora, config.seed)
-    if settings.activation_checkpointing:
-        enable_checkpointing(model, rates)
+    recompute_activations(model, settings.activation_checkpointing, rates)
     freeze(model, rates)
     return model
 
@@ -85,11 +85,12 @@ def micro_step_bytes(
 ) -> list[StepBytes]:
     """Return the bytes of each pack's forward and backward pass in a stage."""
     layers: int = describe_bases(config.model).text_config.num_hidden_layers
-    more = FEW_LAYERS[-1]
+    period = max(int(config.stage(stage).activation_checkpointing), 1)  # layers after which checkpointing repeats
+    more = FEW_LAYERS[-1] * period
     if layers <= more:
         return _trace(config, stage, packs, numbers, layers)
-    traces = zip(*(_trace(config, stage, packs, numbers, count) for count in FEW_LAYERS), strict=True)
-    return [last.extrapolate(first, layers - more) for first, last in traces]
+    traces = zip(*(_trace(config, stage, packs, numbers, count * period) for count in FEW_LAYERS), strict=True)
+    return [last.extrapolate(first, math.ceil((layers - more) / period)) for first, last in traces]
 
 
 def _trace(

@@ -92,5 +92,5 @@ def _peak(memory: StageMemory, preset: str | None, capacity: int, usable: float)
     """Return the peak in bytes; without packs, which is less but needs no trace, if that is too much already."""
     sharding = read_sharding(preset, memory.model.language_model.config.hidden_size)
     least = memory.without_packs(sharding).peak
-    recomputes = memory.config.stage(memory.stage).activation_checkpointing
+    recomputes = bool(memory.config.stage(memory.stage).activation_checkpointing)
     return least if least > usable else memory.at(sharding, recomputes, capacity).peak

@@ -293,7 +293,9 @@ class StageMemory:
     def _step_bytes(self, numbers: Numbers, recomputes: bool, tokens: int) -> StepBytes:
         key = numbers, recomputes
         if key not in self._traces:
-            settings = self.config.stage(self.stage).model_copy(update={"activation_checkpointing": recomputes})
+            settings = self.config.stage(self.stage)
+            every = recomputes and (settings.activation_checkpointing or True)
+            settings = settings.model_copy(update={"activation_checkpointing": every})
             config = self.config.model_copy(update={self.stage: settings})
             self._traces[key] = micro_step_bytes(config, self.stage, [self.pack(size) for size in self.sizes], numbers)
         traces = self._traces[key]

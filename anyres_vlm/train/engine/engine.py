@@ -31,6 +31,7 @@ from anyres_vlm.config import RunConfig, StageName
 from anyres_vlm.errors import UsageError
 from anyres_vlm.model.attention import disable_cudnn_attention
 from anyres_vlm.model.device import unusable_gpu
+from anyres_vlm.model.kernels import require_kernels
 from anyres_vlm.model.vlm import VisionLanguageModel
 from anyres_vlm.schema import Batch
 from anyres_vlm.train.engine.deepspeed_settings import DeepSpeedSettings, find_preset, resolve_deepspeed
@@ -122,6 +123,7 @@ class Engine:
             logger.warning("%s: %s", stage, warning)
         if settings.zero_stage == 0:
             return None
+        require_kernels(config.kernels, zero_stage=settings.zero_stage)
         if settings.zero_stage == 3 and config.cache_features is not None:
             raise UsageError(
                 "cache_features does not go with ZeRO-3, where an encoder runs on all ranks or on none: use zero2, or "

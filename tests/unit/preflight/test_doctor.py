@@ -177,6 +177,16 @@ def test_attention_dropout_counts_where_the_language_model_is_trained(
     assert second.found.endswith("the model has attention dropout of 0.1")
 
 
+def test_kernels_that_cannot_run_here_are_a_finding(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert only(doctor.check_kernels(make())).level == "ok"
+    finding = only(run_checks({"kernels": doctor.check_kernels}, make("kernels=liger")))
+    assert (finding.check, finding.level) == ("kernels", "fail")
+    assert "kernels=liger needs" in finding.found
+
+
 def test_deepspeed_is_needed_only_where_it_is_named(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     uninstall(monkeypatch, "deepspeed")
     assert only(doctor.check_deepspeed(make())).level == "ok"

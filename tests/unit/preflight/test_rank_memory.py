@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -92,6 +93,20 @@ def test_activations_grow_with_the_pack_and_shrink_by_checkpointing(tiny_bases: 
     assert less.held < 0.5 * one.held
     assert frozen.held < 0.8 * one.held
     assert half.held == pytest.approx(0.5 * one.held, rel=0.2)
+
+
+def test_checkpointing_of_every_second_layer_lies_between(tiny_bases: Path, tmp_path: Path) -> None:
+    """Six layers: all is extrapolated from one and two layers, every second from two and four."""
+    shutil.copytree(tiny_bases / "llm", tmp_path / "llm")
+    file = tmp_path / "llm" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"num_hidden_layers": 6}))
+    pack, held = PackSize(1000, 4, 8, 200), []
+    for every in ("true", "2", "false"):
+        run = tiny(tiny_bases, f"model.llm={tmp_path / 'llm'}", f"stage2.activation_checkpointing={every}")
+        [step] = micro_step_bytes(run, "stage2", [pack], "fp32")
+        held.append(step.held)
+    assert held[0] < held[1] < held[2]
+    assert held[1] == pytest.approx((held[0] + held[2]) / 2, rel=0.1)
 
 
 def test_a_trained_encoder_keeps_its_activations(tiny_bases: Path) -> None:

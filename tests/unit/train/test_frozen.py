@@ -17,7 +17,7 @@ from anyres_vlm.model.encoder import TimmEncoder
 from anyres_vlm.model.lora import add_lora
 from anyres_vlm.model.vlm import VisionLanguageModel
 from anyres_vlm.schema import Batch, ImageRef, Record, Turn
-from anyres_vlm.train.recipe import enable_checkpointing, freeze, frozen_matrices, trained_rates
+from anyres_vlm.train.recipe import freeze, frozen_matrices, recompute_activations, trained_rates
 
 
 def config(bases: Path, *more: str) -> RunConfig:
@@ -41,8 +41,7 @@ def build(run: RunConfig, stage: str, *, timm_encoder: bool = False, tied: bool 
         for name, parameter in model.named_parameters():
             if ".lora_B." in name:
                 torch.nn.init.normal_(parameter, std=0.1, generator=torch.Generator().manual_seed(0))
-    if run.stage(stage).activation_checkpointing:
-        enable_checkpointing(model, trained_rates(run, stage))
+    recompute_activations(model, run.stage(stage).activation_checkpointing, trained_rates(run, stage))
     freeze(model, trained_rates(run, stage))
     return model
 

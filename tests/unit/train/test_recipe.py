@@ -15,7 +15,14 @@ from anyres_vlm.config import load_config, shipped_config
 from anyres_vlm.data.loader import collate
 from anyres_vlm.model.lora import add_lora
 from anyres_vlm.schema import Batch, ImageRef, Record, Turn
-from anyres_vlm.train.recipe import build_optimizer, freeze, rate_factor, recipe_warnings, trained_rates
+from anyres_vlm.train.recipe import (
+    build_optimizer,
+    freeze,
+    rate_factor,
+    recipe_warnings,
+    recompute_activations,
+    trained_rates,
+)
 
 
 def config(bases: Path, *overrides: str):
@@ -99,6 +106,19 @@ def test_dropout_acts_in_trained_parts_alone(tiny_bases, batch, stage, overrides
     first.backward()
     assert len(calls) == 3, "the backward pass recomputes the layer, in frozen models too"
     assert model.vision_tower(batch.tiles).requires_grad == (run.stage(stage).vision_lr is not None)
+
+
+@pytest.mark.parametrize(("every", "runs"), [(False, [1, 1]), (True, [2, 2]), (1, [2, 2]), (2, [2, 1]), (9, [2, 1])])
+def test_every_nth_layer_is_recomputed(tiny_bases, batch, every, runs) -> None:
+    run = config(tiny_bases, f"stage2.activation_checkpointing={str(every).lower()}")
+    model, _ = build_model(run.model, 0)
+    recompute_activations(model, run.stage2.activation_checkpointing, trained_rates(run, "stage2"))
+    freeze(model, trained_rates(run, "stage2"))
+    calls = []
+    for number, layer in enumerate(model.language_model.model.layers):
+        layer.mlp.register_forward_pre_hook(lambda *call, number=number: calls.append(number))
+    model(batch).backward()
+    assert [calls.count(number) for number in range(2)] == runs
 
 
 def test_the_encoder_moves_at_its_own_rate_up_to_its_deepest_layer(tiny_bases, batch) -> None:
