@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from anyres_vlm.cli.options import TEMPLATE
+from anyres_vlm.cli.options import DEVICES, LOAD, TEMPLATE, Devices, Load, load_assistant
 from anyres_vlm.data.headers import read_size
 from anyres_vlm.errors import DataError, UsageError
 
@@ -28,6 +28,8 @@ def chat(
     top_p: float = typer.Option(1.0, "--top-p", min=0.0, max=1.0, help="Sample from this share of likeliest tokens."),
     seed: int = typer.Option(0, min=0, help="Another seed gives other samples."),
     template: str | None = TEMPLATE,
+    load: Load | None = LOAD,
+    devices: Devices | None = DEVICES,
     as_json: bool = typer.Option(False, "--json", help="Print one JSON object an answer, with token counts."),
 ) -> None:
     """Ask a checkpoint about images, in one question or a conversation; it works over a pipe, too.
@@ -37,15 +39,13 @@ def chat(
     Example: anyres chat runs/tiny/stage2/model --image sign.png --prompt "What does it say?"
     """
     # Start-up time: torch and transformers take seconds to import.
-    from anyres_vlm.config import template_name
-    from anyres_vlm.inference.assistant import Assistant
     from anyres_vlm.inference.generation import Decoding
     from anyres_vlm.serve.chat import ChatSession
 
     for path in image:
         read_size(path)  # before the model, which may take minutes to load
     decoding = Decoding(max_new_tokens, temperature, top_p, seed)
-    session = ChatSession(Assistant.load(model, template_name(template)), decoding)
+    session = ChatSession(load_assistant(model, template, load, devices), decoding)
     for path in image:
         session.add_image(path)
     if prompt is not None:

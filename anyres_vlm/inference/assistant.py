@@ -22,6 +22,8 @@ from anyres_vlm.data.tiling import cut_tiles
 from anyres_vlm.errors import UsageError
 from anyres_vlm.geometry import Grid, Size, TilePlan, Tiling, plan_tiles
 from anyres_vlm.inference.generation import Decoding, Watch, room_for_answer, stream_tokens
+from anyres_vlm.inference.placement import Devices, place_model
+from anyres_vlm.model.quantize import Load
 from anyres_vlm.model.vlm import VisionLanguageModel
 from anyres_vlm.schema import IMAGE_TOKEN, ImageRef, Turn, token_repeats
 
@@ -61,23 +63,36 @@ class _Prompt:
 class Assistant:
     """A model and its tokenizer, ready to answer."""
 
-    def __init__(self, model: VisionLanguageModel, tokenizer: PreTrainedTokenizerFast) -> None:
+    def __init__(
+        self,
+        model: VisionLanguageModel,
+        tokenizer: PreTrainedTokenizerFast,
+        load: Load | None = None,
+        devices: Devices | None = None,
+    ) -> None:
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.model = model.eval().to(self.device)
+        place_model(model, self.device, load, devices)
+        self.model = model
         self.tiling = model.tiling
         self.tokenizer = tokenizer
         self.conversation = ConversationTokenizer(model.config.template, tokenizer, model.image_position)
 
     @classmethod
-    def load(cls, folder: Path | str, template: TemplateName | None = None) -> Assistant:
+    def load(
+        cls,
+        folder: Path | str,
+        template: TemplateName | None = None,
+        load: Load | None = None,
+        devices: Devices | None = None,
+    ) -> Assistant:
         """Load a checkpoint folder or hub id, on a GPU with bf16 weights; `template` replaces the checkpoint's.
 
-        Raises `DataError` for a folder that is not a checkpoint, `UsageError` for a template that cannot be used.
+        `load` holds the decoder in 4 or 8 bits, `devices="auto"` splits it over all GPUs. Raises `DataError` for a
+        folder that is not a checkpoint, `UsageError` for a template that cannot be used and a model that does not fit.
         """
-        model, tokenizer = load_pretrained(folder, template)
-        if torch.cuda.is_available():
-            halve(model)
-        assistant = cls(model, tokenizer)
+        dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32
+        assistant = cls(*load_pretrained(folder, template, dtype), load, devices)
+        model = assistant.model
         stops = assistant.conversation.stop_ids  # reads the template, so that an error in it is raised here
         if template is not None:
             model.language_model.generation_config.eos_token_id = stops
@@ -181,12 +196,6 @@ class Assistant:
             [prompt.number for prompt in prompts],
             watch,
         )
-
-
-def halve(model: VisionLanguageModel) -> None:
-    """Convert the weights to bf16. Buffers are unchanged: positions and pixel statistics stay in fp32."""
-    for parameter in model.parameters():
-        parameter.data = parameter.data.to(torch.bfloat16)
 
 
 def text_pieces(tokenizer: PreTrainedTokenizerFast, tokens: Iterable[int], lead: str = "") -> Iterator[str]:

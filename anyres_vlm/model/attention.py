@@ -96,7 +96,7 @@ def packed_attention(
         return _attend(query, key, value, scaling, dropout).contiguous(), None
     documents.layers_seen += 1
     if query.is_cuda and query.dtype in (torch.float16, torch.bfloat16) and dropout == 0.0:
-        return _varlen(query, key, value, scaling, documents.boundaries, longest), None
+        return _varlen(query, key, value, scaling, documents.boundaries.to(query.device), longest), None
     parts = zip(*(torch.split(x, documents.lengths, dim=2) for x in (query, key, value)), strict=True)
     return torch.cat([_attend(q, k, v, scaling, dropout) for q, k, v in parts], dim=1), None
 

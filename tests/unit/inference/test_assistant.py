@@ -11,9 +11,10 @@ from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
 from anyres_vlm.checkpoints.bases import build_model
+from anyres_vlm.checkpoints.load_save import load_pretrained
 from anyres_vlm.config import ModelConfig
 from anyres_vlm.errors import UsageError
-from anyres_vlm.inference.assistant import Assistant, Conversation, halve, text_pieces
+from anyres_vlm.inference.assistant import Assistant, Conversation, text_pieces
 from anyres_vlm.inference.generation import Decoding, stream_tokens
 from anyres_vlm.schema import ImageRef, Turn
 
@@ -166,10 +167,8 @@ def test_images_and_places_must_match(assistant: Assistant) -> None:
         assistant.stream([Turn("user", "<image>")], [], Decoding(4))
 
 
-def test_halve_converts_weights_and_keeps_buffers(tiny_bases: Path) -> None:
-    bases = {"llm": str(tiny_bases / "llm"), "encoder": {"name": str(tiny_bases / "vit")}, "template": "tiny"}
-    model, tokenizer = build_model(ModelConfig.model_validate(bases), seed=0)
-    halve(model)
+def test_a_model_in_bf16_keeps_its_buffers_and_answers(checkpoint: Path) -> None:
+    model, tokenizer = load_pretrained(checkpoint, dtype=torch.bfloat16)
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
     assert {buffer.dtype for buffer in model.buffers() if buffer.is_floating_point()} == {torch.float32}
     picture = Image.linear_gradient("L").convert("RGB")
