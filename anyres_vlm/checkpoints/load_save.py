@@ -14,7 +14,6 @@ from typing import Any, cast
 
 import timm
 import torch
-from accelerate import init_empty_weights
 from huggingface_hub import save_torch_state_dict
 from torch import Tensor
 from transformers import (
@@ -35,6 +34,7 @@ from anyres_vlm.checkpoints.weights import (
     Renamings,
     dtype_of,
     load_weights,
+    parameters_on_meta,
     read_tensors,
     renamed,
     require_weights,
@@ -78,7 +78,7 @@ def load_pretrained(
     with parsing(folder / "config.json", "the model that it describes"):
         vision = [] if described.vision_config is None else [described.vision_config]
         require_weights([described.text_config, *vision], lambda: empty_model(described), folder)
-        with init_empty_weights(include_buffers=False):
+        with parameters_on_meta():
             model = empty_model(described)
     if read:
         load_weights(model, _stock_tensors(folder, described), folder, dtype, llm_dtype)

@@ -9,7 +9,9 @@ from __future__ import annotations
 import re
 import zipfile
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -162,6 +164,20 @@ def load_parts(model: VisionLanguageModel, folder: Path, parts: tuple[str, ...])
                 f"{folder}: expected {name} of shape {tuple(tensor.shape)}, got {got}; use the same base models"
             )
     model.load_state_dict(found, strict=False)
+
+
+@contextmanager
+def parameters_on_meta() -> Iterator[None]:
+    """Put the parameters of modules that are built in the block on the meta device; buffers are computed as usual."""
+    register = nn.Module.register_parameter
+
+    def register_on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        if parameter is not None and not parameter.is_meta:  # those that are tied later stay the same object
+            parameter = nn.Parameter(parameter.to("meta"), parameter.requires_grad)
+        register(module, name, parameter)
+
+    with patch.object(nn.Module, "register_parameter", register_on_meta):
+        yield
 
 
 def has_tied_head(model: VisionLanguageModel) -> bool:

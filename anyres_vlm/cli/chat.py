@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from anyres_vlm.cli.options import MODEL, TEMPLATE
+from anyres_vlm.cli.options import DEVICES, LOAD, MODEL, TEMPLATE, Devices, Load, load_assistant
 from anyres_vlm.data.headers import read_size
 from anyres_vlm.errors import DataError, UsageError
 
@@ -30,6 +30,8 @@ def chat(
     ),
     seed: int = typer.Option(0, min=0, help="Seed of the sampling."),
     template: str | None = TEMPLATE,
+    load: Load | None = LOAD,
+    devices: Devices | None = DEVICES,
     as_json: bool = typer.Option(False, "--json", help="Print one JSON object per answer, with token counts."),
 ) -> None:
     """Ask a checkpoint about images, in one question or a conversation, on a terminal or over a pipe.
@@ -39,15 +41,13 @@ def chat(
     Example: anyres chat runs/tiny/stage2/model --image sign.png --prompt "What does it say?"
     """
     # Start-up time: torch and transformers take seconds to import.
-    from anyres_vlm.config import template_name
-    from anyres_vlm.inference.assistant import Assistant
     from anyres_vlm.inference.generation import Decoding
     from anyres_vlm.serve.chat import ChatSession
 
     for path in image:
         read_size(path)  # fail before loading the model, which may take minutes
     decoding = Decoding(max_new_tokens, temperature, top_p, seed)
-    session = ChatSession(Assistant.load(model, template_name(template)), decoding)
+    session = ChatSession(load_assistant(model, template, load, devices), decoding)
     for path in image:
         session.add_image(path)
     if prompt is not None:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from anyres_vlm.cli.options import TEMPLATE
+from anyres_vlm.cli.options import DEVICES, LOAD, TEMPLATE, Devices, Load, load_assistant
 from anyres_vlm.cli.score import JUDGE_HELP, JUDGE_PROMPT_HELP, JUDGE_URL_HELP, make_judge, print_scores
 from anyres_vlm.errors import UsageError
 
@@ -36,6 +36,8 @@ def evaluate(
     ),
     images: Path | None = typer.Option(None, help="Image folder; default: the usual folders near the question file."),
     template: str | None = TEMPLATE,
+    load: Load | None = LOAD,
+    devices: Devices | None = DEVICES,
     limit: int | None = typer.Option(None, min=1, help="Use the first questions only; for POPE, of each split."),
     ocr_tokens: bool | None = typer.Option(
         None, "--ocr-tokens/--no-ocr-tokens", help="textvqa: Rosetta OCR tokens in the prompt or not; required."
@@ -83,9 +85,9 @@ def evaluate(
     from anyres_vlm.evaluate.benchmarks import make_benchmark
     from anyres_vlm.evaluate.benchmarks.heldout import check_same_questions, gain, read_correct
     from anyres_vlm.evaluate.runner import Run, Task, check_prompts, evaluate as run_benchmark, prepare
-    from anyres_vlm.inference.assistant import BATCH_TOKENS, Assistant
+    from anyres_vlm.inference.assistant import BATCH_TOKENS
 
-    run = Run(model, images, folder, limit, _shard(shard), batch_tokens or BATCH_TOKENS, named)
+    run = Run(model, images, folder, limit, _shard(shard), batch_tokens or BATCH_TOKENS, named, load)
     tasks = [
         Task(
             make_benchmark(name, ocr_tokens, grader, swap_images),
@@ -100,12 +102,12 @@ def evaluate(
         if against is not None and one.task.benchmark.name == "heldout":
             check_same_questions([str(question.id) for question in one.questions], others)
     results: dict[str, dict[str, Any] | None] = {}
-    load = cache(partial(Assistant.load, model, named))
-    check_prompts(prepared, load)
+    load_model = cache(partial(load_assistant, model, template, load, devices))
+    check_prompts(prepared, load_model)
     for one in prepared:
         name = one.task.benchmark.name
         with show_rows(name) as progress:
-            results[name] = run_benchmark(one, load, progress)
+            results[name] = run_benchmark(one, load_model, progress)
         if not as_json:
             _print(one.task, results[name], folder)
     if as_json:

@@ -10,7 +10,7 @@ from typing import Any
 
 import typer
 
-from anyres_vlm.cli.options import TEMPLATE
+from anyres_vlm.cli.options import DEVICES, LOAD, TEMPLATE, Devices, Load, load_assistant
 
 Probe = StrEnum("Probe", ["hallucination", "spatial", "counting", "reading"])  # typer has no lists of Literal
 
@@ -20,6 +20,8 @@ def probe(
     model: str = typer.Option(..., help="Checkpoint folder (anyres_vlm or LlavaNext) or hub id."),
     count: int = typer.Option(20, min=1, help="Images for each value of the factor that a probe varies."),
     template: str | None = TEMPLATE,
+    load: Load | None = LOAD,
+    devices: Devices | None = DEVICES,
     seed: int = typer.Option(0, help="Seed of the images."),
     batch_tokens: int | None = typer.Option(None, "--batch-tokens", min=1, help="Tokens in a batch; default: 8192."),
     out: Path | None = typer.Option(None, help="Folder for probes.json, with all answers, and probes.png."),
@@ -32,17 +34,16 @@ def probe(
     # Start-up time: torch and transformers take seconds to import.
     from dataclasses import asdict
 
-    from anyres_vlm.config import template_name
     from anyres_vlm.evaluate.probes.suite import PROBES, run_probes
     from anyres_vlm.evaluate.report.probing import draw_probes
-    from anyres_vlm.inference.assistant import BATCH_TOKENS, Assistant
+    from anyres_vlm.inference.assistant import BATCH_TOKENS
 
     def progress(name: str, answers: int) -> None:
         if sys.stderr.isatty():
             print(f"\r{name}: {answers} answers", end="", file=sys.stderr)
 
     names = [str(name) for name in dict.fromkeys(probes or PROBES)]
-    assistant = Assistant.load(model, template_name(template))
+    assistant = load_assistant(model, template, load, devices)
     results = run_probes(assistant, names, count, seed, batch_tokens or BATCH_TOKENS, progress)
     scores = {name: result.scores for name, result in results.items()}
     if sys.stderr.isatty():
@@ -51,6 +52,7 @@ def probe(
         out.mkdir(parents=True, exist_ok=True)
         content = {
             "model": model,
+            "load": load,
             "count": count,
             "seed": seed,
             "scores": scores,

@@ -26,6 +26,7 @@ from anyres_vlm.evaluate.report.results import write_result
 from anyres_vlm.files import append, cut_partial_line, replacing, whole_lines
 from anyres_vlm.inference.assistant import Assistant, Conversation
 from anyres_vlm.inference.generation import Decoding
+from anyres_vlm.model.quantize import Load
 from anyres_vlm.schema import ImageRef, Turn
 
 logger = logging.getLogger(__name__)
@@ -51,6 +52,7 @@ class Run:
     shard: Shard
     batch_tokens: int
     template: TemplateName | None = None
+    load: Load | None = None  # in how few bits the model is held
 
 
 @dataclass(frozen=True)
@@ -242,6 +244,7 @@ def _finish(one: Prepared, answers: Mapping[int, str | None]) -> dict[str, Any]:
     result: dict[str, Any] = {
         "benchmark": benchmark.name,
         "model": run.model,
+        "load": run.load,
         "questions": len(one.questions),
         "limit": run.limit,
         "unasked": [one.questions[place].id for place in sorted(answers) if answers[place] is None],
@@ -274,14 +277,14 @@ def _model_folder(run: Run) -> Path:
 
 
 def _key(run: Run, benchmark: Benchmark, questions: Sequence[Question]) -> str:
-    """Return a key of the weights (by size and time of change), template, prompts, images and answer length."""
+    """Return a key of the weights (by size and time of change), template, bits, prompts, images and answer length."""
     files = sorted(path for path in _model_folder(run).iterdir() if path.suffix in MODEL_FILES)
     weights = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
     asked = [
         (q.id, ", ".join(image.name for image in q.images), q.prompt, *filter(None, [q.system])) for q in questions
     ]
-    template = [] if run.template is None else [run.template]
-    return hashlib.sha256(json.dumps([weights, benchmark.max_new_tokens, asked, *template]).encode()).hexdigest()
+    more = [setting for setting in (run.template, run.load) if setting is not None]
+    return hashlib.sha256(json.dumps([weights, benchmark.max_new_tokens, asked, *more]).encode()).hexdigest()
 
 
 @dataclass(frozen=True)

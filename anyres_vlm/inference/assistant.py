@@ -23,8 +23,10 @@ from anyres_vlm.data.tiling import cut_tiles
 from anyres_vlm.errors import UsageError
 from anyres_vlm.geometry import Grid, Size, TilePlan, Tiling, plan_tiles
 from anyres_vlm.inference.generation import Decoding, Watch, room_for_answer, stream_tokens
+from anyres_vlm.inference.placement import Devices, place_model
 from anyres_vlm.model.attention import disable_cudnn_attention, has_bf16
 from anyres_vlm.model.device import unusable_gpu
+from anyres_vlm.model.quantize import Load
 from anyres_vlm.model.vlm import VisionLanguageModel
 from anyres_vlm.schema import IMAGE_TOKEN, ImageRef, Turn, token_repeats
 
@@ -67,25 +69,39 @@ class Prompt:
 class Assistant:
     """A model and its tokenizer, ready to answer."""
 
-    def __init__(self, model: VisionLanguageModel, tokenizer: PreTrainedTokenizerFast) -> None:
+    def __init__(
+        self,
+        model: VisionLanguageModel,
+        tokenizer: PreTrainedTokenizerFast,
+        load: Load | None = None,
+        devices: Devices | None = None,
+    ) -> None:
         disable_cudnn_attention()
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.model = model.eval().to(self.device)
+        place_model(model, self.device, load, devices)
+        self.model = model
         self.tiling = model.tiling
         self.tokenizer = tokenizer
         self.conversation = ConversationTokenizer(model.config.template, tokenizer, model.image_position)
 
     @classmethod
-    def load(cls, folder: Path | str, template: TemplateName | None = None) -> Assistant:
+    def load(
+        cls,
+        folder: Path | str,
+        template: TemplateName | None = None,
+        load: Load | None = None,
+        devices: Devices | None = None,
+    ) -> Assistant:
         """Load a checkpoint folder or hub id, with weights of `inference_dtype`; `template` replaces the checkpoint's.
 
-        Raises `DataError` for a folder that is not a checkpoint, `UsageError` for a template that cannot be used.
+        `load` holds the decoder in 4 or 8 bits, `devices="auto"` splits it over all GPUs. Raises `DataError` for a
+        folder that is not a checkpoint, `UsageError` for a template that cannot be used and a model that does not fit.
         """
-        model, tokenizer = load_pretrained(folder, template)
         if (fault := unusable_gpu()) is not None:
             logger.warning("answers are computed on the CPU: %s: %s", *fault)
-        cast_weights(model, inference_dtype(torch.device("cuda" if torch.cuda.is_available() else "cpu")))
-        assistant = cls(model, tokenizer)
+        dtype = inference_dtype(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+        assistant = cls(*load_pretrained(folder, template, dtype), load, devices)
+        model = assistant.model
         stops = assistant.conversation.stop_ids  # reads the template, so that an error in it is raised here
         if template is not None:
             model.language_model.generation_config.eos_token_id = stops
@@ -207,12 +223,6 @@ def inference_dtype(device: torch.device) -> torch.dtype:
         str(dtype).removeprefix("torch."),
     )
     return dtype
-
-
-def cast_weights(model: VisionLanguageModel, dtype: torch.dtype) -> None:
-    """Convert the weights. Buffers are unchanged: positions and pixel statistics stay in fp32."""
-    for parameter in model.parameters():
-        parameter.data = parameter.data.to(dtype)
 
 
 def text_pieces(tokenizer: PreTrainedTokenizerFast, tokens: Iterable[int], lead: str = "") -> Iterator[str]:

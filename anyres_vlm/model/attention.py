@@ -159,7 +159,7 @@ def packed_attention(
     if documents.used_by is not None:
         documents.used_by.append(module)
     if varlen_obstacle(query.device, dtype, {query.shape[-1], value.shape[-1]}, dropout) is None:
-        return _varlen(query, key, value, scaling, documents.boundaries, longest), None
+        return _varlen(query, key, value, scaling, documents.boundaries.to(query.device), longest), None
     parts = zip(*(torch.split(x, list(documents.lengths), dim=2) for x in (query, key, value)), strict=True)
     return torch.cat([_attend(q, k, v, scaling, dropout) for q, k, v in parts], dim=1), None
 

@@ -136,3 +136,12 @@ def test_the_lock_holds_what_the_project_requires() -> None:
 @pytest.mark.slow
 def test_the_platforms_schemas_accept_the_jobs() -> None:
     subprocess.run([ROOT / "tools" / "check" / "jobs"], check=True, timeout=900)
+
+
+@pytest.mark.parametrize("name", ["launch", "slurm/train.sbatch"])
+def test_launchers_let_segments_of_memory_grow(name: str) -> None:
+    """All others start `launch`, as their commands say."""
+    lines = (CLUSTER / name).read_text()
+    found = re.search(r"^export PYTORCH_ALLOC_CONF=\$\{PYTORCH_ALLOC_CONF:-(\S+)\}", lines, re.MULTILINE)
+    assert found is not None
+    assert found[1] == "expandable_segments:True"

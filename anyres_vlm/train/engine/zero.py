@@ -139,6 +139,10 @@ class ZeroBackend:
         weights: dict[str, Tensor] = {}
         moments: dict[str, Tensor] = {}
         counts = [int(entry["step"]) for entry in self._zero.optimizer.state.values() if "step" in entry]
+        if counts and not self._is_stage_3:
+            # DeepSpeed links parameters to their moments when the first group has been updated: others had none then.
+            self._zero._hp_optimizer_states_linked = False
+            self._zero._lazy_init_hp_params_optimizer_state()
         for name, parameter in trained_parameters(self._module):
             weights[name] = self._whole(parameter)
             for moment in MOMENTS if counts else ():

@@ -11,9 +11,10 @@ from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
 from anyres_vlm.checkpoints.bases import build_model
+from anyres_vlm.checkpoints.load_save import load_pretrained
 from anyres_vlm.config import ModelConfig
 from anyres_vlm.errors import UsageError
-from anyres_vlm.inference.assistant import Assistant, Conversation, cast_weights, inference_dtype, text_pieces
+from anyres_vlm.inference.assistant import Assistant, Conversation, inference_dtype, text_pieces
 from anyres_vlm.inference.generation import Decoding, stream_tokens
 from anyres_vlm.schema import ImageRef, Turn
 
@@ -167,10 +168,8 @@ def test_images_and_places_must_match(assistant: Assistant) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_cast_weights_keeps_buffers(tiny_bases: Path, dtype: torch.dtype) -> None:
-    bases = {"llm": str(tiny_bases / "llm"), "encoder": {"name": str(tiny_bases / "vit")}, "template": "tiny"}
-    model, tokenizer = build_model(ModelConfig.model_validate(bases), seed=0)
-    cast_weights(model, dtype)
+def test_half_precision_keeps_buffers_and_answers(checkpoint: Path, dtype: torch.dtype) -> None:
+    model, tokenizer = load_pretrained(checkpoint, dtype=dtype)
     assert {parameter.dtype for parameter in model.parameters()} == {dtype}
     assert {buffer.dtype for buffer in model.buffers() if buffer.is_floating_point()} == {torch.float32}
     picture = Image.linear_gradient("L").convert("RGB")
