@@ -74,13 +74,18 @@ def as_id(value: Any, where: str) -> str:
     return str(value)
 
 
-def match(given: Sequence[Answered], wanted: Iterable[str], ids: Sequence[str] | None = None) -> dict[str, Answered]:
+def match(
+    given: Sequence[Answered], questions: Iterable[str], path: Path, partial: bool, ids: Sequence[str] | None = None
+) -> dict[str, Answered]:
     """Return the answers by question, in the order given; `ids` replaces the ids in the answers.
 
-    Raises `DataError` unless every question has exactly one answer and every answer a question.
+    Raises `DataError` unless every answer has a question and every question exactly one answer or, if `partial`, at
+    most one. `path` is the file of the questions, for the error if there are none.
     """
     names = [answer.id or "" for answer in given] if ids is None else list(ids)
-    expected = set(wanted)
+    expected = set(questions)
+    if partial:
+        expected &= set(names)
     twice = [name for name, count in Counter(names).items() if count > 1]
     unknown = [name for name in dict.fromkeys(names) if name not in expected]
     missing = sorted(expected - set(names))
@@ -93,6 +98,8 @@ def match(given: Sequence[Answered], wanted: Iterable[str], ids: Sequence[str] |
             shown = ", ".join(repr(name) for name in found[:SHOWN]) + (", ..." if len(found) > SHOWN else "")
             plural = "question" if len(found) == 1 else "questions"
             raise DataError(f"{len(found)} {plural} {kind} ({shown}) of {len(expected)}: {remedy}")
+    if not names:
+        raise DataError(f"{path}: no questions in it")
     return dict(zip(names, given, strict=True))
 
 

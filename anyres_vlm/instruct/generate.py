@@ -104,7 +104,7 @@ async def _open_job(job: Job, ledger: Ledger, log: RawLog, order: Order) -> None
         job.require_same(ledger.job, str(order.out))
     entries: list[dict[str, Any]] = []
     if ledger.job is None or ledger.job != job:
-        entries.append({"job": job.to_json()})
+        entries.append({"job": job.model_dump(mode="json")})
     if any(ledger.counts.get(kind, 0) < count for kind, count in order.counts.items()):
         entries.append({"count": dict(order.counts)})
     for entry in entries:

@@ -152,7 +152,7 @@ class Ledger:
         Raises `DataError` for a response before the job, or one that is already logged.
         """
         if "job" in entry:
-            self.job = Job.from_json(entry["job"])
+            self.job = Job.model_validate(entry["job"])
         elif "count" in entry:
             self.counts |= {kind: max(count, self.counts.get(kind, 0)) for kind, count in entry["count"].items()}
         elif "batch_name" in entry:

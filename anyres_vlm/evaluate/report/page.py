@@ -16,9 +16,9 @@ from PIL import Image
 
 from anyres_vlm.data.images import open_image
 from anyres_vlm.errors import DataError
-from anyres_vlm.evaluate.benchmarks.base import SHORT_ANSWER
+from anyres_vlm.evaluate.benchmarks.base import SHORT_ANSWER, Mark
 from anyres_vlm.evaluate.report.published import BENCHMARKS, PUBLISHED, Guide, caveats, guide, run_differences
-from anyres_vlm.evaluate.report.results import Answer, Probes, Result
+from anyres_vlm.evaluate.report.results import Probes, Result
 from anyres_vlm.evaluate.report.statistics import (
     DRAWS,
     Comparison,
@@ -101,7 +101,7 @@ class Kind:
 class Example:
     """A question with the answers of several runs, and its image as a data URL or the reason why there is none."""
 
-    answers: list[tuple[str, Answer]]
+    answers: list[tuple[str, Mark]]
     image: str
     remark: str
 
@@ -218,7 +218,7 @@ def _score(result: Result) -> Scores:
     return Scores(result, found, unit_name, count, caveats(result), reading, _rates(result))
 
 
-def _why_no_interval(result: Result, answers: Sequence[Answer], count: int) -> str:
+def _why_no_interval(result: Result, answers: Sequence[Mark], count: int) -> str:
     if result.score is None:
         return "no score: F1 needs a correct yes in each split" if result.scores else "no score: no answers or no judge"
     if result.benchmark == "pope" and not has_marks(answers):
@@ -298,7 +298,7 @@ def _failed(result: Result, images: Images, count: int) -> list[Example]:
     return [_example([(result, answer)], images) for answer in worst(list(result.answers.values()), count)]
 
 
-def _example(answers: list[tuple[Result, Answer]], images: Images) -> Example:
+def _example(answers: list[tuple[Result, Mark]], images: Images) -> Example:
     """Return an example with the image that the last run that is not blind was shown."""
     result, answer = next((pair for pair in reversed(answers) if not pair[0].blind), answers[-1])
     image, remark = images.show(answer.image, result.tiling)

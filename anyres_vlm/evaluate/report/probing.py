@@ -12,9 +12,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from anyres_vlm.errors import DataError
-from anyres_vlm.evaluate.probes.case import Reply, yes_or_no
-from anyres_vlm.evaluate.probes.objects import number_in
-from anyres_vlm.evaluate.probes.reading import THUMBNAIL, read
+from anyres_vlm.evaluate.probes.cases import THUMBNAIL, Reply, number_in, read, yes_or_no
 from anyres_vlm.evaluate.report.results import Probes
 from anyres_vlm.evaluate.report.statistics import Interval, draw, interval, shares
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from anyres_vlm.evaluate.benchmarks.vqav2 import CONTRACTIONS, evalai_answer, one_line, vqa_answer
+from anyres_vlm.evaluate.benchmarks.vqa import CONTRACTIONS, evalai_answer, one_line, vqa_answer
 
 
 @pytest.mark.parametrize(
