@@ -13,7 +13,7 @@ from anyres_vlm.errors import DataError
 
 ID_KEYS = ("question_id", "questionId")
 SUBMITTED_KEYS = ("answer", "prediction")
-SHOWN = 3  # ids named in a message
+SHOWN = 3  # questions named in a message
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,12 +95,17 @@ def match(
         ("without an answer", missing, "answer every question; the text may be empty"),
     ):
         if found:
-            shown = ", ".join(repr(name) for name in found[:SHOWN]) + (", ..." if len(found) > SHOWN else "")
+            shown = first_few([repr(name) for name in found])
             plural = "question" if len(found) == 1 else "questions"
             raise DataError(f"{len(found)} {plural} {kind} ({shown}) of {len(expected)}: {remedy}")
     if not names:
         raise DataError(f"{path}: no questions in it")
     return dict(zip(names, given, strict=True))
+
+
+def first_few(words: Sequence[str], separator: str = ", ") -> str:
+    """Return the first few of the words of a message."""
+    return separator.join([*words[:SHOWN], "..."] if len(words) > SHOWN else words)
 
 
 def _answered(entry: Any, where: str) -> Answered:

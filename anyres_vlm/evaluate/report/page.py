@@ -17,6 +17,7 @@ from PIL import Image
 from anyres_vlm.data.images import open_image
 from anyres_vlm.errors import DataError
 from anyres_vlm.evaluate.benchmarks.base import SHORT_ANSWER, Mark
+from anyres_vlm.evaluate.report.probing import read_probes
 from anyres_vlm.evaluate.report.published import BENCHMARKS, PUBLISHED, Guide, caveats, guide, run_differences
 from anyres_vlm.evaluate.report.results import Probes, Result
 from anyres_vlm.evaluate.report.statistics import (
@@ -155,7 +156,7 @@ def write_report(results: Sequence[Result], probes: Sequence[Probes], out: Path,
         "published_present": [name for name in present if name in BENCHMARKS],
         "rows": _rows(results, sections),
         "names": present,
-        "probes": _probes(probes),
+        "probes": [read_probes(run) for run in probes],
         "png_url": lambda png: _data_url("png", png),
     }
     markdown = out.with_suffix(".md")
@@ -182,14 +183,6 @@ def _rows(results: Sequence[Result], sections: Sequence[Section]) -> list[Row]:
         ]
         found.append(Row(label, model, cells))
     return found
-
-
-def _probes(probes: Sequence[Probes]) -> list[Any]:
-    if not probes:
-        return []
-    from anyres_vlm.evaluate.report.probing import read_probes
-
-    return [read_probes(run) for run in probes]
 
 
 def _section(name: str, results: Sequence[Result], images: Images, examples: int) -> Section:
@@ -326,7 +319,7 @@ def _render(template: str, context: dict[str, Any], autoescape: bool) -> bytes:
         lstrip_blocks=True,
         finalize=None if autoescape else _escape_markdown,
     )
-    environment.filters |= {"safe_text": safe_text, "asked": _asked, "number": _number, "signed": _signed}
+    environment.filters |= {"safe_text": safe_text, "asked": _asked, "number": _number, "signed": "{:+.1f}".format}
     text = (Path(__file__).parent / template).read_text(encoding="utf-8")
     return environment.from_string(text).render(context).encode("utf-8", "replace")
 
@@ -344,10 +337,6 @@ def _asked(prompt: str) -> str:
 
 def _number(value: float | None, digits: int = 1) -> str:
     return "-" if value is None or value != value else f"{value:,.{digits}f}"
-
-
-def _signed(value: float) -> str:
-    return f"{value:+.1f}"
 
 
 def _escape_markdown(value: Any) -> Any:
