@@ -70,7 +70,7 @@ class Budget:
 
     def reserve_now(self, item: Item, batched: bool) -> bool:
         """Reserve without waiting; False if it does not fit now."""
-        cost, tokens = dearest(item, batched)
+        cost, tokens = highest_cost(item, batched)
         total_cost = cost + self.spent.cost + self._reserved_cost
         total_tokens = tokens + self.spent.tokens + self._reserved_tokens
         if self.max_cost is not None and total_cost > self.max_cost:
@@ -91,7 +91,7 @@ class Budget:
             self._freed.notify_all()
 
 
-def dearest(item: Item, batched: bool) -> tuple[float, int]:
+def highest_cost(item: Item, batched: bool) -> tuple[float, int]:
     """Return the highest cost of one response to an item, in US dollars and in tokens."""
     prompt, answer, price = item.most_prompt_tokens, item.job.longest_answer, item.job.price
     return (0.0 if price is None else price.cost(prompt, answer, batched)), prompt + answer
@@ -119,7 +119,7 @@ def estimate(items: list[Item], batched: bool) -> Estimate:
             examples[item.kind] = sum(map(estimate_tokens, texts)) // len(texts) if texts else item.job.longest_answer
         prompt += item.prompt_tokens
         answer += examples[item.kind]
-        most += dearest(item, batched)[0] * item.job.checks.attempts
+        most += highest_cost(item, batched)[0] * item.job.checks.attempts
     price = items[0].job.price if items else None
     cost = None if price is None else price.cost(prompt, answer, batched)
     return Estimate(len(items), prompt, answer, cost, None if price is None else most)

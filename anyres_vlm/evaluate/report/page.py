@@ -18,7 +18,7 @@ from anyres_vlm.data.images import open_image
 from anyres_vlm.errors import DataError
 from anyres_vlm.evaluate.benchmarks.base import SHORT_ANSWER, Mark
 from anyres_vlm.evaluate.report.probing import read_probes
-from anyres_vlm.evaluate.report.published import BENCHMARKS, PUBLISHED, Guide, caveats, guide, run_differences
+from anyres_vlm.evaluate.report.published import BENCHMARKS, PUBLISHED, caveats, guide, run_differences
 from anyres_vlm.evaluate.report.results import Probes, Result
 from anyres_vlm.evaluate.report.statistics import (
     DRAWS,
@@ -90,53 +90,12 @@ class Scores:
 
 
 @dataclass(frozen=True)
-class Kind:
-    """A kind of question: the number of questions, and each run's mean points in percent."""
-
-    name: str
-    questions: int
-    means: list[float | None]
-
-
-@dataclass(frozen=True)
 class Example:
     """A question with the answers of several runs, and its image as a data URL or the reason why there is none."""
 
     answers: list[tuple[str, Mark]]
     image: str
     remark: str
-
-
-@dataclass(frozen=True)
-class Section:
-    """Everything about one benchmark. `incomparable` names pairs of runs without common questions."""
-
-    name: str
-    guide: Guide
-    scores: list[Scores]
-    warnings: list[str]
-    kinds: list[Kind]
-    comparisons: list[tuple[Comparison, list[Example]]]
-    incomparable: list[tuple[str, str]]
-    failures: list[tuple[Result, list[Example]]]
-
-    @property
-    def caveats(self) -> dict[str, list[str]]:
-        """The runs that are not comparable with published ones, by reason."""
-        found: dict[str, list[str]] = {}
-        for score in self.scores:
-            for caveat in score.caveats:
-                found.setdefault(caveat, []).append(score.result.label)
-        return found
-
-
-@dataclass(frozen=True)
-class Row:
-    """One model in the table of all scores: a result or None for each benchmark."""
-
-    label: str
-    model: str
-    cells: list[Scores | None]
 
 
 def write_report(results: Sequence[Result], probes: Sequence[Probes], out: Path, images: Images, examples: int) -> Path:
@@ -174,30 +133,37 @@ def _sources() -> list[str]:
     return [f"{', '.join(models)}: {source}" for source, models in by_source.items()]
 
 
-def _rows(results: Sequence[Result], sections: Sequence[Section]) -> list[Row]:
+def _rows(results: Sequence[Result], sections: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return a row of the table of all scores for each model: a result or None for each benchmark."""
     found = []
     for label, model in dict.fromkeys((result.label, result.model) for result in results):
         cells = [
-            next((s for s in one.scores if (s.result.label, s.result.model) == (label, model)), None)
+            next((s for s in one["scores"] if (s.result.label, s.result.model) == (label, model)), None)
             for one in sections
         ]
-        found.append(Row(label, model, cells))
+        found.append({"label": label, "model": model, "cells": cells})
     return found
 
 
-def _section(name: str, results: Sequence[Result], images: Images, examples: int) -> Section:
-    """Return the section of one benchmark; every later run is compared with the first."""
+def _section(name: str, results: Sequence[Result], images: Images, examples: int) -> dict[str, Any]:
+    """Return what the templates show of one benchmark; every later run is compared with the first."""
     compared = [(other, compare(results[0], other)) for other in results[1:]]
-    return Section(
-        name,
-        guide(name),
-        [_score(result) for result in results],
-        run_differences(results),
-        _kinds(results),
-        [(found, _changed(found, images, examples)) for _, found in compared if found],
-        [(results[0].label, other.label) for other, found in compared if not found],
-        [(result, _failed(result, images, examples)) for result in results],
-    )
+    scores = [_score(result) for result in results]
+    not_like_published: dict[str, list[str]] = {}  # labels of the runs, by reason
+    for score in scores:
+        for caveat in score.caveats:
+            not_like_published.setdefault(caveat, []).append(score.result.label)
+    return {
+        "name": name,
+        "guide": guide(name),
+        "scores": scores,
+        "caveats": not_like_published,
+        "warnings": run_differences(results),
+        "kinds": _kinds(results),
+        "comparisons": [(found, _changed(found, images, examples)) for _, found in compared if found],
+        "incomparable": [(results[0].label, other.label) for other, found in compared if not found],
+        "failures": [(result, _failed(result, images, examples)) for result in results],
+    }
 
 
 def _score(result: Result) -> Scores:
@@ -262,22 +228,23 @@ def _noise(benchmark: str, found: Interval) -> float | None:
     return float((found.margin**2 + theirs**2) ** 0.5)
 
 
-def _kinds(results: Sequence[Result]) -> list[Kind]:
+def _kinds(results: Sequence[Result]) -> list[dict[str, Any]]:
+    """Return kinds of question: the number of questions, and each run's mean points in percent."""
     tables = []
     for result in results:
         answers = list(result.answers.values())
         names = kinds_of(answers)
         sums = kind_ratios(answers, answers).sum(axis=0) if names else []
         tables.append({name: (float(hits), int(count)) for name, (hits, count) in zip(names, sums, strict=True)})
-    kinds = [
-        Kind(
-            name,
-            max(table[name][1] for table in tables if name in table),
-            [100 * table[name][0] / table[name][1] if name in table else None for table in tables],
-        )
+    kinds: list[dict[str, Any]] = [
+        {
+            "name": name,
+            "questions": max(table[name][1] for table in tables if name in table),
+            "means": [100 * table[name][0] / table[name][1] if name in table else None for table in tables],
+        }
         for name in dict.fromkeys(name for table in tables for name in table)
     ]
-    return sorted(kinds, key=lambda kind: -kind.questions)[:MAX_KINDS]
+    return sorted(kinds, key=lambda kind: -kind["questions"])[:MAX_KINDS]
 
 
 def _changed(found: Comparison, images: Images, count: int) -> list[Example]:

@@ -189,6 +189,8 @@ def test_files_are_read_back(tmp_path: Path) -> None:
         ('{"benchmark": "gqa", "scores": {}}', "Field required"),
         ('{"benchmark": "gqa", "scores": {}, "score": "x", "questions": 1, "protocol": {}, "points": {}}', "score: "),
         ('{"accuracy": {}, "answers": []}', "0 answers to 0 questions"),
+        ('{"accuracy": {}, "answers": [{"id": "1"}]}', "answers: KeyError 'correct'"),
+        ('{"accuracy": {}, "answers": 3}', "answers: TypeError"),
         (
             '{"benchmark": "../x", "scores": {}, "score": 1, "questions": 1, "protocol": {}, "points": {}, '
             '"tiling": {"tile": 336, "patch": 0}}',

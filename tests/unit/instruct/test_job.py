@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerFast
 
 from anyres_vlm.errors import UsageError
 from anyres_vlm.instruct.annotations import Box, Object, Scene
-from anyres_vlm.instruct.budget import Budget, dearest, estimate
+from anyres_vlm.instruct.budget import Budget, estimate, highest_cost
 from anyres_vlm.instruct.job import KINDS, SHIPPED, Checks, Item, Job, Kind, Price, choose, load_prompts, load_settings
 from anyres_vlm.instruct.log import Spent
 
@@ -81,8 +81,8 @@ def test_a_user_s_prompts_replace_those_of_their_kind(tmp_path: Path) -> None:
 
 
 def test_reservations_never_pass_a_limit() -> None:
-    cost, tokens = dearest(ITEM, batched=False)
-    assert dearest(ITEM, batched=True) == (pytest.approx(cost / 2), tokens)
+    cost, tokens = highest_cost(ITEM, batched=False)
+    assert highest_cost(ITEM, batched=True) == (pytest.approx(cost / 2), tokens)
     items = [Item(JOB, "detail", scene) for scene in SCENES[:10]]  # ids of one length: all cost the same
 
     async def reserved(**limits: float) -> int:
@@ -101,7 +101,7 @@ def test_an_estimate_is_its_items_sum() -> None:
     assert whole.prompt_tokens == 6 * ITEM.prompt_tokens == 2 * half.prompt_tokens
     assert whole.cost == pytest.approx((whole.prompt_tokens + 2 * whole.completion_tokens) / 1e6)
     assert half.cost == pytest.approx((whole.cost or 0) / 4)
-    assert whole.most == pytest.approx(6 * 3 * dearest(ITEM, batched=False)[0])
+    assert whole.most == pytest.approx(6 * 3 * highest_cost(ITEM, batched=False)[0])
 
 
 CAPTIONS = (
@@ -124,14 +124,14 @@ def test_estimated_tokens_are_near_gpt_4o_s_and_bounds_above_them(kind: Kind, bo
     objects = tuple(Object("traffic light", Box(n / 100, 0.25, 0.5 + n / 100, 0.875)) for n in range(boxes))
     item = Item(JOB, kind, Scene("1", "1.jpg", CAPTIONS, objects))
     assert item.prompt_tokens == pytest.approx(counted, rel=0.03)
-    assert dearest(item, batched=False)[1] > counted + JOB.longest_answer
+    assert highest_cost(item, batched=False)[1] > counted + JOB.longest_answer
 
 
 @pytest.mark.parametrize("text", ["一只棕色的狗" * 50, "🐕\u200d🦺" * 50, "3.14159" * 50])
 def test_no_tokenizer_passes_the_bound(text: str, tiny_tokenizer: PreTrainedTokenizerFast) -> None:
     told, silent = (Item(JOB, "detail", replace(SCENES[0], captions=said)) for said in ((text,), ()))
     tokens = len(tiny_tokenizer(text)["input_ids"])  # it knows no such words: about a token a byte
-    assert dearest(told, batched=False)[1] - dearest(silent, batched=False)[1] >= tokens >= len(text)
+    assert highest_cost(told, batched=False)[1] - highest_cost(silent, batched=False)[1] >= tokens >= len(text)
 
 
 @pytest.mark.parametrize(
