@@ -13,7 +13,7 @@ from anyres_vlm.errors import DataError
 
 ID_KEYS = ("question_id", "questionId")
 SUBMITTED_KEYS = ("answer", "prediction")
-SHOWN = 3  # ids named in a message
+SHOWN = 3  # questions named in a message
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,13 +74,18 @@ def as_id(value: Any, where: str) -> str:
     return str(value)
 
 
-def match(given: Sequence[Answered], wanted: Iterable[str], ids: Sequence[str] | None = None) -> dict[str, Answered]:
+def match(
+    given: Sequence[Answered], questions: Iterable[str], path: Path, partial: bool, ids: Sequence[str] | None = None
+) -> dict[str, Answered]:
     """Return the answers by question, in the order given; `ids` replaces the ids in the answers.
 
-    Raises `DataError` unless every question has exactly one answer and every answer a question.
+    Raises `DataError` unless every answer has a question and every question exactly one answer or, if `partial`, at
+    most one. `path` is the file of the questions, for the error if there are none.
     """
     names = [answer.id or "" for answer in given] if ids is None else list(ids)
-    expected = set(wanted)
+    expected = set(questions)
+    if partial:
+        expected &= set(names)
     twice = [name for name, count in Counter(names).items() if count > 1]
     unknown = [name for name in dict.fromkeys(names) if name not in expected]
     missing = sorted(expected - set(names))
@@ -90,10 +95,17 @@ def match(given: Sequence[Answered], wanted: Iterable[str], ids: Sequence[str] |
         ("without an answer", missing, "answer every question; the text may be empty"),
     ):
         if found:
-            shown = ", ".join(repr(name) for name in found[:SHOWN]) + (", ..." if len(found) > SHOWN else "")
+            shown = first_few([repr(name) for name in found])
             plural = "question" if len(found) == 1 else "questions"
             raise DataError(f"{len(found)} {plural} {kind} ({shown}) of {len(expected)}: {remedy}")
+    if not names:
+        raise DataError(f"{path}: no questions in it")
     return dict(zip(names, given, strict=True))
+
+
+def first_few(words: Sequence[str], separator: str = ", ") -> str:
+    """Return the first few of the words of a message."""
+    return separator.join([*words[:SHOWN], "..."] if len(words) > SHOWN else words)
 
 
 def _answered(entry: Any, where: str) -> Answered:

@@ -20,7 +20,7 @@ from anyres_vlm.data.headers import plan_image
 from anyres_vlm.data.images import open_image
 from anyres_vlm.data.index.build import Shard
 from anyres_vlm.errors import DataError, UsageError
-from anyres_vlm.evaluate.answers import read_answers
+from anyres_vlm.evaluate.answers import first_few, read_answers
 from anyres_vlm.evaluate.benchmarks.base import Benchmark, Question, Scored, image_path
 from anyres_vlm.evaluate.report.results import write_result
 from anyres_vlm.files import append, cut_partial_line, replacing, whole_lines
@@ -35,7 +35,6 @@ WINDOW = 1024  # questions whose prompts are in memory and sorted by length toge
 MODEL_FILES = {".safetensors", ".bin", ".json", ".jinja", ".model"}  # what decides an answer; a model card does not
 MAX_UNASKED = 0.01  # of the questions may be too long or contain control tokens: their answer is ""
 TOO_LONG = "context limit"  # in the message of `room_for_answer`
-SHOWN = 3  # questions named in a message
 
 Progress = Callable[[int, int], None]
 """Called with the number of answers and of questions."""
@@ -133,8 +132,8 @@ def _read_task(run: Run, task: Task) -> Prepared:
         raise DataError(f"{task.data}: no {benchmark.name} questions in it")
     twice = [name for name, count in Counter(str(question.id) for question in questions).items() if count > 1]
     if twice:
-        shown = ", ".join(twice[:SHOWN]) + (", ..." if len(twice) > SHOWN else "")
-        raise DataError(f"{task.data}: {len(twice)} {benchmark.name} ids occur twice ({shown}); use the official file")
+        names = first_few(twice)
+        raise DataError(f"{task.data}: {len(twice)} {benchmark.name} ids occur twice ({names}); use the official file")
     annotations = benchmark.annotations(task.data)
     log = AnswerLog(run.out, task.title, _key(run, benchmark, questions))
     answers = log.read()
@@ -168,9 +167,9 @@ def _check_images(one: Prepared, places: Sequence[int], read: Callable[[ImageRef
             if faults[image] is not None:
                 broken.append(f"question {question.id}: {faults[image]}")
     if broken:
-        shown = "; ".join(broken[:SHOWN]) + ("; ..." if len(broken) > SHOWN else "")
         raise DataError(
-            f"{one.task.title}: images of {len(broken)} of {len(places)} questions are missing or broken ({shown}); "
+            f"{one.task.title}: images of {len(broken)} of {len(places)} questions are missing or broken "
+            f"({first_few(broken, '; ')}); "
             "a score needs all of them: add them or name their folder with --images, then rerun to resume"
         )
 
@@ -179,7 +178,6 @@ def _check_unasked(one: Prepared, places: set[int], reasons: Sequence[str] = ())
     """Raise `DataError` if too many questions cannot be asked, with the first reason of the more frequent kind."""
     if len(places) > MAX_UNASKED * len(one.questions):
         unasked = [str(one.questions[place].id) for place in sorted(places)]
-        shown = ", ".join(unasked[:SHOWN]) + (", ..." if len(unasked) > SHOWN else "")
         too_long = [reason for reason in reasons if TOO_LONG in reason]
         others = [reason for reason in reasons if TOO_LONG not in reason]
         why = [*max(others, too_long, key=len), "the warnings of the run that found them say why"][0]
@@ -187,8 +185,8 @@ def _check_unasked(one: Prepared, places: set[int], reasons: Sequence[str] = ())
             has_hints = one.task.benchmark.protocol.get("ocr_tokens", "").startswith("in the prompt")
             why += "; use a checkpoint of a smaller grid" + " or --no-ocr-tokens" * has_hints
         raise DataError(
-            f"{one.task.title}: {len(unasked)} of {len(one.questions)} questions cannot be asked ({shown}; see the "
-            f"warnings), at most {MAX_UNASKED:.0%} may: {why}"
+            f"{one.task.title}: {len(unasked)} of {len(one.questions)} questions cannot be asked "
+            f"({first_few(unasked)}; see the warnings), at most {MAX_UNASKED:.0%} may: {why}"
         )
 
 

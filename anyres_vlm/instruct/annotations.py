@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from io import BufferedReader
@@ -260,20 +260,12 @@ SHOWN = 120  # characters of a malformed entry in a message
 
 def stream_json(path: Path, prefix: str) -> Iterator[Any]:
     """Yield the values at an ijson prefix of a JSON file. Raises `DataError` for a missing or malformed file."""
-    with _open(path) as stream:
-        try:
-            yield from ijson.items(stream, prefix, use_float=True)
-        except (ijson.JSONError, UnicodeDecodeError) as error:
-            raise _malformed(path, error) from None
+    return _stream(path, lambda stream: ijson.items(stream, prefix, use_float=True))
 
 
 def stream_members(path: Path) -> Iterator[tuple[str, Any]]:
     """Yield the keys and values of one large JSON object. Raises `DataError` for a missing or malformed file."""
-    with _open(path) as stream:
-        try:
-            yield from ijson.kvitems(stream, "", use_float=True)
-        except (ijson.JSONError, UnicodeDecodeError) as error:
-            raise _malformed(path, error) from None
+    return _stream(path, lambda stream: ijson.kvitems(stream, "", use_float=True))
 
 
 def stream_records(path: Path) -> Iterator[Any]:
@@ -319,7 +311,11 @@ def _open(path: Path) -> BufferedReader:
     return stream
 
 
-def _malformed(path: Path, error: Exception) -> DataError:
-    said = error.args[0] if error.args else ""
-    text = said.decode(errors="replace") if isinstance(said, bytes) else str(error)
-    return DataError(f"{path}: malformed JSON: {' '.join(text.split())[:200]}")
+def _stream(path: Path, parse: Callable[[BufferedReader], Iterator[Any]]) -> Iterator[Any]:
+    with _open(path) as stream:
+        try:
+            yield from parse(stream)
+        except (ijson.JSONError, UnicodeDecodeError) as error:
+            said = error.args[0] if error.args else ""
+            text = said.decode(errors="replace") if isinstance(said, bytes) else str(error)
+            raise DataError(f"{path}: malformed JSON: {' '.join(text.split())[:200]}") from None

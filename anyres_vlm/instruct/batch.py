@@ -22,7 +22,7 @@ from openai.types import Batch
 
 from anyres_vlm.errors import DataError, UsageError
 from anyres_vlm.instruct.budget import FAILURES_LIMIT, Budget, Progress, Stop
-from anyres_vlm.instruct.endpoint import RETRIED, answer_without_key, backoff_s, retry_after, without_key
+from anyres_vlm.instruct.endpoint import answer_without_key, backoff_s, is_temporary, retry_after, without_key
 from anyres_vlm.instruct.job import Item, Limits
 from anyres_vlm.instruct.log import Ledger, RawLog, response_entry
 
@@ -202,9 +202,7 @@ class BatchGeneration:
             if file is None:
                 continue
             content = await self.client.files.content(file)
-            lines = (
-                content.content.splitlines()
-            )  # bytes: `str.splitlines` also splits at characters that JSON strings may hold
+            lines = content.content.splitlines()  # of bytes; in `str` it also splits at characters that JSON may hold
             for start in range(0, len(lines), SHARE):
                 entries: dict[tuple[str, int], dict[str, Any]] = {}
                 for line in lines[start : start + SHARE]:
@@ -233,7 +231,7 @@ class BatchGeneration:
             raise UsageError(
                 f"batch {name} has items that this run lacks: give the counts of the run that submitted it"
             )
-        if status is None or status >= 500 or status in RETRIED or number in self.ledger.made(key):
+        if status is None or is_temporary(status) or number in self.ledger.made(key):
             return None
         return response_entry(items[key], number, status, answer_without_key(body, self.client), batch=name)
 
@@ -246,4 +244,4 @@ def _passes(error: openai.APIError) -> bool:
     """Return whether the same request may succeed later."""
     if not isinstance(error, openai.APIStatusError):
         return True
-    return error.code != "insufficient_quota" and (error.status_code >= 500 or error.status_code in RETRIED)
+    return error.code != "insufficient_quota" and is_temporary(error.status_code)

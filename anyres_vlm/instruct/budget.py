@@ -115,7 +115,7 @@ def estimate(items: list[Item], batched: bool) -> Estimate:
     examples = {}
     for item in items:
         if item.kind not in examples:
-            texts = [example.response for example in item.job.prompts[item.kind].examples]
+            texts = [example.response for example in item.prompt.examples]
             examples[item.kind] = sum(map(estimate_tokens, texts)) // len(texts) if texts else item.job.longest_answer
         prompt += item.prompt_tokens
         answer += examples[item.kind]

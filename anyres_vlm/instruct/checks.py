@@ -34,7 +34,7 @@ def judge(entry: dict[str, Any], item: Item) -> Parsed:
         raise Reject("cut_short", f"the answer reached the limit of {item.job.longest_answer} tokens")
     if not isinstance(text, str):
         raise Reject("broken_response", f"the message's content is {type(text).__name__}, expected text")
-    prompt = item.job.prompts[item.kind]
+    prompt = item.prompt
     question = prompt.questions[int(item.key[:8], 16) % len(prompt.questions)] if prompt.questions else ""
     parsed = parse_response(text, prompt, question)
     require_grounded(parsed.turns, item.scene, item.job.checks.max_absent_objects)

@@ -86,15 +86,14 @@ class Endpoint:
             try:
                 return await self._send(item, attempt)
             except openai.APIStatusError as error:
-                if error.status_code < 500 and error.status_code not in RETRIED:
-                    return self._refusal(error)
+                self._check_access(error)
+                if not is_temporary(error.status_code):  # rejected for its content
+                    return Answer(error.status_code, without_key(error.response.text, self.client))
                 reason = f"HTTP {error.status_code}"
                 await self._hold(error, retry, wait_s)
-            except openai.APITimeoutError:
-                reason = f"no answer in {self.limits.timeout_s:g} s"
-                await self._pause(retry, wait_s)
             except openai.APIConnectionError as error:
-                reason = f"{error.__cause__ or error}"
+                is_late = isinstance(error, openai.APITimeoutError)
+                reason = f"no answer in {self.limits.timeout_s:g} s" if is_late else f"{error.__cause__ or error}"
                 await self._pause(retry, wait_s)
         raise NoAnswer(without_key(reason, self.client))
 
@@ -126,16 +125,13 @@ class Endpoint:
         self._answered = True
         return Answer(200, answer_without_key(body, self.client))
 
-    def _refusal(self, error: openai.APIStatusError) -> Answer:
-        """Return the answer to a request that is rejected for its content; retrying would not help."""
+    def _check_access(self, error: openai.APIStatusError) -> None:
+        """Raise `UsageError` if the endpoint rejects the key, the model or the account."""
         status = error.status_code
         if status in WRONG_FOR_ALL or (status == 403 and not self._answered) or error.code == "insufficient_quota":
             raise UsageError(f"the endpoint refuses: {without_key(error.message, self.client)}") from None
-        return Answer(status, without_key(error.response.text, self.client))
 
     async def _hold(self, error: openai.APIStatusError, retry: int, wait_s: float) -> None:
-        if error.code == "insufficient_quota":
-            raise UsageError(f"the endpoint refuses: {without_key(error.message, self.client)}") from None
         asked_s = retry_after(error.response.headers.get("retry-after"))
         if asked_s > self.limits.longest_wait_s:
             raise DataError(f"the endpoint asks to wait {asked_s:,.0f} s: rerun after that to resume") from None
@@ -146,6 +142,11 @@ class Endpoint:
     async def _pause(self, retry: int, wait_s: float) -> None:
         if retry < self.limits.retries and not self.closing:
             await asyncio.sleep(wait_s)
+
+
+def is_temporary(status: int) -> bool:
+    """Return whether the same request may succeed later, by the HTTP status of its answer."""
+    return status >= 500 or status in RETRIED
 
 
 def without_key(text: str, client: openai.AsyncOpenAI) -> str:

@@ -104,7 +104,7 @@ async def _open_job(job: Job, ledger: Ledger, log: RawLog, order: Order) -> None
         job.require_same(ledger.job, str(order.out))
     entries: list[dict[str, Any]] = []
     if ledger.job is None or ledger.job != job:
-        entries.append({"job": job.to_json()})
+        entries.append({"job": job.model_dump(mode="json")})
     if any(ledger.counts.get(kind, 0) < count for kind, count in order.counts.items()):
         entries.append({"count": dict(order.counts)})
     for entry in entries:
@@ -203,31 +203,21 @@ def show_progress() -> Iterator[Callable[[int, int, Ledger], None]]:
         *columns, TextColumn("{task.fields[numbers]}"), console=console, disable=not console.is_terminal
     ) as bar:
         task = bar.add_task("", total=None, numbers="")
-        lines = _Lines()
+        first: tuple[float, int] | None = None  # time and settled items; a large log may take minutes to read before
+        printed = 0.0
 
         def update(done: int, total: int, ledger: Ledger) -> None:
+            nonlocal first, printed
             cost = "" if ledger.job is None or ledger.job.price is None else f"  ${ledger.spent.cost:,.2f}"
             numbers = f"{ledger.spent.tokens:,} tokens{cost}"
             bar.update(task, completed=done, total=total, numbers=numbers)
-            if not console.is_terminal:
-                lines.update(done, total, numbers)
+            now = time.monotonic()
+            if first is None:
+                first, printed = (now, done), now
+            if not console.is_terminal and now - printed >= LINE_EVERY_S:
+                printed = now
+                rate = (done - first[1]) / (now - first[0])
+                left = f"{(total - done) / rate:,.0f} s left" if rate else "time left unknown"
+                print(f"generating {done:,}/{total:,}  {left}  {numbers}", file=sys.stderr, flush=True)
 
         yield update
-
-
-class _Lines:
-    """Prints a plain line every `LINE_EVERY_S`."""
-
-    def __init__(self) -> None:
-        self._began: tuple[float, int] | None = None
-        self._said = time.monotonic()
-
-    def update(self, done: int, total: int, numbers: str) -> None:
-        now = time.monotonic()
-        if self._began is None:  # a large log may have taken minutes to read before
-            self._began, self._said = (now, done), now
-        if now - self._said >= LINE_EVERY_S:
-            self._said = now
-            rate = (done - self._began[1]) / (now - self._began[0])
-            left = f"{(total - done) / rate:,.0f} s left" if rate else "time left unknown"
-            print(f"generating {done:,}/{total:,}  {left}  {numbers}", file=sys.stderr, flush=True)

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import yaml
 
-from anyres_vlm.instruct.annotations import Box, Scene
+from anyres_vlm.instruct.annotations import Box, Object, Scene
 from anyres_vlm.schema import Turn
 
 RejectKind = Literal[
@@ -58,14 +58,10 @@ def require_grounded(turns: Sequence[Turn], scene: Scene, max_absent: int) -> No
     if len(absent := absent_objects(answers, scene)) > max_absent:
         raise Reject("absent_objects", f"neither captions nor boxes have {', '.join(absent)}")
     for said, category, number in stated_counts(turns):
-        true = _boxes(scene, category)
-        if (
-            true
-            and len(true) != number
-            and not _crowded(scene, category)
-            and not _caption_counts(scene, category, number)
-        ):
-            raise Reject("wrong_count", f"{said!r}: the boxes have {len(true)} of {category}")
+        true = _objects(scene, category)
+        if len(true) in (0, number) or any(item.crowd for item in true) or _caption_counts(scene, category, number):
+            continue
+        raise Reject("wrong_count", f"{said!r}: the boxes have {len(true)} of {category}")
     for answer in answers:
         _require_sides(answer, scene)
 
@@ -132,20 +128,16 @@ def _require_sides(answer: str, scene: Scene) -> None:
     if " left" not in answer and " right" not in answer:  # saves a third of all checks' time
         return
     for claim in _side_claim().finditer(answer.lower()):
-        ones = [_middle(box) for box in _boxes(scene, vocabulary()[claim["one"]].category)]
+        ones = [_middle(item.box) for item in _objects(scene, vocabulary()[claim["one"]].category)]
         other = vocabulary().get(claim["other"])
-        others = [0.5] if other is None else [_middle(box) for box in _boxes(scene, other.category)]
+        others = [0.5] if other is None else [_middle(item.box) for item in _objects(scene, other.category)]
         sign = 1 if claim["side"] == "left" else -1
         if ones and others and not any(sign * (right - left) > -SLACK for left in ones for right in others):
             raise Reject("wrong_side", f"{claim.group()!r}: the boxes say otherwise")
 
 
-def _boxes(scene: Scene, category: str) -> list[Box]:
-    return [item.box for item in scene.objects if category_of(item.name) == category]
-
-
-def _crowded(scene: Scene, category: str) -> bool:
-    return any(item.crowd and category_of(item.name) == category for item in scene.objects)
+def _objects(scene: Scene, category: str) -> list[Object]:
+    return [item for item in scene.objects if category_of(item.name) == category]
 
 
 def _caption_counts(scene: Scene, category: str, number: int) -> bool:
@@ -211,11 +203,11 @@ def vocabulary() -> dict[str, Word]:
     """Return all words for objects, plurals included."""
     words: dict[str, Word] = {}
     for category, names in _table().items():
-        sure = not names.get("kinds_only", False)
-        for name in (category, *names["same"]):
-            words |= {form: Word(category, True, sure) for form in _forms(name)}
-        for name in names["kinds"]:
-            words |= {form: Word(category, False, True) for form in _forms(name)}
+        whole = Word(category, True, not names.get("kinds_only", False))
+        part = Word(category, False, True)
+        named = dict.fromkeys((category, *names["same"]), whole) | dict.fromkeys(names["kinds"], part)
+        for name, word in named.items():
+            words |= dict.fromkeys((name, f"{name}s", f"{name}es"), word)
     return words
 
 
@@ -234,14 +226,8 @@ def category_of(name: str) -> str | None:
 
 def hinted(category: str, text: str) -> bool:
     """Return whether a text has a word that may refer to the category without naming it."""
-    pattern = _hints(category)
-    return pattern is not None and pattern.search(text.lower()) is not None
-
-
-@cache
-def _hints(category: str) -> re.Pattern[str] | None:
-    hints = _table()[category].get("hints")
-    return re.compile(rf"\b(?:{'|'.join(map(re.escape, hints))})(?:s|es)?\b") if hints else None
+    hints = "|".join(map(re.escape, _table()[category].get("hints", ())))
+    return bool(hints) and re.search(rf"\b(?:{hints})(?:s|es)?\b", text.lower()) is not None
 
 
 def find_objects(text: str) -> Iterator[Mention]:
@@ -272,7 +258,3 @@ def _by_first_word() -> dict[str, list[tuple[str, Word | None]]]:
         assert first is not None, "names begin with a letter"
         table.setdefault(first.group(), []).append((name, word))
     return table
-
-
-def _forms(name: str) -> tuple[str, ...]:
-    return name, f"{name}s", f"{name}es"

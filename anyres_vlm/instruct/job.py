@@ -7,7 +7,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
@@ -127,10 +127,17 @@ class Prompt(Frozen):
     least_words: Positive = 1  # of each answer
     examples: tuple[Example, ...] = ()
 
-    @property
+    @cached_property
     def version(self) -> str:
         """Return a hash of the prompt's content."""
-        return _version(self)
+        return hashlib.sha256(json.dumps(self.model_dump(), sort_keys=True).encode()).hexdigest()[:12]
+
+    @cached_property
+    def tokens(self) -> tuple[int, int]:
+        """Return the estimate and the upper bound of a request's tokens without its description."""
+        texts = [message["content"] for message in self.messages("")]
+        estimated = sum(estimate_tokens(text) + MESSAGE for text in texts)
+        return estimated, sum(len(text.encode()) + MESSAGE for text in texts)
 
     def messages(self, context: str) -> list[dict[str, str]]:
         """Return the chat messages of one request."""
@@ -139,12 +146,6 @@ class Prompt(Frozen):
             chat.append({"role": "user", "content": example.context})
             chat.append({"role": "assistant", "content": example.response})
         return [*chat, {"role": "user", "content": context}]
-
-
-@cache
-def _version(prompt: Prompt) -> str:
-    content = json.dumps(prompt.model_dump(), sort_keys=True)
-    return hashlib.sha256(content.encode()).hexdigest()[:12]
 
 
 def load_prompts(folder: Path | None, boxes: bool) -> dict[Kind, Prompt]:
@@ -179,8 +180,7 @@ MESSAGE = 4  # tokens that the chat format adds to each message
 PIECES = re.compile(r"[A-Za-z]+|\d{1,3}|\s(?=\d)|[^\sA-Za-z\d]")
 
 
-@dataclass(frozen=True)
-class Job:
+class Job(Frozen):
     """Everything that determines the requests and which responses are accepted. An output folder holds one job."""
 
     model: str
@@ -191,31 +191,11 @@ class Job:
     longest_answer: int  # tokens
     price: Price | None
 
-    def to_json(self) -> dict[str, Any]:
-        """Return the form kept in the raw log."""
-        return {
-            "model": self.model,
-            "parameters": dict(self.parameters),
-            "prompts": {kind: prompt.model_dump(mode="json") for kind, prompt in self.prompts.items()},
-            "seed": self.seed,
-            "checks": self.checks.model_dump(),
-            "longest_answer": self.longest_answer,
-            "price": None if self.price is None else self.price.model_dump(),
-        }
-
-    @classmethod
-    def from_json(cls, entry: Mapping[str, Any]) -> Job:
-        """Restore what `to_json` returned."""
-        prompts = {kind: Prompt.model_validate(prompt) for kind, prompt in entry["prompts"].items()}
-        price = None if entry["price"] is None else Price.model_validate(entry["price"])
-        checks = Checks.model_validate(entry["checks"])
-        same = {key: entry[key] for key in ("model", "parameters", "seed", "longest_answer")}
-        return cls(prompts=prompts, checks=checks, price=price, **same)
-
     def require_same(self, recorded: Job, place: str) -> None:
         """Raise `UsageError` naming the differences from the job in an output folder; prices may differ."""
-        mine, theirs = self.to_json(), recorded.to_json()
-        names = [key for key in ("model", "parameters", "seed", "checks") if mine[key] != theirs[key]]
+        names = [
+            key for key in ("model", "parameters", "seed", "checks") if getattr(self, key) != getattr(recorded, key)
+        ]
         names += [
             f"the prompt of {kind}" for kind, prompt in self.prompts.items() if recorded.prompts.get(kind) != prompt
         ]
@@ -231,43 +211,40 @@ class Item:
     kind: Kind
     scene: Scene
 
+    @property
+    def prompt(self) -> Prompt:
+        """Return the prompt of the kind."""
+        return self.job.prompts[self.kind]
+
+    @property
+    def context(self) -> str:
+        """Return the description of the image in the request."""
+        return self.scene.context(self.prompt.boxes)
+
     @cached_property
     def key(self) -> str:
         """Return the SHA-256 in hex of the prompt's version, the model, its parameters and the description."""
-        prompt = self.job.prompts[self.kind]
-        shown = self.scene.context(prompt.boxes)
-        decides = [prompt.version, self.job.model, dict(self.job.parameters), self.kind, self.scene.id, shown]
-        return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()
+        parts = [self.prompt.version, self.job.model, self.job.parameters, self.kind, self.scene.id, self.context]
+        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
     def body(self) -> dict[str, Any]:
         """Return the request body for the API."""
-        prompt = self.job.prompts[self.kind]
-        messages = prompt.messages(self.scene.context(prompt.boxes))
-        return {"model": self.job.model, "messages": messages, **self.job.parameters}
+        return {"model": self.job.model, "messages": self.prompt.messages(self.context), **self.job.parameters}
 
     @cached_property
     def prompt_tokens(self) -> int:
         """Return an estimate of the prompt's tokens, for prices and rates until the endpoint reports its count."""
-        prompt = self.job.prompts[self.kind]
-        return _prompt_tokens(prompt)[0] + estimate_tokens(self.scene.context(prompt.boxes))
+        return self.prompt.tokens[0] + estimate_tokens(self.context)
 
     @property
     def most_prompt_tokens(self) -> int:
         """Return an upper bound for any tokenizer: a token has at least one byte."""
-        prompt = self.job.prompts[self.kind]
-        return _prompt_tokens(prompt)[1] + len(self.scene.context(prompt.boxes).encode())
+        return self.prompt.tokens[1] + len(self.context.encode())
 
 
 def estimate_tokens(text: str) -> int:
     """Estimate the number of tokens in a text."""
     return len(PIECES.findall(text))
-
-
-@cache
-def _prompt_tokens(prompt: Prompt) -> tuple[int, int]:
-    """Return the estimate and the upper bound of a request's tokens without its description."""
-    texts = [message["content"] for message in prompt.messages("")]
-    return sum(estimate_tokens(text) + MESSAGE for text in texts), sum(len(text.encode()) + MESSAGE for text in texts)
 
 
 def choose(job: Job, scenes: Sequence[Scene], counts: Mapping[Kind, int]) -> list[Item]:

@@ -103,6 +103,17 @@ class Spent:
         """Return the tokens of prompts and answers together."""
         return self.prompt_tokens + self.completion_tokens
 
+    def add(self, entry: dict[str, Any], item: Item) -> int:
+        """Add the cost of a response and return its tokens."""
+        if entry["status"] != 200:
+            return 0
+        prompt, answer = _usage(entry, item)
+        self.prompt_tokens += prompt
+        self.completion_tokens += answer
+        if item.job.price is not None:
+            self.cost += item.job.price.cost(prompt, answer, "batch" in entry)
+        return prompt + answer
+
 
 @dataclass(slots=True)
 class State:
@@ -152,7 +163,7 @@ class Ledger:
         Raises `DataError` for a response before the job, or one that is already logged.
         """
         if "job" in entry:
-            self.job = Job.from_json(entry["job"])
+            self.job = Job.model_validate(entry["job"])
         elif "count" in entry:
             self.counts |= {kind: max(count, self.counts.get(kind, 0)) for kind, count in entry["count"].items()}
         elif "batch_name" in entry:
@@ -169,7 +180,7 @@ class Ledger:
             raise DataError(f"the raw log has attempt {entry['attempt']} of {entry['key'][:12]} twice")
         state.attempts.add(entry["attempt"])
         self.responses += 1
-        tokens = add_spent(self.spent, entry, item)
+        tokens = self.spent.add(entry, item)
         if state.good:
             return tokens
         state.offset = offset
@@ -208,19 +219,8 @@ def item_of(entry: dict[str, Any], job: Job) -> Item:
     return Item(job, entry["kind"], Scene.from_json(entry["scene"]))
 
 
-def add_spent(spent: Spent, entry: dict[str, Any], item: Item) -> int:
-    """Add the cost of a response and return its tokens: the endpoint's count or, without one, an estimate."""
-    if entry["status"] != 200:
-        return 0
-    prompt, answer = _usage(entry, item)
-    spent.prompt_tokens += prompt
-    spent.completion_tokens += answer
-    if item.job.price is not None:
-        spent.cost += item.job.price.cost(prompt, answer, "batch" in entry)
-    return prompt + answer
-
-
 def _usage(entry: dict[str, Any], item: Item) -> tuple[int, int]:
+    """Return the tokens of prompt and answer: the endpoint's count or, without one, an estimate."""
     try:
         usage = decode_body(entry["body"])["usage"]
         prompt, answer = usage["prompt_tokens"], usage["completion_tokens"]

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from score_command import run_score, scored
 
-from anyres_vlm.evaluate.benchmarks.vqav2 import CONTRACTIONS, vqa_answer
+from anyres_vlm.evaluate.benchmarks.vqa import CONTRACTIONS, vqa_answer
 
 PIECES = [
     *(

@@ -8,8 +8,7 @@ from anyres_vlm.evaluate.benchmarks.gqa import GQA
 from anyres_vlm.evaluate.benchmarks.heldout import Heldout
 from anyres_vlm.evaluate.benchmarks.mmvet import Judge, MMVet
 from anyres_vlm.evaluate.benchmarks.pope import POPE
-from anyres_vlm.evaluate.benchmarks.textvqa import TextVQA
-from anyres_vlm.evaluate.benchmarks.vqav2 import VQAv2
+from anyres_vlm.evaluate.benchmarks.vqa import TextVQA, VQAv2
 
 
 def make_benchmark(

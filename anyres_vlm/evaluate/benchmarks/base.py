@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 from abc import ABC, abstractmethod
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from anyres_vlm.data.sources.paths import path_inside
 from anyres_vlm.errors import DataError, UsageError
@@ -44,14 +44,21 @@ def image_question(name: int | str, image: ImageRef, prompt: str) -> Question:
 
 @dataclass(frozen=True, slots=True)
 class Mark:
-    """The points of one answer, 0 to 1, with the question, the reference answer, the image file and question kinds."""
+    """One answered question with its points, 0 to 1. Everything but the points is empty if it was not recorded."""
 
     points: float
-    answer: Answered
-    question: str
-    reference: str
-    image: str
+    question: str = ""
+    image: str = ""
+    text: str = ""
+    reference: str = ""
     kinds: tuple[str, ...] = ()
+
+
+def make_mark(
+    points: float, answer: Answered, question: str, reference: str, image: str, kinds: tuple[str, ...] = ()
+) -> Mark:
+    """Return the mark of an answer; the prompt and image recorded with the answer come before the annotations'."""
+    return Mark(points, answer.prompt or question, answer.image or image, answer.text, reference, kinds)
 
 
 @dataclass(frozen=True)
@@ -69,15 +76,8 @@ class Scored:
 class Benchmark(ABC):
     """One benchmark with its options set."""
 
-    @property
-    @abstractmethod
-    def name(self) -> str:
-        """Name on the command line."""
-
-    @property
-    @abstractmethod
-    def max_new_tokens(self) -> int:
-        """Length limit of an answer, in tokens."""
+    name: ClassVar[str]  # on the command line
+    max_new_tokens: ClassVar[int]  # length limit of an answer
 
     @property
     @abstractmethod
@@ -200,6 +200,14 @@ def human_reference(answers: Sequence[str]) -> str:
     return ", ".join(f"{text} ({count})" for text, count in Counter(answers).most_common(3))
 
 
-def percent(values: Sequence[float], digits: int = 2) -> float:
+def mean_by(values: Iterable[tuple[str, float]], mean: Callable[[Sequence[float]], float]) -> dict[str, float]:
+    """Return the mean of the values of each label, sorted by label."""
+    groups: defaultdict[str, list[float]] = defaultdict(list)
+    for label, value in values:
+        groups[label].append(value)
+    return {label: mean(groups[label]) for label in sorted(groups)}
+
+
+def percent(values: Sequence[float]) -> float:
     """Return the mean in percent, rounded as the official scripts print it."""
-    return float(f"{100.0 * (sum(values) / len(values)):.{digits}f}")
+    return float(f"{100.0 * (sum(values) / len(values)):.2f}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,8 @@ from anyres_vlm.evaluate.benchmarks.base import (
     Scored,
     find_file,
     image_question,
+    make_mark,
+    mean_by,
     percent,
     questions_by_id,
     take,
@@ -69,32 +70,28 @@ class GQA(Benchmark):
             for name, entry in wanted.items()
             if name in answered or (not partial and take(entry, "isBalanced", bool, f"{path}: question {name}"))
         ]
-        found = match(given, expected)
+        found = match(given, expected, path, partial)
         marks: dict[str, Mark] = {}
-        groups: dict[str, dict[str, list[float]]] = {kind: defaultdict(list) for kind in TYPES}
-        halves: dict[str, list[float]] = {"binary": [], "open": []}
+        typed: list[tuple[dict[str, str], float]] = []
         for name in expected:
             entry, where = wanted[name], f"{path}: question {name}"
             if not take(entry, "isBalanced", bool, where):
                 continue
             answer = found[name]
-            said = prediction(answer.text) if answer.raw else answer.text
             truth = take(entry, "answer", str, where)
-            points = float(said == truth)
             types = take(entry, "types", dict, where)
-            for kind, key in TYPES.items():
-                groups[kind][take(types, key, str, where)].append(points)
-            halves["open" if types["structural"] == "query" else "binary"].append(points)
-            kinds = tuple(f"{key}: {types[key]}" for key in TYPES.values())
+            kinds = tuple(f"{key}: {take(types, key, str, where)}" for key in TYPES.values())
+            points = float(truth == (prediction(answer.text) if answer.raw else answer.text))
             question, image = (str(entry.get(key, "")) for key in ("question", "imageId"))
-            marks[name] = Mark(points, answer, question, truth, f"{image}.jpg", kinds)
+            marks[name] = make_mark(points, answer, question, truth, f"{image}.jpg", kinds)
+            typed.append((types, points))
         if not marks:
             raise DataError(f"{path}: no balanced questions in it")
         accuracy = percent([mark.points for mark in marks.values()])
-        scores: dict[str, Any] = {"accuracy": accuracy}
-        scores |= {half: percent(hits) if hits else 0.0 for half, hits in halves.items()}
-        scores |= {kind: {name: percent(of[name]) for name in sorted(of)} for kind, of in groups.items()}
-        return Scored(accuracy, scores, marks)
+        halves = {"binary": 0.0, "open": 0.0}
+        halves |= mean_by((("open" if of["structural"] == "query" else "binary", hit) for of, hit in typed), percent)
+        by_type = {kind: mean_by(((of[key], hit) for of, hit in typed), percent) for kind, key in TYPES.items()}
+        return Scored(accuracy, {"accuracy": accuracy, **halves, **by_type}, marks)
 
 
 def prediction(text: str) -> str:

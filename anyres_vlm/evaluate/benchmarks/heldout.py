@@ -13,7 +13,7 @@ from statistics import fmean, stdev
 from anyres_vlm.data.sources import read_records
 from anyres_vlm.errors import DataError
 from anyres_vlm.evaluate.answers import Answered, match
-from anyres_vlm.evaluate.benchmarks.base import Benchmark, Mark, Question, Scored, image_path, percent
+from anyres_vlm.evaluate.benchmarks.base import Benchmark, Mark, Question, Scored, image_path, make_mark, percent
 from anyres_vlm.schema import Record
 
 BLIND = "another question's (blind)"
@@ -50,7 +50,7 @@ class Heldout(Benchmark):
     def score(self, annotations: Sequence[Path], given: Sequence[Answered], partial: bool) -> Scored:
         (data,) = annotations
         records = {record.id: record for record in _read(data, None)}
-        found = match(given, {answer.id or "" for answer in given} & set(records) if partial else records)
+        found = match(given, records, data, partial)
         marks: dict[str, Mark] = {}
         by_task: defaultdict[str, list[bool]] = defaultdict(list)
         for name, answer in found.items():
@@ -58,11 +58,9 @@ class Heldout(Benchmark):
             question, truth = (turn.text for turn in record.turns[:2])
             is_correct = normalise(answer.text) == normalise(truth)
             shown = ", ".join(map(image_path, record.images))
-            marks[name] = Mark(float(is_correct), answer, question, truth, shown, (record.task,))
+            marks[name] = make_mark(float(is_correct), answer, question, truth, shown, (record.task,))
             by_task[record.task].append(is_correct)
             by_task["all"].append(is_correct)
-        if not marks:
-            raise DataError(f"{data}: no questions in it")
         shares = {task: sum(hits) / len(hits) for task, hits in by_task.items()}
         return Scored(percent(by_task["all"]), shares, marks)
 

@@ -9,7 +9,6 @@ import ast
 import hashlib
 import json
 import os
-from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -28,6 +27,8 @@ from anyres_vlm.evaluate.benchmarks.base import (
     Scored,
     find_file,
     image_question,
+    make_mark,
+    mean_by,
     questions_by_id,
     take,
 )
@@ -122,32 +123,27 @@ def _score(
     (path,) = annotations
     entries = questions_by_id(path)
     ids = [_official_id(answer.id or "") for answer in given]
-    found = match(given, set(ids) & set(entries) if partial else entries, ids)
-    if not found:
-        raise DataError(f"{path}: no questions in it")
+    found = match(given, entries, path, partial, ids)
     marks: dict[str, Mark] = {}
     models = set()
-    groups: dict[str, dict[str, list[float]]] = {
-        "capabilities": defaultdict(list),
-        "integrations": defaultdict(list),
-    }
     for name, entry in entries.items():
         if name not in found:
             continue
         where = f"{path}: question {name}"
         truth = take(entry, "answer", str, where)
         question = take(entry, "question", str, where)
-        needed = sorted(set(take(entry, "capability", list, where)))
+        needed = tuple(sorted(set(take(entry, "capability", list, where))))
         graded = grade(question, truth, found[name].text)
         models.add(graded.model)
-        marks[name] = Mark(graded.score, found[name], question, truth, str(entry.get("imagename", "")), tuple(needed))
-        for capability in needed:
-            groups["capabilities"][capability].append(graded.score)
-        groups["integrations"]["_".join(needed)].append(graded.score)
+        marks[name] = make_mark(graded.score, found[name], question, truth, str(entry.get("imagename", "")), needed)
     total = _percent([mark.points for mark in marks.values()])
-    scores: dict[str, Any] = {"total": total}
-    scores |= {kind: {name: _percent(of[name]) for name in sorted(of)} for kind, of in groups.items()}
-    return Scored(total, scores | {"judged_by": sorted(models)}, marks)
+    scores = {
+        "total": total,
+        "capabilities": mean_by(((kind, mark.points) for mark in marks.values() for kind in mark.kinds), _percent),
+        "integrations": mean_by((("_".join(mark.kinds), mark.points) for mark in marks.values()), _percent),
+        "judged_by": sorted(models),
+    }
+    return Scored(total, scores, marks)
 
 
 @dataclass

@@ -22,6 +22,7 @@ from anyres_vlm.evaluate.benchmarks.base import (
     entries_by_id,
     find_files,
     image_question,
+    make_mark,
     percent,
     take,
 )
@@ -73,32 +74,18 @@ class POPE(Benchmark):
         for split, (path, entries) in _read_splits(annotations).items():
             splits[split] = entries
             labels |= {name: _label(entry, f"{path}: question {name}") for name, entry in entries.items()}
-        ids = _ids(given, splits)
-        found = match(given, set(ids) & set(labels) if partial else labels, ids)
-        said = {name: yes_or_no(answer.text) == "yes" for name, answer in found.items()}
-        marks = {
-            name: Mark(
-                float(said[name] == labels[name]),
-                found[name],
-                str(entry.get("text", "")),
-                entry["label"],
-                str(entry.get("image", "")),
-                (split,),
-            )
-            for split, entries in splits.items()
-            for name, entry in entries.items()
-            if name in said
-        }
-        by_split = {
-            split: yes_no_rates([(said[name], labels[name]) for name in entries if name in said])
-            for split, entries in splits.items()
-            if any(name in said for name in entries)
-        }
-        if not by_split:
-            raise DataError(f"{annotations[0]}: no questions in it")
-        f1 = [rates["f1"] for rates in by_split.values()]
-        mean = None if None in f1 else percent([float(value) for value in f1 if value is not None])
-        return Scored(mean, by_split, marks)
+        found = match(given, labels, annotations[0], partial, _ids(given, splits))
+        marks: dict[str, Mark] = {}
+        rates: dict[str, dict[str, float | None]] = {}
+        for split, entries in splits.items():
+            said = {name: yes_or_no(found[name].text) == "yes" for name in entries if name in found}
+            for name, yes in said.items():
+                question, truth, image = (str(entries[name].get(key, "")) for key in ("text", "label", "image"))
+                marks[name] = make_mark(float(yes == labels[name]), found[name], question, truth, image, (split,))
+            if said:
+                rates[split] = yes_no_rates([(yes, labels[name]) for name, yes in said.items()])
+        f1 = [of["f1"] for of in rates.values() if of["f1"] is not None]
+        return Scored(percent(f1) if len(f1) == len(rates) else None, rates, marks)
 
 
 def yes_or_no(text: str) -> str:

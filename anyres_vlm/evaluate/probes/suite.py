@@ -2,23 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
-from anyres_vlm.evaluate.probes.case import Reply
-from anyres_vlm.evaluate.probes.objects import COUNTING, HALLUCINATION, SPATIAL
-from anyres_vlm.evaluate.probes.reading import READING, THUMBNAIL
+from anyres_vlm.evaluate.probes import cases
+from anyres_vlm.evaluate.probes.cases import THUMBNAIL, Case, Reply
 from anyres_vlm.geometry import Grid
 from anyres_vlm.inference.assistant import Assistant, Conversation
 from anyres_vlm.inference.generation import Decoding
 from anyres_vlm.schema import IMAGE_TOKEN, Turn
 from anyres_vlm.synthetic.dialogue import BRIEFLY
 
-PROBES = {"hallucination": HALLUCINATION, "spatial": SPATIAL, "counting": COUNTING, "reading": READING}
 MAX_NEW_TOKENS = 32
 CHUNK = 64  # images in memory at once
+
+
+@dataclass(frozen=True)
+class Probe:
+    """One failure mode. `cases` takes the side of the image in pixels, the images per value, and a seed."""
+
+    cases: Callable[[int, int, int], Iterator[Case]]
+    score: Callable[[Sequence[Reply]], dict[str, Any]]
+
+
+PROBES = {
+    "hallucination": Probe(cases.hallucination_cases, cases.score_hallucination),
+    "spatial": Probe(cases.spatial_cases, cases.score_spatial),
+    "counting": Probe(cases.counting_cases, cases.score_counting),
+    "reading": Probe(cases.reading_cases, cases.score_reading),
+}
 
 
 @dataclass(frozen=True)
@@ -43,15 +57,15 @@ def run_probes(
         side = 2 * asked.tiling.tile  # fills a 2x2 canvas pixel by pixel
         replies: list[Reply] = []
         drawn = PROBES[name].cases(side, count, seed)
-        while cases := list(islice(drawn, CHUNK)):
+        while chunk := list(islice(drawn, CHUNK)):
             conversations = [
                 Conversation([Turn("user", f"{IMAGE_TOKEN}\n{case.question} {BRIEFLY}")], [case.image])
-                for case in cases
+                for case in chunk
             ]
             answers = asked.answer_many(conversations, Decoding(MAX_NEW_TOKENS), batch_tokens)
             replies += [
                 Reply(case.question, case.answer, case.facts, answer.text)
-                for case, answer in zip(cases, answers, strict=True)
+                for case, answer in zip(chunk, answers, strict=True)
             ]
             progress(title, len(replies))
         return Probed(PROBES[name].score(replies), replies)

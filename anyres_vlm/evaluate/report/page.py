@@ -16,9 +16,10 @@ from PIL import Image
 
 from anyres_vlm.data.images import open_image
 from anyres_vlm.errors import DataError
-from anyres_vlm.evaluate.benchmarks.base import SHORT_ANSWER
-from anyres_vlm.evaluate.report.published import BENCHMARKS, PUBLISHED, Guide, caveats, guide, run_differences
-from anyres_vlm.evaluate.report.results import Answer, Probes, Result
+from anyres_vlm.evaluate.benchmarks.base import SHORT_ANSWER, Mark
+from anyres_vlm.evaluate.report.probing import read_probes
+from anyres_vlm.evaluate.report.published import BENCHMARKS, PUBLISHED, caveats, guide, run_differences
+from anyres_vlm.evaluate.report.results import Probes, Result
 from anyres_vlm.evaluate.report.statistics import (
     DRAWS,
     Comparison,
@@ -89,53 +90,12 @@ class Scores:
 
 
 @dataclass(frozen=True)
-class Kind:
-    """A kind of question: the number of questions, and each run's mean points in percent."""
-
-    name: str
-    questions: int
-    means: list[float | None]
-
-
-@dataclass(frozen=True)
 class Example:
     """A question with the answers of several runs, and its image as a data URL or the reason why there is none."""
 
-    answers: list[tuple[str, Answer]]
+    answers: list[tuple[str, Mark]]
     image: str
     remark: str
-
-
-@dataclass(frozen=True)
-class Section:
-    """Everything about one benchmark. `incomparable` names pairs of runs without common questions."""
-
-    name: str
-    guide: Guide
-    scores: list[Scores]
-    warnings: list[str]
-    kinds: list[Kind]
-    comparisons: list[tuple[Comparison, list[Example]]]
-    incomparable: list[tuple[str, str]]
-    failures: list[tuple[Result, list[Example]]]
-
-    @property
-    def caveats(self) -> dict[str, list[str]]:
-        """The runs that are not comparable with published ones, by reason."""
-        found: dict[str, list[str]] = {}
-        for score in self.scores:
-            for caveat in score.caveats:
-                found.setdefault(caveat, []).append(score.result.label)
-        return found
-
-
-@dataclass(frozen=True)
-class Row:
-    """One model in the table of all scores: a result or None for each benchmark."""
-
-    label: str
-    model: str
-    cells: list[Scores | None]
 
 
 def write_report(results: Sequence[Result], probes: Sequence[Probes], out: Path, images: Images, examples: int) -> Path:
@@ -155,7 +115,7 @@ def write_report(results: Sequence[Result], probes: Sequence[Probes], out: Path,
         "published_present": [name for name in present if name in BENCHMARKS],
         "rows": _rows(results, sections),
         "names": present,
-        "probes": _probes(probes),
+        "probes": [read_probes(run) for run in probes],
         "png_url": lambda png: _data_url("png", png),
     }
     markdown = out.with_suffix(".md")
@@ -173,38 +133,37 @@ def _sources() -> list[str]:
     return [f"{', '.join(models)}: {source}" for source, models in by_source.items()]
 
 
-def _rows(results: Sequence[Result], sections: Sequence[Section]) -> list[Row]:
+def _rows(results: Sequence[Result], sections: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return a row of the table of all scores for each model: a result or None for each benchmark."""
     found = []
     for label, model in dict.fromkeys((result.label, result.model) for result in results):
         cells = [
-            next((s for s in one.scores if (s.result.label, s.result.model) == (label, model)), None)
+            next((s for s in one["scores"] if (s.result.label, s.result.model) == (label, model)), None)
             for one in sections
         ]
-        found.append(Row(label, model, cells))
+        found.append({"label": label, "model": model, "cells": cells})
     return found
 
 
-def _probes(probes: Sequence[Probes]) -> list[Any]:
-    if not probes:
-        return []
-    from anyres_vlm.evaluate.report.probing import read_probes
-
-    return [read_probes(run) for run in probes]
-
-
-def _section(name: str, results: Sequence[Result], images: Images, examples: int) -> Section:
-    """Return the section of one benchmark; every later run is compared with the first."""
+def _section(name: str, results: Sequence[Result], images: Images, examples: int) -> dict[str, Any]:
+    """Return what the templates show of one benchmark; every later run is compared with the first."""
     compared = [(other, compare(results[0], other)) for other in results[1:]]
-    return Section(
-        name,
-        guide(name),
-        [_score(result) for result in results],
-        run_differences(results),
-        _kinds(results),
-        [(found, _changed(found, images, examples)) for _, found in compared if found],
-        [(results[0].label, other.label) for other, found in compared if not found],
-        [(result, _failed(result, images, examples)) for result in results],
-    )
+    scores = [_score(result) for result in results]
+    not_like_published: dict[str, list[str]] = {}  # labels of the runs, by reason
+    for score in scores:
+        for caveat in score.caveats:
+            not_like_published.setdefault(caveat, []).append(score.result.label)
+    return {
+        "name": name,
+        "guide": guide(name),
+        "scores": scores,
+        "caveats": not_like_published,
+        "warnings": run_differences(results),
+        "kinds": _kinds(results),
+        "comparisons": [(found, _changed(found, images, examples)) for _, found in compared if found],
+        "incomparable": [(results[0].label, other.label) for other, found in compared if not found],
+        "failures": [(result, _failed(result, images, examples)) for result in results],
+    }
 
 
 def _score(result: Result) -> Scores:
@@ -218,7 +177,7 @@ def _score(result: Result) -> Scores:
     return Scores(result, found, unit_name, count, caveats(result), reading, _rates(result))
 
 
-def _why_no_interval(result: Result, answers: Sequence[Answer], count: int) -> str:
+def _why_no_interval(result: Result, answers: Sequence[Mark], count: int) -> str:
     if result.score is None:
         return "no score: F1 needs a correct yes in each split" if result.scores else "no score: no answers or no judge"
     if result.benchmark == "pope" and not has_marks(answers):
@@ -269,22 +228,23 @@ def _noise(benchmark: str, found: Interval) -> float | None:
     return float((found.margin**2 + theirs**2) ** 0.5)
 
 
-def _kinds(results: Sequence[Result]) -> list[Kind]:
+def _kinds(results: Sequence[Result]) -> list[dict[str, Any]]:
+    """Return kinds of question: the number of questions, and each run's mean points in percent."""
     tables = []
     for result in results:
         answers = list(result.answers.values())
         names = kinds_of(answers)
         sums = kind_ratios(answers, answers).sum(axis=0) if names else []
         tables.append({name: (float(hits), int(count)) for name, (hits, count) in zip(names, sums, strict=True)})
-    kinds = [
-        Kind(
-            name,
-            max(table[name][1] for table in tables if name in table),
-            [100 * table[name][0] / table[name][1] if name in table else None for table in tables],
-        )
+    kinds: list[dict[str, Any]] = [
+        {
+            "name": name,
+            "questions": max(table[name][1] for table in tables if name in table),
+            "means": [100 * table[name][0] / table[name][1] if name in table else None for table in tables],
+        }
         for name in dict.fromkeys(name for table in tables for name in table)
     ]
-    return sorted(kinds, key=lambda kind: -kind.questions)[:MAX_KINDS]
+    return sorted(kinds, key=lambda kind: -kind["questions"])[:MAX_KINDS]
 
 
 def _changed(found: Comparison, images: Images, count: int) -> list[Example]:
@@ -298,7 +258,7 @@ def _failed(result: Result, images: Images, count: int) -> list[Example]:
     return [_example([(result, answer)], images) for answer in worst(list(result.answers.values()), count)]
 
 
-def _example(answers: list[tuple[Result, Answer]], images: Images) -> Example:
+def _example(answers: list[tuple[Result, Mark]], images: Images) -> Example:
     """Return an example with the image that the last run that is not blind was shown."""
     result, answer = next((pair for pair in reversed(answers) if not pair[0].blind), answers[-1])
     image, remark = images.show(answer.image, result.tiling)
@@ -326,7 +286,7 @@ def _render(template: str, context: dict[str, Any], autoescape: bool) -> bytes:
         lstrip_blocks=True,
         finalize=None if autoescape else _escape_markdown,
     )
-    environment.filters |= {"safe_text": safe_text, "asked": _asked, "number": _number, "signed": _signed}
+    environment.filters |= {"safe_text": safe_text, "asked": _asked, "number": _number, "signed": "{:+.1f}".format}
     text = (Path(__file__).parent / template).read_text(encoding="utf-8")
     return environment.from_string(text).render(context).encode("utf-8", "replace")
 
@@ -344,10 +304,6 @@ def _asked(prompt: str) -> str:
 
 def _number(value: float | None, digits: int = 1) -> str:
     return "-" if value is None or value != value else f"{value:,.{digits}f}"
-
-
-def _signed(value: float) -> str:
-    return f"{value:+.1f}"
 
 
 def _escape_markdown(value: Any) -> Any:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from importlib.util import find_spec
 from io import BytesIO
 from pathlib import Path
@@ -12,57 +11,28 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from anyres_vlm.errors import DataError
-from anyres_vlm.evaluate.probes.case import Reply, yes_or_no
-from anyres_vlm.evaluate.probes.objects import number_in
-from anyres_vlm.evaluate.probes.reading import THUMBNAIL, read
+from anyres_vlm.evaluate.probes.cases import THUMBNAIL, Reply, number_in, read, yes_or_no
 from anyres_vlm.evaluate.report.results import Probes
-from anyres_vlm.evaluate.report.statistics import Interval, draw, interval, shares
+from anyres_vlm.evaluate.report.statistics import draw, interval, shares
 
 
-@dataclass(frozen=True)
-class Headline:
-    """One number of a probe in percent; `guess` is what a blind model gets."""
+def read_probes(run: Probes) -> dict[str, Any]:
+    """Return what the templates show of a run: headlines, tables, and a chart as PNG or None.
 
-    name: str
-    value: float
-    interval: Interval | None
-    images: int
-    guess: str
-
-
-@dataclass(frozen=True)
-class Table:
-    """A probe's scores by one factor; a cell is a share or None."""
-
-    title: str
-    columns: list[str]
-    rows: list[tuple[str, list[float | None]]]
-
-
-@dataclass(frozen=True)
-class ProbeReport:
-    """One run's probes, ready to render; `figure` is a PNG, None without matplotlib or without reading and counting."""
-
-    run: Probes
-    headlines: list[Headline]
-    tables: list[Table]
-    figure: bytes | None
-
-
-def read_probes(run: Probes) -> ProbeReport:
-    """Summarise a run. Raises `DataError` if the replies are not those of `anyres probe`."""
+    Raises `DataError` if the replies are not those of `anyres probe`.
+    """
     try:
         replies = {name: [Reply(**reply) for reply in several] for name, several in run.replies.items()}
         headlines = [line for name in replies if replies[name] for line in _headlines(name, replies)]
         content = BytesIO()
         figure = content.getvalue() if draw_probes(run.scores, content) else None
-        return ProbeReport(run, headlines, _tables(run.scores), figure)
+        return {"run": run, "headlines": headlines, "tables": _tables(run.scores), "figure": figure}
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         kind = f"{type(error).__name__}: {error}"
         raise DataError(f"{run.label}: not a file of this version's anyres probe ({kind}): run it again") from None
 
 
-def _headlines(name: str, by_probe: Mapping[str, Sequence[Reply]]) -> list[Headline]:
+def _headlines(name: str, by_probe: Mapping[str, Sequence[Reply]]) -> list[dict[str, Any]]:
     replies = by_probe[name]
     right = [float(yes_or_no(reply.said) is (reply.answer == "yes")) for reply in replies]
     match name:
@@ -99,28 +69,37 @@ def _read_shares(replies: Sequence[Reply]) -> dict[str, list[float]]:
     return {"words": [float(share == 1) for share in shares_read], "characters": shares_read}
 
 
-def _headline(name: str, values: Sequence[float], questions: int, guess: str) -> Headline:
-    """Return a mean with its interval; `questions` consecutive values belong to one image."""
+def _headline(name: str, values: Sequence[float], questions: int, guess: str) -> dict[str, Any]:
+    """Return a mean in percent with its interval, and what a blind model gets.
+
+    `questions` consecutive values belong to one image.
+    """
     ratios = np.array([[value, 1.0] for value in values])[:, None, :]
     drawn = draw(ratios, [str(number // questions) for number in range(len(values))])
-    value = float(shares(ratios.sum(axis=0))[0])
-    return Headline(name, value, interval(shares(drawn)[:, 0]), len(values) // questions, guess)
+    return {
+        "name": name,
+        "value": float(shares(ratios.sum(axis=0))[0]),
+        "interval": interval(shares(drawn)[:, 0]),
+        "images": len(values) // questions,
+        "guess": guess,
+    }
 
 
-def _cell(value: Any) -> float | None:
-    return None if value is None else float(value)
-
-
-def _tables(scores: Mapping[str, Any]) -> list[Table]:
+def _tables(scores: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return a table for each probe, for reading one for each factor; a cell is a share or None."""
     tables = []
     for probe, by_value in scores.items():
         is_nested = all(isinstance(cell, dict) for row in by_value.values() for cell in row.values())
         factors = {f"{probe}, by {name}": rows for name, rows in by_value.items()} if is_nested else {probe: by_value}
         for title, rows in factors.items():
             columns = list(dict.fromkeys(column for row in rows.values() for column in row))
-            cells = [(str(value), [_cell(row.get(column)) for column in columns]) for value, row in rows.items()]
-            tables.append(Table(title, [column.replace("_", " ") for column in columns], cells))
+            cells = [(str(value), [_number(row.get(column)) for column in columns]) for value, row in rows.items()]
+            tables.append({"title": title, "columns": [name.replace("_", " ") for name in columns], "rows": cells})
     return tables
+
+
+def _number(value: Any) -> float | None:
+    return None if value is None else float(value)
 
 
 def draw_probes(scores: Mapping[str, Any], file: Path | BinaryIO) -> bool:

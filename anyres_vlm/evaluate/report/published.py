@@ -138,7 +138,7 @@ def caveats(result: Result) -> list[str]:
     elif known.sizes and result.questions not in known.sizes and result.benchmark != "vqav2":
         found.append(f"{result.questions:,} questions; the whole benchmark has {known.sizes[0]:,}")
     if result.unasked:
-        found.append(f"{result.unasked:,} questions could not be asked and count as wrong")
+        found.append(f"{len(result.unasked):,} questions could not be asked and count as wrong")
     match result.benchmark:
         case "vqav2" if result.answers:
             found.append(

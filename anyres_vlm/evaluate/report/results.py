@@ -5,32 +5,22 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from anyres_vlm.errors import DataError
 from anyres_vlm.evaluate.answers import read_json
-from anyres_vlm.evaluate.benchmarks.base import Scored
+from anyres_vlm.evaluate.benchmarks.base import Mark, Scored
 from anyres_vlm.evaluate.benchmarks.heldout import BLIND, Heldout
 from anyres_vlm.files import replacing
 from anyres_vlm.geometry import Tiling
 
 EXPECTED = "expected a file written by anyres eval, score --out or probe --out"
-
-
-@dataclass(frozen=True, slots=True)
-class Answer:
-    """One answered question. Everything but the points is empty if it was not recorded."""
-
-    points: float
-    question: str = ""
-    image: str = ""
-    text: str = ""
-    reference: str = ""
-    kinds: tuple[str, ...] = ()
+RESULT_KEYS, HELDOUT_KEYS, PROBES_KEYS = {"benchmark", "scores"}, {"accuracy", "answers"}, {"scores", "replies"}
 
 
 @dataclass(frozen=True)
@@ -38,17 +28,17 @@ class Result:
     """One benchmark's result. `score` is in percent; `answers` are by question; `label` identifies the run."""
 
     benchmark: str
-    label: str
-    model: str
     score: float | None
     scores: Mapping[str, Any]
-    protocol: Mapping[str, str]
     questions: int
-    answers: Mapping[str, Answer]
+    protocol: Mapping[str, str]
+    model: str = ""
     limit: int | None = None
-    unasked: int = 0
+    unasked: tuple[Any, ...] = ()
     tiling: Tiling | None = None
     annotations: tuple[str, ...] = ()
+    label: str = ""
+    answers: Mapping[str, Mark] = field(default_factory=dict)
 
     @property
     def judged_by(self) -> str:
@@ -66,84 +56,23 @@ class Result:
 class Probes:
     """One run of the probes: scores and replies by probe."""
 
-    label: str
-    model: str
-    count: int
     scores: Mapping[str, Any]
     replies: Mapping[str, Sequence[Mapping[str, Any]]]
-
-
-@dataclass(frozen=True)
-class _ResultFile:
-    benchmark: str
-    score: float | None
-    scores: dict[str, Any]
-    questions: int
-    protocol: dict[str, str]
-    points: dict[str, float]
-    model: str = ""
-    limit: int | None = None
-    unasked: tuple[Any, ...] = ()
-    tiling: Tiling | None = None
-    annotations: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class _Mark:
-    question_id: str
-    question: str
-    image: str
-    text: str
-    reference: str
-    kinds: tuple[str, ...]
-    points: float
-
-
-@dataclass(frozen=True)
-class _HeldoutAnswer:
-    id: str
-    task: str
-    question: str
-    expected: str
-    answer: str
-    correct: bool
-    image: str = ""
-
-
-@dataclass(frozen=True)
-class _HeldoutFile:  # an earlier format of results of held-out questions
-    answers: list[_HeldoutAnswer]
-    model: str = ""
-    limit: int | None = None
-    blind: bool = False
-    tiling: Tiling | None = None
-
-
-@dataclass(frozen=True)
-class _ProbesFile:
-    scores: dict[str, Any]
-    replies: dict[str, list[dict[str, Any]]]
     model: str = ""
     count: int = 0
+    label: str = ""
+
+
+class _Points(BaseModel):
+    points: dict[str, float]
 
 
 def write_result(folder: Path, title: str, result: Mapping[str, Any], scored: Scored) -> None:
     """Write `TITLE.json` with the points of every question, and `TITLE.marks.jsonl` with questions and answers."""
     folder.mkdir(parents=True, exist_ok=True)
-    lines = [
-        {
-            "question_id": question,
-            "question": mark.answer.prompt or mark.question,
-            "image": mark.answer.image or mark.image,
-            "text": mark.answer.text,
-            "reference": mark.reference,
-            "kinds": mark.kinds,
-            "points": mark.points,
-        }
-        for question, mark in scored.marks.items()
-    ]
     with replacing(folder / f"{title}.marks.jsonl") as file:
-        file.writelines(json.dumps(line) + "\n" for line in lines)
+        for question, mark in scored.marks.items():
+            file.write(json.dumps({"question_id": question} | asdict(mark)) + "\n")
     content = {**result, "points": {question: mark.points for question, mark in scored.marks.items()}}
     with replacing(folder / f"{title}.json") as file:
         file.write(json.dumps(content, indent=1) + "\n")
@@ -172,9 +101,14 @@ def _files(run: Path) -> list[Path]:
     if run.is_file():
         return [run]
     for pattern in ("*.json", "**/eval/*.json"):
-        if found := [path for path in sorted(run.glob(pattern)) if path.is_file() and _kind(read_json(path))]:
+        if found := [path for path in sorted(run.glob(pattern)) if path.is_file() and _is_result(read_json(path))]:
             return found
     raise DataError(f"{run}: no result in it; {EXPECTED}")
+
+
+def _is_result(content: Any) -> bool:
+    kinds = (RESULT_KEYS, HELDOUT_KEYS, PROBES_KEYS)
+    return isinstance(content, dict) and any(keys <= content.keys() for keys in kinds)
 
 
 def _labels(places: Sequence[Path]) -> list[str]:
@@ -188,84 +122,65 @@ def _labels(places: Sequence[Path]) -> list[str]:
     return [str(Path(*parts[place])) for place in places]
 
 
-def _kind(content: Any) -> type[_ResultFile | _HeldoutFile | _ProbesFile] | None:
-    for kind, keys in (
-        (_ResultFile, {"benchmark", "scores"}),
-        (_HeldoutFile, {"accuracy", "answers"}),
-        (_ProbesFile, {"scores", "replies"}),
-    ):
-        if isinstance(content, dict) and keys <= content.keys():
-            return kind
-    return None
-
-
 def _read(path: Path, label: str) -> Result | Probes:
     content = read_json(path)
-    kind = _kind(content)
-    if kind is None:
+    if not _is_result(content):
         raise DataError(f"{path}: not a result; {EXPECTED}")
+    content["label"] = label
     try:
-        found = TypeAdapter(kind).validate_python(content)
-        marks = _marks(path, found) if isinstance(found, _ResultFile) else {}
+        if content.keys() >= RESULT_KEYS:
+            result = TypeAdapter(Result).validate_python(content | {"answers": {}})
+            points = _Points.model_validate(content).points
+            marks = _read_marks(path, points) or {question: Mark(number) for question, number in points.items()}
+            return replace(result, answers=marks)
+        if content.keys() >= HELDOUT_KEYS:
+            return _read_heldout(path, content)
+        return TypeAdapter(Probes).validate_python(content)
     except ValidationError as error:
         fault = error.errors()[0]
         place = ".".join(map(str, fault["loc"]))
         raise DataError(f"{path}: {place or 'content'}: {fault['msg']}; {EXPECTED}") from None
-    if isinstance(found, _ProbesFile):
-        return Probes(label, found.model, found.count, found.scores, found.replies)
-    if isinstance(found, _HeldoutFile):
-        return _heldout(path, label, found)
-    return Result(
-        found.benchmark,
-        label,
-        found.model,
-        found.score,
-        found.scores,
-        found.protocol,
-        found.questions,
-        marks,
-        found.limit,
-        len(found.unasked),
-        found.tiling,
-        found.annotations,
-    )
 
 
-def _heldout(path: Path, label: str, found: _HeldoutFile) -> Result:
-    answers = {
-        one.id: Answer(float(one.correct), one.question, one.image, one.answer, one.expected, (one.task,))
-        for one in found.answers
-    }
-    if not answers or len(answers) < len(found.answers):
-        raise DataError(f"{path}: {len(found.answers)} answers to {len(answers)} questions: expected one answer each")
-    score = 100 * sum(answer.points for answer in answers.values()) / len(answers)
-    protocol = Heldout(swap_images=found.blind).protocol
-    return Result(
-        Heldout.name,
-        label,
-        found.model,
-        round(score, 2),
-        {},
-        protocol,
-        len(answers),
-        answers,
-        found.limit,
-        tiling=found.tiling,
-    )
-
-
-def _marks(path: Path, found: _ResultFile) -> dict[str, Answer]:
-    """Read the marks of a result; without their file only the points are known."""
+def _read_marks(path: Path, points: Mapping[str, float]) -> dict[str, Mark]:
+    """Read the marks of a result; nothing without their file, when only the points are known."""
     marks_file = path.with_name(f"{path.stem}.marks.jsonl")
-    bare = {question: Answer(points) for question, points in found.points.items()}
-    if not marks_file.exists() or not bare:
-        return bare
+    if not marks_file.exists() or not points:
+        return {}
     content = read_json(marks_file)
-    lines = TypeAdapter(list[_Mark]).validate_python(content if isinstance(content, list) else [content])
-    marks = {
-        line.question_id: Answer(line.points, line.question, line.image, line.text, line.reference, line.kinds)
-        for line in lines
-    }
-    if {question: mark.points for question, mark in marks.items()} != found.points:
+    lines = TypeAdapter(list[dict[str, Any]]).validate_python(content if isinstance(content, list) else [content])
+    by_question = {str(line.get("question_id")): line for line in lines}
+    marks = TypeAdapter(dict[str, Mark]).validate_python(by_question)
+    if {question: mark.points for question, mark in marks.items()} != points:
         raise DataError(f"{marks_file}: belongs to another result than {path.name}: score again, or delete the marks")
     return marks
+
+
+def _read_heldout(path: Path, content: Mapping[str, Any]) -> Result:
+    """Read a result of held-out questions in the format of earlier releases."""
+    try:
+        answers = {
+            one["id"]: {
+                "points": one["correct"],
+                "question": one["question"],
+                "image": one.get("image", ""),
+                "text": one["answer"],
+                "reference": one["expected"],
+                "kinds": [one["task"]],
+            }
+            for one in content["answers"]
+        }
+    except (KeyError, TypeError, AttributeError) as error:
+        raise DataError(f"{path}: answers: {type(error).__name__} {error}; {EXPECTED}") from None
+    if not answers or len(answers) < len(content["answers"]):
+        raise DataError(f"{path}: {len(content['answers'])} answers to {len(answers)} questions: expected one each")
+    found = {
+        "benchmark": Heldout.name,
+        "score": None,
+        "scores": {},
+        "questions": len(answers),
+        "protocol": Heldout(swap_images=content.get("blind") is True).protocol,
+        "answers": answers,
+    }
+    result = TypeAdapter(Result).validate_python({**content, **found})
+    return replace(result, score=round(100 * fmean(mark.points for mark in result.answers.values()), 2))

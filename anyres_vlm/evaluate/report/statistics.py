@@ -14,8 +14,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from anyres_vlm.evaluate.benchmarks.base import Mark
 from anyres_vlm.evaluate.benchmarks.pope import yes_or_no
-from anyres_vlm.evaluate.report.results import Answer, Result
+from anyres_vlm.evaluate.report.results import Result
 
 DRAWS = 2000
 CHUNK = 50  # draws at once; 16 MB for the 40,504 images of VQAv2
@@ -82,7 +83,7 @@ def interval(draws: NDArray[np.float64]) -> Interval | None:
     return Interval(float(low), float(high))
 
 
-def score_ratios(benchmark: str, answers: Sequence[Answer]) -> Ratios:
+def score_ratios(benchmark: str, answers: Sequence[Mark]) -> Ratios:
     """Return ratios whose mean is the score, (questions, ratios, 2): points over questions, or F1 of each POPE split.
 
     F1 is 2 hits / (said yes + truly yes), which needs the marks of the answers.
@@ -94,26 +95,26 @@ def score_ratios(benchmark: str, answers: Sequence[Answer]) -> Ratios:
     return _points(answers)[:, None, :]
 
 
-def has_marks(answers: Sequence[Answer]) -> bool:
+def has_marks(answers: Sequence[Mark]) -> bool:
     """Return whether the answers themselves are known, not only their points."""
     return all(answer.reference for answer in answers)
 
 
-def kinds_of(answers: Sequence[Answer]) -> list[str]:
+def kinds_of(answers: Sequence[Mark]) -> list[str]:
     """Return the kinds of question in order of appearance."""
     return list(dict.fromkeys(kind for answer in answers for kind in answer.kinds))
 
 
-def kind_ratios(answers: Sequence[Answer], kinds_from: Sequence[Answer]) -> Ratios:
+def kind_ratios(answers: Sequence[Mark], kinds_from: Sequence[Mark]) -> Ratios:
     """Return points over questions of each kind, (questions, kinds, 2); the kinds come from `kinds_from`."""
     return _by_kind(_points(answers), kinds_from)
 
 
-def _points(answers: Sequence[Answer]) -> NDArray[np.float64]:
+def _points(answers: Sequence[Mark]) -> NDArray[np.float64]:
     return np.array([[answer.points, 1.0] for answer in answers])
 
 
-def _by_kind(pairs: NDArray[np.float64], answers: Sequence[Answer]) -> Ratios:
+def _by_kind(pairs: NDArray[np.float64], answers: Sequence[Mark]) -> Ratios:
     """Spread (questions, 2) over the kinds, (questions, kinds, 2), with zeros where a question is not of a kind."""
     places = {kind: place for place, kind in enumerate(kinds_of(answers))}
     spread = np.zeros((len(answers), len(places), 2))
@@ -122,7 +123,7 @@ def _by_kind(pairs: NDArray[np.float64], answers: Sequence[Answer]) -> Ratios:
     return spread
 
 
-def bootstrap_units(answers: Mapping[str, Answer]) -> tuple[list[str], str]:
+def bootstrap_units(answers: Mapping[str, Mark]) -> tuple[list[str], str]:
     """Return the unit of each question and its name: images if all are known, else questions."""
     if all(answer.image for answer in answers.values()):
         return [answer.image for answer in answers.values()], "images"
@@ -156,7 +157,7 @@ class Comparison:
     worse: int
     units: str
     kinds: list[KindDifference]
-    pairs: dict[str, tuple[Answer, Answer]]
+    pairs: dict[str, tuple[Mark, Mark]]
 
     @property
     def equal(self) -> int:
@@ -207,7 +208,7 @@ def compare(first: Result, second: Result) -> Comparison | None:
     )
 
 
-def most_different(comparison: Comparison, count: int) -> list[tuple[str, Answer, Answer]]:
+def most_different(comparison: Comparison, count: int) -> list[tuple[str, Mark, Mark]]:
     """Return the questions with the largest gaps, half in favour of each run if there are enough; ties at random."""
     names = list(comparison.pairs)
     random.Random(0).shuffle(names)
@@ -219,7 +220,7 @@ def most_different(comparison: Comparison, count: int) -> list[tuple[str, Answer
     return [(name, *comparison.pairs[name]) for name in found[:count]]
 
 
-def worst(answers: Sequence[Answer], count: int) -> list[Answer]:
+def worst(answers: Sequence[Mark], count: int) -> list[Mark]:
     """Return the answers with fewest points, spread over the kinds; ties at random, but the same each time."""
     missed = [answer for answer in answers if answer.points < 1 and (answer.question or answer.reference)]
     random.Random(0).shuffle(missed)
@@ -233,5 +234,5 @@ def worst(answers: Sequence[Answer], count: int) -> list[Answer]:
     return [missed[place] for place in order[:count]]
 
 
-def _is_same_question(a: Answer, b: Answer) -> bool:
+def _is_same_question(a: Mark, b: Mark) -> bool:
     return a.reference == b.reference or not (a.reference and b.reference)

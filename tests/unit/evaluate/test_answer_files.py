@@ -82,5 +82,5 @@ def test_bytes_that_are_no_text(tmp_path: Path) -> None:
 )
 def test_each_question_once(ids: str, words: str) -> None:
     with pytest.raises(DataError) as caught:
-        match([Answered(name, "", raw=True) for name in ids], ["1", "2"])
+        match([Answered(name, "", raw=True) for name in ids], ["1", "2"], Path("questions.json"), partial=False)
     assert words in str(caught.value)

@@ -14,8 +14,8 @@ from anyres_vlm.checkpoints.bases import build_model
 from anyres_vlm.checkpoints.load_save import save_pretrained
 from anyres_vlm.cli.main import main
 from anyres_vlm.config import ModelConfig
-from anyres_vlm.evaluate.probes import objects, reading
-from anyres_vlm.evaluate.probes.case import Case, Reply, yes_or_no
+from anyres_vlm.evaluate.probes import cases as probe_cases
+from anyres_vlm.evaluate.probes.cases import Case, Reply, yes_or_no
 from anyres_vlm.evaluate.probes.suite import PROBES, THUMBNAIL, run_probes
 from anyres_vlm.inference.assistant import Assistant
 from anyres_vlm.synthetic.rendering import KINDS, render
@@ -35,7 +35,7 @@ def components(case: Case) -> np.ndarray:
 
 
 def test_as_many_objects_are_drawn_as_are_to_be_counted() -> None:
-    cases = list(objects.counting_cases(SIDE, 4, seed=3))
+    cases = list(probe_cases.counting_cases(SIDE, 4, seed=3))
     assert [int(case.answer) for case in cases] == [true for true in range(1, 13) for _ in range(4)]
     for case in cases:
         assert (components(case) > 20).sum() == int(case.answer)
@@ -43,7 +43,7 @@ def test_as_many_objects_are_drawn_as_are_to_be_counted() -> None:
 
 def test_objects_are_there_or_not_by_their_colour() -> None:
     """A colour that no object has means that the object asked about is not there; yes means that it has pixels."""
-    cases = list(objects.hallucination_cases(SIDE, 30, seed=1))
+    cases = list(probe_cases.hallucination_cases(SIDE, 30, seed=1))
     assert [case.answer for case in cases] == ["yes", "no"] * 60
     for case in cases:
         has_colour = mask(case, case.question.split()[-2]).sum() > 50
@@ -55,10 +55,10 @@ def test_objects_are_there_or_not_by_their_colour() -> None:
 
 def test_relations_hold_as_answered_and_fail_when_swapped(monkeypatch: pytest.MonkeyPatch) -> None:
     sheets = []
-    draw = objects.scatter
-    monkeypatch.setattr(objects, "scatter", lambda *arguments: sheets.append(draw(*arguments)) or sheets[-1])
+    draw = probe_cases.scatter
+    monkeypatch.setattr(probe_cases, "scatter", lambda *arguments: sheets.append(draw(*arguments)) or sheets[-1])
     answers = []
-    cases = objects.spatial_cases(SIDE, 15, seed=2)
+    cases = probe_cases.spatial_cases(SIDE, 15, seed=2)
     for first in cases:
         second = next(cases)
         centres = {mark.shape: mark.centre for mark in sheets[-1].objects}
@@ -82,24 +82,24 @@ def lettering(case: Case) -> tuple[int, int, int]:
 
 
 def test_words_are_as_high_as_the_case_says() -> None:
-    for case in reading.reading_cases(SIDE, 6, seed=0):
+    for case in probe_cases.reading_cases(SIDE, 6, seed=0):
         if case.facts["factor"].endswith("height") and not set(case.answer) & set("JQ"):  # these reach below the line
             assert abs(lettering(case)[0] - case.facts["height"]) <= 2, case.facts
 
 
 def test_a_turned_word_stands() -> None:
-    turned = [case for case in reading.reading_cases(SIDE, 6, seed=0) if case.facts["rotation"] == 90]
+    turned = [case for case in probe_cases.reading_cases(SIDE, 6, seed=0) if case.facts["rotation"] == 90]
     assert len(turned) == 6
     for case in turned:
         height, width, _ = lettering(case)
         assert height > width
 
 
-@pytest.mark.parametrize("share", reading.COVERED)
+@pytest.mark.parametrize("share", probe_cases.FACTORS["covered"])
 def test_a_covered_word_loses_its_share_of_ink(share: float) -> None:
     def ink(covered: float) -> int:
         facts = {"height": 14, "rotation": 0, "face": "DejaVuSans-Bold", "covered": covered}
-        image = reading.draw_sign(random.Random(5), SIDE, "PARKING", facts)
+        image = probe_cases.draw_sign(random.Random(5), SIDE, "PARKING", facts)
         return lettering(Case(image, "", "", {}))[2]
 
     assert 1 - ink(share) / ink(0) == pytest.approx(share, abs=0.12)
@@ -111,7 +111,7 @@ def test_no_picture_or_word_of_training_is_probed() -> None:
     assert not asked & shown
     taught = {mark.char for mark in render("sign", 0, "train").glyphs}
     assert taught, "signs have marks, so the next line reads something"
-    cases = list(reading.reading_cases(SIDE, 10, seed=0))
+    cases = list(probe_cases.reading_cases(SIDE, 10, seed=0))
     words = {case.answer for case in cases if case.facts["factor"] != "known height"}
     texts = [render(KINDS[1 + number % 5], number, "train") for number in range(600)]
     spoken = " ".join(text.caption + text.detail for text in texts).replace(".", " ").replace(",", " ").split()
@@ -138,7 +138,7 @@ def reply(said: str, answer: str, **facts: object) -> Reply:
 def test_hallucination_is_scored_as_pope_does() -> None:
     said = [("Yes.", "yes"), ("yes, there is", "yes"), ("No", "yes"), ("yes", "no"), ("no", "no"), ("a star", "no")]
     replies = [reply(text, answer, split="random") for text, answer in said]
-    rates = objects.score_hallucination([*replies, reply("yes", "yes", split="adversarial")])["random"]
+    rates = probe_cases.score_hallucination([*replies, reply("yes", "yes", split="adversarial")])["random"]
     assert rates == pytest.approx(
         {"accuracy": 3 / 6, "precision": 2 / 3, "recall": 2 / 3, "f1": 2 / 3, "yes_ratio": 3 / 6, "unclear": 1 / 6}
     )
@@ -152,16 +152,21 @@ def test_swaps_count_pictures_where_both_questions_are_right() -> None:
         for said, answer in zip(pair, ("yes", "no"), strict=True)
     ]
     replies += [reply("yes", "yes", relation=r) for r in ("left of", "right of", "below") for _ in range(2)]
-    table = objects.score_spatial(replies)
+    table = probe_cases.score_spatial(replies)
     assert table["above"] == {"accuracy": 0.5, "swap": 0.25, "yes_ratio": 0.5}
     assert table["all"]["accuracy"] == pytest.approx(10 / 14)
 
 
 def test_counts_are_read_from_digits_and_words() -> None:
-    assert [objects.number_in(text) for text in ("12", "There are seven stars.", "many", "3 or 4")] == [12, 7, None, 3]
+    assert [probe_cases.number_in(text) for text in ("12", "There are seven stars.", "many", "3 or 4")] == [
+        12,
+        7,
+        None,
+        3,
+    ]
     said = {1: "1", 2: "four", 3: "no idea"}
     replies = [reply(said.get(true, str(true)), str(true), count=true) for true in range(1, 13)]
-    table = objects.score_counting(replies)
+    table = probe_cases.score_counting(replies)
     assert table["2"] == {"accuracy": 0.0, "error": 2.0, "bias": 2.0, "unclear": 0.0}
     assert table["3"] == {"accuracy": 0.0, "error": None, "bias": None, "unclear": 1.0}
     assert table["all"]["error"] == pytest.approx(2 / 11)
@@ -172,7 +177,7 @@ def test_counts_are_read_from_digits_and_words() -> None:
     [("GRAPE", 1), ("It says grape.", 1), ("GRAPES", 0.8), ("It says CRAVE", 0.6), ("", 0), ("OXYGENATED", 0)],
 )
 def test_reading_is_the_nearest_word_s_share(said: str, share: float) -> None:
-    assert reading.read(said, "GRAPE") == pytest.approx(share)
+    assert probe_cases.read(said, "GRAPE") == pytest.approx(share)
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from PIL import Image
 from report_files import mark, write_heldout, write_result
 
 from anyres_vlm.cli.main import main
-from anyres_vlm.evaluate.probes.case import Reply
+from anyres_vlm.evaluate.probes.cases import Reply
 from anyres_vlm.evaluate.probes.suite import PROBES, THUMBNAIL
 
 HOSTILE = "<script>alert(1)</script> \"><img src=x onerror=alert(2)> ' {{ 7 * 7 }} | **b** [l](javascript:x) `c`"

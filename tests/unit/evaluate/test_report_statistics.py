@@ -11,9 +11,10 @@ import pytest
 from report_files import mark, write_heldout, write_result
 
 from anyres_vlm.errors import DataError
+from anyres_vlm.evaluate.benchmarks.base import Mark
 from anyres_vlm.evaluate.benchmarks.pope import yes_no_rates
 from anyres_vlm.evaluate.report.published import caveats, run_differences
-from anyres_vlm.evaluate.report.results import Answer, Result, read_runs
+from anyres_vlm.evaluate.report.results import Result, read_runs
 from anyres_vlm.evaluate.report.statistics import (
     DRAWS,
     compare,
@@ -27,7 +28,7 @@ from anyres_vlm.evaluate.report.statistics import (
 
 
 def result(points: list[float], label: str = "a", benchmark: str = "gqa", **more) -> Result:
-    answers = {str(n): Answer(p, f"q{n}", f"{n}.png", "said", "truth", ("k",)) for n, p in enumerate(points)}
+    answers = {str(n): Mark(p, f"q{n}", f"{n}.png", "said", "truth", ("k",)) for n, p in enumerate(points)}
     defaults = {"scores": {}, "protocol": {}, "answers": answers, "questions": len(points)} | more
     return Result(benchmark=benchmark, label=label, model="m", score=100 * float(np.mean(points)), **defaults)
 
@@ -83,7 +84,7 @@ def test_answers_that_are_all_alike_have_no_interval() -> None:
 def test_pope_is_measured_by_the_mean_f1_of_its_splits() -> None:
     rng = np.random.default_rng(3)
     answers = [
-        Answer(float(said == true), "", "", said, true, (split,))
+        Mark(float(said == true), "", "", said, true, (split,))
         for split, said, true in zip(
             rng.choice(["random", "popular"], 200), rng.choice(["yes", "no"], 200), rng.choice(["yes", "no"], 200),
             strict=True,
@@ -112,11 +113,11 @@ def test_a_paired_difference_is_that_of_each_question() -> None:
 
 def test_what_differs_is_found_by_kind_and_by_question() -> None:
     marks = list(product("xyz", range(20)))
-    first = {f"{kind}{n}": Answer(float(n % 2), "q", "", "", "t", (kind,)) for kind, n in marks}
+    first = {f"{kind}{n}": Mark(float(n % 2), "q", "", "", "t", (kind,)) for kind, n in marks}
     second = {
-        name: Answer(1.0 if a.kinds == ("y",) else a.points, "q", "", "", "t", a.kinds) for name, a in first.items()
+        name: Mark(1.0 if a.kinds == ("y",) else a.points, "q", "", "", "t", a.kinds) for name, a in first.items()
     }
-    second["z1"] = Answer(0.0, "q", "", "", "t", ("z",))
+    second["z1"] = Mark(0.0, "q", "", "", "t", ("z",))
     found = compare(result([0.0], answers=first), result([0.0], "b", answers=second))
     assert [(kind.kind, kind.first, kind.second) for kind in found.kinds][:2] == [("y", 50, 100), ("z", 50, 45)]
     names = [name for name, *_ in most_different(found, 6)]
@@ -128,13 +129,13 @@ def test_what_differs_is_found_by_kind_and_by_question() -> None:
 
 def test_runs_without_common_questions_are_not_compared() -> None:
     assert compare(result([1.0, 0.0]), result([1.0], "b")) is None
-    other = {str(n): Answer(1.0, reference="another truth") for n in range(2)}
+    other = {str(n): Mark(1.0, reference="another truth") for n in range(2)}
     assert compare(result([1.0, 0.0]), result([1.0, 1.0], "b", answers=other)) is None
 
 
 def test_the_worst_are_of_many_kinds_and_have_fewest_points() -> None:
-    answers = [Answer(0.0, f"a{n}", kinds=("a",)) for n in range(50)]
-    answers += [Answer(0.0, "b", kinds=("b",)), Answer(0.5, "half", kinds=("c",)), Answer(1.0, "right", kinds=("d",))]
+    answers = [Mark(0.0, f"a{n}", kinds=("a",)) for n in range(50)]
+    answers += [Mark(0.0, "b", kinds=("b",)), Mark(0.5, "half", kinds=("c",)), Mark(1.0, "right", kinds=("d",))]
     assert {answer.kinds for answer in worst(answers, 2)} == {("a",), ("b",)}
     assert [answer.question for answer in worst(answers, 100)][-1] == "half"
 
@@ -169,7 +170,7 @@ def test_files_are_read_back(tmp_path: Path) -> None:
     results, probes = read_runs([tmp_path / "one", tmp_path / "two" / "eval", tmp_path / "blind.json"])
     assert [found.benchmark for found in results] == ["gqa", "gqa", "heldout"]
     assert len({found.label for found in results}) == 3
-    assert results[0].answers["3"] == Answer(1.0, "What is 3?", "1.png", "red", "red", ("what",))
+    assert results[0].answers["3"] == Mark(1.0, "What is 3?", "1.png", "red", "red", ("what",))
     assert results[0].tiling.tile == 28
     assert results[2].blind
     assert results[2].score == 66.67
@@ -179,7 +180,7 @@ def test_files_are_read_back(tmp_path: Path) -> None:
     assert [(found.label, found.score) for found in both] == [("eval", 50.0), ("stage1/eval", 0.0)]
     assert [found.label for found in read_runs([tmp_path / "one", tmp_path / "two"])[0]][2:] == ["two"]
     (tmp_path / "one" / "eval" / "gqa.marks.jsonl").unlink()
-    assert read_runs([tmp_path / "one"])[0][0].answers["3"] == Answer(1.0)
+    assert read_runs([tmp_path / "one"])[0][0].answers["3"] == Mark(1.0)
 
 
 @pytest.mark.parametrize(
@@ -188,6 +189,8 @@ def test_files_are_read_back(tmp_path: Path) -> None:
         ('{"benchmark": "gqa", "scores": {}}', "Field required"),
         ('{"benchmark": "gqa", "scores": {}, "score": "x", "questions": 1, "protocol": {}, "points": {}}', "score: "),
         ('{"accuracy": {}, "answers": []}', "0 answers to 0 questions"),
+        ('{"accuracy": {}, "answers": [{"id": "1"}]}', "answers: KeyError 'correct'"),
+        ('{"accuracy": {}, "answers": 3}', "answers: TypeError"),
         (
             '{"benchmark": "../x", "scores": {}, "score": 1, "questions": 1, "protocol": {}, "points": {}, '
             '"tiling": {"tile": 336, "patch": 0}}',

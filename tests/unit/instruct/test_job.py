@@ -16,7 +16,15 @@ from anyres_vlm.instruct.budget import Budget, estimate, highest_cost
 from anyres_vlm.instruct.job import KINDS, SHIPPED, Checks, Item, Job, Kind, Price, choose, load_prompts, load_settings
 from anyres_vlm.instruct.log import Spent
 
-JOB = Job("m", {"max_tokens": 100}, load_prompts(None, boxes=False), 0, Checks(), 100, Price(input=1, output=2))
+JOB = Job(
+    model="m",
+    parameters={"max_tokens": 100},
+    prompts=load_prompts(None, boxes=False),
+    seed=0,
+    checks=Checks(),
+    longest_answer=100,
+    price=Price(input=1, output=2),
+)
 SCENES = [Scene(str(n), f"{n}.jpg", (f"Dog {n}.",), (Object("dog", Box(0, 0, 1, 1)),)) for n in range(50)]
 ITEM = Item(JOB, "detail", SCENES[0])
 
@@ -25,25 +33,29 @@ def test_the_key_changes_with_all_that_decides_the_request_and_with_nothing_else
     prompt = yaml.safe_load((SHIPPED / "detail.yaml").read_text())
     (tmp_path / "detail.yaml").write_text(yaml.safe_dump(prompt | {"system": prompt["system"] + "x"}))
     others = [
-        Item(replace(JOB, model="n"), "detail", SCENES[0]),
-        Item(replace(JOB, parameters={"max_tokens": 101}), "detail", SCENES[0]),
-        Item(replace(JOB, prompts=load_prompts(tmp_path, boxes=False)), "detail", SCENES[0]),
+        Item(JOB.model_copy(update={"model": "n"}), "detail", SCENES[0]),
+        Item(JOB.model_copy(update={"parameters": {"max_tokens": 101}}), "detail", SCENES[0]),
+        Item(JOB.model_copy(update={"prompts": load_prompts(tmp_path, boxes=False)}), "detail", SCENES[0]),
         Item(JOB, "reasoning", SCENES[0]),
         Item(JOB, "detail", SCENES[1]),
         Item(JOB, "detail", replace(SCENES[0], captions=("Other.",))),
         Item(JOB, "detail", replace(SCENES[0], objects=())),
     ]
     assert len({item.key for item in [ITEM, *others]}) == 8
-    same = [replace(JOB, seed=5), replace(JOB, price=None), replace(JOB, checks=Checks(attempts=9))]
+    same = [
+        JOB.model_copy(update={"seed": 5}),
+        JOB.model_copy(update={"price": None}),
+        JOB.model_copy(update={"checks": Checks(attempts=9)}),
+    ]
     assert {Item(job, "detail", SCENES[0]).key for job in same} == {ITEM.key}
     assert Item(JOB, "conversation", SCENES[0]).key == Item(JOB, "conversation", replace(SCENES[0], objects=())).key
 
 
 def test_a_job_survives_its_record() -> None:
-    assert Job.from_json(JOB.to_json()) == JOB
-    JOB.require_same(replace(JOB, price=None), "out")
+    assert Job.model_validate_json(JOB.model_dump_json()) == JOB
+    JOB.require_same(JOB.model_copy(update={"price": None}), "out")
     with pytest.raises(UsageError, match=r"out holds a job with other settings \(seed, the prompt of conversation\)"):
-        replace(JOB, seed=1, prompts=load_prompts(None, boxes=True)).require_same(JOB, "out")
+        JOB.model_copy(update={"seed": 1, "prompts": load_prompts(None, boxes=True)}).require_same(JOB, "out")
 
 
 def test_a_larger_count_holds_the_smaller_and_kinds_draw_apart() -> None:
@@ -52,7 +64,7 @@ def test_a_larger_count_holds_the_smaller_and_kinds_draw_apart() -> None:
     assert large[:10] == small
     assert len(set(large)) == 30
     assert [item.scene.id for item in choose(JOB, SCENES, {"reasoning": 10})] != small
-    assert [item.scene.id for item in choose(replace(JOB, seed=1), SCENES, {"detail": 10})] != small
+    assert [item.scene.id for item in choose(JOB.model_copy(update={"seed": 1}), SCENES, {"detail": 10})] != small
 
 
 def test_a_user_s_prompts_replace_those_of_their_kind(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""VQAv2: soft accuracy, and the normalisation of answers that the VQA and TextVQA evaluations use.
+"""VQAv2 and TextVQA: soft accuracy, and the normalisation of answers that both evaluations use.
 
 An answer gets the mean over the ten subsets of nine human answers of min(1, matches / 3). The normalisation follows
 GT-Vision-Lab/VQA, vqaEval.py at a013f00, and the answer processor of MMF's M4C evaluator, which LLaVA uses for TextVQA
@@ -8,13 +8,14 @@ and for VQAv2 submissions. Their bugs are kept, so that scores are equal.
 from __future__ import annotations
 
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from anyres_vlm.errors import DataError
+from anyres_vlm.errors import DataError, UsageError
 from anyres_vlm.evaluate.answers import Answered, match, read_json
 from anyres_vlm.evaluate.benchmarks.base import (
     LLAVA,
@@ -27,10 +28,14 @@ from anyres_vlm.evaluate.benchmarks.base import (
     Question,
     Scored,
     entries_by_id,
+    find_file,
     find_files,
     human_reference,
     image_question,
+    make_mark,
+    mean_by,
     only_file,
+    percent,
     take,
 )
 
@@ -122,32 +127,28 @@ class VQAv2(Benchmark):
         entries = take(content, "annotations", list, str(path))
         subset = content.get("data_subtype", "val2014")
         wanted = entries_by_id(entries, path, "annotation")
-        if partial:
-            answered = {answer.id for answer in given}
-            wanted = {name: entry for name, entry in wanted.items() if name in answered}
-        found = match(given, wanted)
+        found = match(given, wanted, path, partial)
         marks: dict[str, Mark] = {}
-        by_type: dict[str, dict[str, list[float]]] = {
-            "perAnswerType": defaultdict(list),
-            "perQuestionType": defaultdict(list),
-        }
+        typed: list[tuple[str, str, float]] = []
         for name, entry in wanted.items():
+            if name not in found:
+                continue
             where = f"{path}: question {name}"
             answer = found[name]
             text = evalai_answer(answer.text) if answer.raw else answer.text
             human = take(entry, "answers", list, where)
             points = soft_accuracy(text, human, where)
             kinds = take(entry, "answer_type", str, where), take(entry, "question_type", str, where)
-            for groups, kind in zip(by_type.values(), kinds, strict=True):
-                groups[kind].append(points)
             reference = human_reference([said["answer"] for said in human])
             image = _image_name(subset, entry.get("image_id", 0))
             labels = f"answer: {kinds[0]}", f"question: {kinds[1]}"
-            marks[name] = Mark(points, answer, "", reference, image, labels)  # the questions are in another file
-        if not marks:
-            raise DataError(f"{path}: no annotations in it")
+            marks[name] = make_mark(points, answer, "", reference, image, labels)  # the questions are in another file
+            typed.append((*kinds, points))
         overall = _percent([mark.points for mark in marks.values()])
-        types = {kind: {name: _percent(of[name]) for name in sorted(of)} for kind, of in by_type.items()}
+        types = {
+            "perAnswerType": mean_by(((kind, points) for kind, _, points in typed), _percent),
+            "perQuestionType": mean_by(((kind, points) for _, kind, points in typed), _percent),
+        }
         return Scored(overall, {"overall": overall, **types}, marks)
 
 
@@ -223,3 +224,133 @@ def _subset(content: Any, path: Path) -> str:
 
 def _percent(points: Sequence[float]) -> float:
     return round(100 * sum(points) / len(points), 2)
+
+
+TEXTVQA_FILES = ["TextVQA_0.5.1_val.json", "TextVQA_0*.json", "*TextVQA_val*.json"]
+OCR_LINE = "\nReference OCR token: "
+NUM_HUMAN = 10
+
+
+@dataclass(frozen=True)
+class TextVQA(Benchmark):
+    """Questions about text in images. `ocr_tokens` must be chosen: with OCR tokens scores are points higher."""
+
+    ocr_tokens: bool | None
+    name = "textvqa"
+    max_new_tokens = SHORT_ANSWER_TOKENS
+
+    @property
+    def protocol(self) -> Mapping[str, str]:
+        """What is pinned, the use of OCR tokens first, which is unknown if answers are scored without a model."""
+        words = {True: "in the prompt (Rosetta)", False: "not in the prompt", None: "unknown"}[self.ocr_tokens]
+        return {
+            "ocr_tokens": words,
+            "prompt": SHORT_PROMPT.replace(
+                "{question}", "{Question}" + (OCR_LINE + "{tokens}") * bool(self.ocr_tokens)
+            ),
+            "post_processing": "none before the scorer's own EvalAIAnswerProcessor",
+            "scorer": f"TextVQAAccuracyEvaluator: {LLAVA}, eval_textvqa.py at 524a75b)",
+        }
+
+    def questions(self, data: Path, images: Path | None, limit: int | None) -> list[Question]:
+        path = _textvqa_file(data)
+        if self.ocr_tokens is None:
+            raise UsageError(
+                "textvqa: OCR tokens in the prompt raise the score by points: choose --ocr-tokens or --no-ocr-tokens"
+            )
+        entries = _read_textvqa(path)
+        ocr_tokens = _ocr_tokens(path, entries) if self.ocr_tokens else {}
+        folders = ImageFolders(data, path, images, ("train_images", "test_images"))
+        questions = []
+        for name, entry in list(entries.items())[:limit]:
+            where = f"{path}: question {name}"
+            image_id = take(entry, "image_id", str, where)
+            prompt = take(entry, "question", str, where).capitalize()
+            if self.ocr_tokens:
+                if image_id not in ocr_tokens:
+                    raise DataError(f"{where}: no OCR tokens of image {image_id}: use the file of the same split")
+                prompt += OCR_LINE + ", ".join(ocr_tokens[image_id])
+            image = folders.find(f"{image_id}.jpg", where)
+            questions.append(image_question(take(entry, "question_id", int, where), image, prompt + SHORT_ANSWER))
+        return questions
+
+    def annotations(self, data: Path) -> list[Path]:
+        path = _textvqa_file(data)
+        return [path] if any("answers" in entry for entry in _read_textvqa(path).values()) else []
+
+    def submission(self, data: Path, answers: Sequence[tuple[Question, str]]) -> tuple[str, Any]:
+        return ".json", [{"question_id": question.id, "answer": text} for question, text in answers]
+
+    def score(self, annotations: Sequence[Path], given: Sequence[Answered], partial: bool) -> Scored:
+        (path,) = annotations
+        entries = _read_textvqa(path)
+        found = match(given, entries, path, partial, _ids(given, entries))
+        marks: dict[str, Mark] = {}
+        for name, answer in found.items():  # in the order of the answers, as the official sum is
+            where = f"{path}: question {name}"
+            human = take(entries[name], "answers", list, where)
+            points = m4c_accuracy(answer.text, human, where)
+            question, image = (str(entries[name].get(key, "")) for key in ("question", "image_id"))
+            marks[name] = make_mark(points, answer, question, human_reference(human), f"{image}.jpg")
+        accuracy = percent([mark.points for mark in marks.values()])
+        return Scored(accuracy, {"accuracy": accuracy}, marks)
+
+
+def m4c_accuracy(text: str, human: Sequence[Any], where: str) -> float:
+    """Return the points of one answer. Ten human answers are expected, as in the official evaluator."""
+    if len(human) != NUM_HUMAN or not all(isinstance(answer, str) for answer in human):
+        raise DataError(f"{where}: expected {NUM_HUMAN} human answers as text, got {len(human)}: use the official file")
+    normal = [evalai_answer(answer) for answer in human]
+    said = evalai_answer(text)
+    matching = Counter(normal)[said]
+    subsets = [min(1, (matching - (left_out == said)) / 3) for left_out in normal]
+    return sum(subsets) / len(subsets)
+
+
+def _textvqa_file(data: Path) -> Path:
+    return find_file(data, TEXTVQA_FILES, "TextVQA questions")
+
+
+def _read_textvqa(path: Path) -> dict[str, Any]:
+    """Return the entries by question id."""
+    return entries_by_id(take(read_json(path), "data", list, str(path)), path, "question")
+
+
+def _ocr_tokens(path: Path, entries: Mapping[str, Any]) -> dict[str, list[str]]:
+    """Return Rosetta's OCR tokens by image, from the question file or from the file published with it."""
+    holders: Sequence[Any] = list(entries.values())
+    where = str(path)
+    if not all("ocr_tokens" in entry for entry in holders):
+        split = path.stem.rpartition("_")[2]
+        name = f"TextVQA_Rosetta_OCR_v0.2_{split}.json"
+        file = path.with_name(name)
+        if not file.exists():
+            raise DataError(
+                f"{path}: no ocr_tokens in it and no {name} in its folder; download it or use --no-ocr-tokens"
+            )
+        holders, where = take(read_json(file), "data", list, str(file)), str(file)
+    tokens = {}
+    for number, entry in enumerate(holders, start=1):
+        place = f"{where}: entry {number}"
+        tokens[take(entry, "image_id", str, place)] = [str(t) for t in take(entry, "ocr_tokens", list, place)]
+    return tokens
+
+
+def _ids(given: Sequence[Answered], entries: Mapping[str, Any]) -> list[str]:
+    """Return the question id of each answer. LLaVA's answers name the image; their prompt holds the question."""
+    by_question: defaultdict[tuple[str, str], list[str]] = defaultdict(list)
+    for name, entry in entries.items():
+        by_question[str(entry.get("image_id")), str(entry.get("question")).lower()].append(name)
+    ids = []
+    for answer in given:
+        if answer.id is None:
+            raise DataError("an answer has no 'question_id'; TextVQA answers are matched by it")
+        named = by_question[answer.id, _question_of(answer.prompt)]
+        ids.append(answer.id if answer.id in entries or not named else named.pop(0))
+    return ids
+
+
+def _question_of(prompt: str) -> str:
+    """Return the question in a prompt of LLaVA, which may begin with the OCR tokens."""
+    lines = prompt.split("\n")
+    return lines[1 if prompt.startswith(OCR_LINE.strip()) and len(lines) > 1 else 0].lower()

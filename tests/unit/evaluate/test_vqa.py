@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from anyres_vlm.evaluate.benchmarks.vqav2 import CONTRACTIONS, VQAv2, evalai_answer, one_line, vqa_answer
+from anyres_vlm.evaluate.benchmarks.vqa import CONTRACTIONS, VQAv2, evalai_answer, one_line, vqa_answer
 
 
 @pytest.mark.parametrize(

@@ -1,16 +1,22 @@
-"""Probes of objects: hallucination as in POPE, spatial relations in both orders, and counting from one to twelve."""
+"""Images drawn to probe hallucination, spatial relations, counting and reading, with exact answers and scores."""
 
 from __future__ import annotations
 
 import random
 import re
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from statistics import mean
 from typing import Any
 
+from PIL import Image, ImageDraw
+
 from anyres_vlm.evaluate.benchmarks.pope import yes_no_rates
-from anyres_vlm.evaluate.probes.case import BACKGROUND, Case, Probe, Reply, seeded, yes_or_no
-from anyres_vlm.synthetic.drawing import Sheet
-from anyres_vlm.synthetic.words import COLOURS, SHAPES, an, plural_of
+from anyres_vlm.synthetic.drawing import FACES, Sheet, font
+from anyres_vlm.synthetic.words import COLOURS, HELDOUT_WORDS, RGB, SHAPES, an, plural_of, words_of
+
+BACKGROUND = (255, 255, 255)
+THUMBNAIL = "reading, thumbnail alone"  # key in probes.json of the run without tiles
 
 Pair = tuple[str, str]
 """A colour and a shape."""
@@ -22,6 +28,37 @@ MIN_GAP = 0.2  # of the side: centres are at least this far apart along the axis
 RELATIONS = {"left of": (1, 1), "right of": (1, -1), "above": (0, 1), "below": (0, -1)}  # axis of (y, x), direction
 COUNTS = range(1, 13)
 NUMBER_WORDS = "zero one two three four five six seven eight nine ten eleven twelve".split()
+
+
+@dataclass(frozen=True)
+class Case:
+    """An image, a question about it, the correct answer, and `facts`: the values that the probe varies."""
+
+    image: Image.Image
+    question: str
+    answer: str
+    facts: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Reply:
+    """A case without its image, and what the model `said`."""
+
+    question: str
+    answer: str
+    facts: dict[str, Any]
+    said: str
+
+
+def seeded(probe: str, seed: int, number: int) -> random.Random:
+    """Return the random generator of one image. Training images use other seed strings, so none is probed."""
+    return random.Random(f"probe {probe}/{seed}/{number}")
+
+
+def yes_or_no(said: str) -> bool | None:
+    """Return whether an answer begins with yes or no; None for any other answer."""
+    first = re.match(r"\W*(yes|no)\b", said.lower())
+    return None if first is None else first[1] == "yes"
 
 
 def scatter(rng: random.Random, side: int, objects: Sequence[Pair], smallest: float, largest: float) -> Sheet:
@@ -158,6 +195,100 @@ def _count_errors(replies: Sequence[Reply]) -> dict[str, float | None]:
     }
 
 
-HALLUCINATION = Probe(hallucination_cases, score_hallucination)
-SPATIAL = Probe(spatial_cases, score_spatial)
-COUNTING = Probe(counting_cases, score_counting)
+HEIGHTS = (5, 6, 8, 10, 12, 16, 20, 24)  # pixels of a capital in the image, which AnyRes does not resize
+FACTORS: dict[str, Sequence[Any]] = {
+    "height": HEIGHTS,
+    "known height": HEIGHTS,
+    "rotation": (5, 15, 30, 45, 90),  # degrees, either way
+    "face": FACES,
+    "covered": (0.15, 0.3, 0.45),  # share of the word's width covered by thin bars of the board's colour
+}
+USUAL = 14  # height while another factor varies
+KNOWN_WORDS = frozenset(words_of("shop", "train") + words_of("notice", "train"))  # on the signs of the training data
+BOARDS = ("red", "green", "blue", "purple", "brown", "gray")
+BAR = 3  # width in pixels
+
+
+def reading_cases(side: int, count: int, seed: int) -> Iterator[Case]:
+    """Yield `count` words for each value of each factor, with the other factors at their defaults.
+
+    No training image shows these words, so they have to be spelled; `known height` takes words from training, in new
+    images.
+    """
+    rest = {"height": USUAL, "rotation": 0, "face": FACES[0], "covered": 0.0}
+    for factor, values in FACTORS.items():
+        for value in values:
+            for number in range(count):
+                rng = seeded(f"reading {factor} {value}", seed, number)
+                facts = {"factor": factor, **rest, factor.removeprefix("known "): value}
+                if factor != "face":
+                    facts["face"] = rng.choice(FACES)
+                word = rng.choice(_fitting(KNOWN_WORDS if factor == "known height" else HELDOUT_WORDS, side, facts))
+                yield Case(draw_sign(rng, side, word, facts), "What does the sign say?", word, facts)
+
+
+def _fitting(words: frozenset[str], side: int, facts: dict[str, Any]) -> list[str]:
+    shape = font(facts["face"], _font_size(facts["face"], facts["height"]))
+    fitting = [word for word in sorted(words) if shape.getlength(word) < side - 16]
+    return fitting or [min(words, key=lambda word: (len(word), word))]
+
+
+def _font_size(face: str, height: int) -> int:
+    """Return the font size whose capitals have a height in pixels."""
+    top, bottom = font(face, 100).getbbox("H", anchor="ls")[1::2]
+    return round(height * 100 / (bottom - top))
+
+
+def draw_sign(rng: random.Random, side: int, word: str, facts: dict[str, Any]) -> Image.Image:
+    """Draw a board that fills the image, with the word at a random position."""
+    board = RGB[rng.choice(BOARDS)]
+    image = Image.new("RGB", (side, side), BACKGROUND)
+    image.paste(board, (4, 4, side - 4, side - 4))
+    shape = font(facts["face"], _font_size(facts["face"], facts["height"]))
+    left, top, right, bottom = map(int, shape.getbbox(word))
+    mask = Image.new("L", (right - left + 2, bottom - top + 2), 0)
+    pen = ImageDraw.Draw(mask)
+    pen.text((1 - left, 1 - top), word, font=shape, fill=255)
+    bars = round(facts["covered"] * mask.width / BAR)
+    for bar in range(bars):
+        start = round((bar + 0.5) * mask.width / bars - BAR / 2)
+        pen.rectangle((start, 0, start + BAR - 1, mask.height), fill=0)
+    angle = facts["rotation"] * rng.choice((1, -1))
+    if angle:
+        mask = mask.rotate(angle, Image.Resampling.BICUBIC, expand=True)
+    x, y = (rng.randint(6, max(6, side - 6 - length)) for length in mask.size)
+    image.paste((255, 255, 255), (x, y), mask)
+    return image
+
+
+def score_reading(replies: Sequence[Reply]) -> dict[str, Any]:
+    """Return by factor and value the share of words read, and the mean share of their characters."""
+    table: dict[str, Any] = {}
+    for factor in FACTORS:
+        rows = [reply for reply in replies if reply.facts["factor"] == factor]
+        varied = factor.removeprefix("known ")
+        values = dict.fromkeys(reply.facts[varied] for reply in rows)
+        table[factor] = {
+            str(value): {
+                "words": mean(read(r.said, r.answer) == 1 for r in rows if r.facts[varied] == value),
+                "characters": mean(read(r.said, r.answer) for r in rows if r.facts[varied] == value),
+            }
+            for value in values
+        }
+    return table
+
+
+def read(said: str, word: str) -> float:
+    """Return 1 minus the smallest edit distance of an answer's word, as a share of the word's length; at least 0."""
+    found = [_distance(other, word) for other in re.findall(r"\w+", said.upper())]
+    return max(0.0, 1 - min(found, default=len(word)) / len(word))
+
+
+def _distance(a: str, b: str) -> int:
+    """Return the Levenshtein distance."""
+    row = list(range(len(b) + 1))
+    for i, left in enumerate(a, start=1):
+        above, row = row, [i]
+        for j, right in enumerate(b, start=1):
+            row.append(min(above[j] + 1, row[-1] + 1, above[j - 1] + (left != right)))
+    return row[-1]
