@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, cast, get_args
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from anyres_vlm.errors import UsageError, did_you_mean, explain, shortened
 from anyres_vlm.files import parse_yaml
@@ -29,6 +29,7 @@ MOST_BYTES = 1 << 18  # of a configuration file; PyYAML parses about 100 kB/s
 Positive = Annotated[int, Field(ge=1, lt=1 << 63)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Rate = Annotated[float, Field(gt=0, le=1)]
+UserPath = Annotated[Path, AfterValidator(Path.expanduser)]
 Model = TypeVar("Model", bound=BaseModel)
 
 
@@ -125,23 +126,18 @@ class AugmentConfig(Frozen):
 class DataConfig(Frozen):
     """Training data: a source with its image folder, or samples rendered by the package."""
 
-    path: Path | None = None  # JSON, JSON Lines, Parquet or tar (a file, folder or pattern), or a YAML mixture
-    images: Path | None = None  # image folder; null: the folder of the data file
+    path: UserPath | None = None  # JSON, JSON Lines, Parquet or tar (a file, folder or pattern), or a YAML mixture
+    images: UserPath | None = None  # image folder; null: the folder of the data file
     # instead of `path`: set of samples to render
     rendered: Literal["captions", "instructions", "generated", "academic"] | None = None
     samples: Positive | None = None  # number of samples to render
     # kinds of images to render, equally often; null: all kinds, in the set's own proportions
     kinds: Annotated[tuple[PictureKind, ...], Field(min_length=1)] | None = None
-    index: Path | None = None  # index file to use, built if it is missing; null: in the run's folder
+    index: UserPath | None = None  # index file to use, built if it is missing; null: in the run's folder
     max_bad_fraction: Fraction = 0.01  # largest share of records that may be left out because they are bad
     image_position: ImagePosition = "front"  # `front` moves a question's only <image> to its start, as LLaVA does
     tiling_mode: TilingMode = "fast"  # `exact` gives the pixels of transformers' processor, at 1.7 times the cost
     augment: AugmentConfig | None = None  # photometric augmentation; null: none
-
-    @field_validator("path", "images", "index")
-    @classmethod
-    def _home(cls, path: Path | None) -> Path | None:
-        return None if path is None else path.expanduser()
 
     @model_validator(mode="after")
     def _validate_one_source(self) -> DataConfig:
@@ -205,18 +201,13 @@ class StageConfig(Frozen):
 class CacheConfig(Frozen):
     """A cache on disk for the features of the frozen encoder. A plain path sets `folder`."""
 
-    folder: Path  # may be shared by runs and by encoders
+    folder: UserPath  # may be shared by runs and by encoders
     max_gb: Annotated[float, Field(gt=0)] = 50.0  # limit on the size of the whole folder, in 10^9 bytes
 
     @model_validator(mode="before")
     @classmethod
     def _accept_path(cls, content: Any) -> Any:
         return {"folder": content} if isinstance(content, str) else content
-
-    @field_validator("folder")
-    @classmethod
-    def _home(cls, folder: Path) -> Path:
-        return folder.expanduser()
 
 
 class RunConfig(Frozen):

@@ -114,12 +114,10 @@ def _fields(model: type[BaseModel], location: Sequence[int | str]) -> list[str]:
     """Return the keys of the model at a location, through nested models, mappings and tuples."""
     kind: Any = model
     for part in location:
-        kind = kind.model_fields[part].annotation if hasattr(kind, "model_fields") else _entry(kind)
+        if hasattr(kind, "model_fields"):
+            kind = kind.model_fields[part].annotation
+        else:
+            kind = get_args(kind)[1 if get_origin(kind) is dict else 0]  # of the values of a mapping or tuple
         while get_origin(kind) in (Annotated, Union, UnionType):
             kind = next(kind for kind in get_args(kind) if kind is not NoneType)
     return list(kind.model_fields)
-
-
-def _entry(kind: Any) -> Any:
-    """Return the type of the values of a mapping or tuple."""
-    return get_args(kind)[1 if get_origin(kind) is dict else 0]

@@ -13,7 +13,7 @@ from typing import get_args
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from anyres_vlm.data.token_counts import print_counts
+from anyres_vlm.data.tile_picture import print_counts
 from anyres_vlm.errors import DataError, UsageError
 from anyres_vlm.geometry import Dialect, Grid, Layout, Tiling
 

@@ -6,13 +6,14 @@ package does not support are refused. Pinpoints are pairs (width, height) in tha
 
 from __future__ import annotations
 
-import ast
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
+from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 from transformers.initialization import no_init_weights
@@ -22,9 +23,8 @@ from anyres_vlm.checkpoints.folders import checkpoint_folder, parsing, read_json
 from anyres_vlm.checkpoints.load_save import clean_generation_config
 from anyres_vlm.checkpoints.tokenizer import image_token_id, load_tokenizer
 from anyres_vlm.checkpoints.weights import HEAD, Renamings, load_weights, read_tensors, renamed, require_weights
-from anyres_vlm.config import EncoderConfig, ModelConfig, TemplateName
+from anyres_vlm.config import EncoderConfig, ModelConfig, Pinpoints, TemplateName
 from anyres_vlm.errors import DataError, UsageError
-from anyres_vlm.geometry import TILE_RANGE
 from anyres_vlm.model.vlm import VisionLanguageModel
 
 FAMILIES = {"LlavaLlamaForCausalLM": "llama", "LlavaMistralForCausalLM": "mistral", "LlavaQwenForCausalLM": "qwen2"}
@@ -139,15 +139,11 @@ def _aspect_obstacle(aspect: str) -> str:
 
 
 def _pinpoints(listed: object, where: Path) -> tuple[tuple[int, int], ...] | str:
-    """Return pairs of (width, height) as they are listed; some configurations hold the list or a range as a string."""
-    if isinstance(listed, str) and TILE_RANGE.fullmatch(listed.strip()):
-        return listed
-    try:
-        pairs = ast.literal_eval(listed) if isinstance(listed, str) else listed
-        found = tuple((int(width), int(height)) for width, height in cast(Any, pairs))
-    except (SyntaxError, TypeError, ValueError):
-        found = ()
-    if not found or min(map(min, found)) < 1:
+    """Return pairs of (width, height) as they are listed, or the text of a range of tiles."""
+    found: tuple[tuple[int, int], ...] | str = ()
+    with suppress(ValidationError):
+        found = TypeAdapter(Pinpoints).validate_python(listed)
+    if not found:
         raise DataError(f"{where}: image_grid_pinpoints={listed!r}: expected a list of pairs of pixels")
     return found
 

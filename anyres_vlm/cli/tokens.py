@@ -7,7 +7,7 @@ from pathlib import Path
 import typer
 
 from anyres_vlm.cli.options import DIALECT, GRID_HELP, LAYOUT
-from anyres_vlm.data.token_counts import print_counts
+from anyres_vlm.data.tile_picture import print_counts
 from anyres_vlm.geometry import Dialect, Grid, Layout, Tiling
 
 

@@ -9,6 +9,7 @@ what it writes for an image.
 from __future__ import annotations
 
 import logging
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
@@ -300,16 +301,10 @@ def _with_images(
     if isinstance(found, DataError) or found[0].count(IMAGE_TOKEN) != 1:
         return format, read
     before, _, after = found[0].partition(question.text)
-    kept = len(_common_start(before, read.opening))
+    kept = len(os.path.commonprefix([before, read.opening]))  # noqa: RUF071 (of characters)
     before_text = read.opening[kept:]
     image = before[kept : len(before) - len(before_text)]
     if after != read.user_suffix or IMAGE_TOKEN not in image or not read.again.endswith(before_text):
         return format, read
     moved = replace(read, opening=read.opening[:kept], again=read.again.removesuffix(before_text))
     return replace(format, image=image, before_text=before_text), moved
-
-
-def _common_start(one: str, other: str) -> str:
-    """Return the longest common prefix."""
-    length = next((n for n, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
-    return one[:length]

@@ -30,9 +30,10 @@ if TYPE_CHECKING:  # start-up time: schema imports numpy, and Pillow's readers t
     from anyres_vlm.schema import ImageRef
 
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"})
+PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 SIGNATURES = {
     b"\xff\xd8\xff": "jpeg",
-    b"\x89PNG\r\n\x1a\n": "png",
+    PNG_SIGNATURE: "png",
     b"RIFF": "webp",
     b"GIF8": "gif",
     b"BM": "bmp",
@@ -64,12 +65,10 @@ def read_size(image: Path | ImageRef) -> Size:
 
 def plan_image(image: Path | ImageRef, tiling: Tiling) -> TilePlan:
     """Return the tile plan of one image from its header. Raises what `read_size` raises."""
-    return _plan_size(read_size(image), tiling)
+    return _cached_plan(read_size(image), tiling)
 
 
-@lru_cache(maxsize=1 << 16)  # datasets have far fewer sizes than images
-def _plan_size(size: Size, tiling: Tiling) -> TilePlan:
-    return plan_tiles(size, tiling)
+_cached_plan = lru_cache(maxsize=1 << 16)(plan_tiles)  # datasets have far fewer sizes than images
 
 
 def size_of(stream: IO[bytes], name: str) -> Size:
@@ -241,7 +240,6 @@ def _webp_canvas(head: bytes) -> Size | None:
 
 # PNG ----------------------------------------------------------------------------------------------------------------
 
-PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 PNG_END = b"\0\0\0\0IEND\xae\x42\x60\x82"
 UNUSED = (b"tEXt", b"zTXt", b"iTXt", b"iCCP")  # but for the following texts, which may hold an orientation
 # Keyword -> bytes of the longest text that is read: of XMP as many as Pillow reads, of EXIF in hex as a JPEG can hold.

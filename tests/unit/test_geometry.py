@@ -204,17 +204,9 @@ def test_flat_layout_keeps_all_tiles_and_no_newline() -> None:
     assert (unpadded.visual_tokens, unpadded.newline_tokens, unpadded.total_tokens) == (2880, 48, 2928)
 
 
-def test_candidates_of_a_grid() -> None:
-    """r rows and c columns with 2 <= r*c <= R*C and max(r, c) <= max(R, C) + 1, each once."""
-    for rows, cols in itertools.product(range(1, 6), repeat=2):
-        tiling = Tiling.from_grid(Grid(rows, cols), tile=28, patch=14)
-        found = [(canvas.height // 28, canvas.width // 28) for canvas in tiling.canvases]
-        longest = max(rows, cols) + 1
-        expected = {
-            (r, c) for r in range(1, 30) for c in range(1, 30) if 2 <= r * c <= rows * cols and max(r, c) <= longest
-        }
-        assert len(found) == len(set(found))
-        assert set(found) == expected
+def test_candidates_of_a_flat_grid() -> None:
+    tiling = Tiling.from_grid(Grid(1, 3), tile=28, patch=14)
+    assert tiling.pinpoints == ((28, 56), (56, 28), (28, 84), (84, 28))
 
 
 @given(height=sides, width=sides, grid=grids, layout=layouts, dialect=st.sampled_from(DIALECTS), encoder=encoders)
@@ -269,11 +261,6 @@ def test_unreadable_grid_error_names_the_form(text: str) -> None:
 def test_of_equally_effective_canvases_the_smaller_wins_in_any_order() -> None:
     tiling = Tiling(((672, 672), (336, 672)), 336, 14, "flat", "hf")
     assert choose_canvas(Size(height=100, width=100), tiling) == Size(height=336, width=672)
-
-
-def test_equal_plans_hash_equally() -> None:
-    size = Size(height=480, width=640)
-    assert len({plan_tiles(size, Tiling.from_grid(Grid(2, 2))) for _ in range(2)}) == 1
 
 
 @pytest.mark.parametrize("text", ["0x2", "2x0", "13x1", "1x100"])

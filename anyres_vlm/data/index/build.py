@@ -22,6 +22,7 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,7 @@ CHUNK = 1024  # rows per part: about half a second of work, so processes finish 
 ROW_GROUP = 65_536  # rows per row group of the Parquet file
 KEY_FILE = "key"  # in the folder of the parts: the key of the index they belong to
 
+Span = tuple[int, int]  # first row, end
 Progress = Callable[[int, int], None]
 """Called with the numbers of finished rows and of all rows."""
 
@@ -118,8 +120,7 @@ class Shard:
             raise UsageError(f"shard {text!r}: expected i/n with i from 1 to n, such as 1/4 to 4/4")
         return cls(int(match[1]), int(match[2]))
 
-    def span(self, rows: int) -> tuple[int, int]:
-        """Return the first row and the end."""
+    def span(self, rows: int) -> Span:
         return (self.number - 1) * rows // self.count, self.number * rows // self.count
 
     def path(self, out: Path) -> Path:
@@ -264,8 +265,8 @@ class Parts:
         return cls(folder, start, stop)
 
     @property
-    def ranges(self) -> list[tuple[int, int]]:
-        """First row and end (exclusive) of each part, in order."""
+    def spans(self) -> list[Span]:
+        """The rows of each part, in order."""
         return [(row, min(row + CHUNK, self.stop)) for row in range(self.start, self.stop, CHUNK)]
 
     def path(self, first: int, end: int) -> Path:
@@ -274,25 +275,25 @@ class Parts:
 
     def fill(self, source: Source, settings: IndexSettings, workers: int, progress: Progress) -> int:
         """Build the missing parts. Return the number of rows read."""
-        missing = [span for span in self.ranges if not self.path(*span).exists()]
+        missing = [span for span in self.spans if not self.path(*span).exists()]
         done = finished = self.stop - self.start - sum(end - first for first, end in missing)
         progress(done, self.stop - self.start)
         with _sequential_tokenizers():
-            for rows in _spread(_Job(self, source, settings), missing, min(workers, len(missing))):
+            for rows in _spread(partial(_build_part, self, source, settings), missing, min(workers, len(missing))):
                 done += rows
                 progress(done, self.stop - self.start)
         return done - finished
 
     def tables(self) -> Iterator[pa.Table]:
         """Yield the parts in order, one in memory at a time."""
-        for span in self.ranges:
+        for span in self.spans:
             with pa.OSFile(str(self.path(*span))) as file:
                 yield pa.ipc.open_file(file).read_all().replace_schema_metadata(None)
 
     def changes(self) -> dict[str, int]:
         """Return the number of samples that were changed on reading, by kind of change."""
         counts: Counter[str] = Counter()
-        for span in self.ranges:
+        for span in self.spans:
             with pa.OSFile(str(self.path(*span))) as file:
                 metadata = pa.ipc.open_file(file).schema.metadata or {}
             counts.update(json.loads(metadata.get(CHANGES_KEY, b"{}")))
@@ -303,30 +304,21 @@ class Parts:
         shutil.rmtree(self.folder)
 
 
-@dataclass(frozen=True)
-class _Job:
-    """Everything a process needs to build any part."""
-
-    parts: Parts
-    source: Source
-    settings: IndexSettings
-
-    def run(self, span: tuple[int, int]) -> int:
-        """Build one part atomically. Return its number of rows."""
-        table = index_rows(self.source, self.settings, *span)
-        with replacing(self.parts.path(*span), "wb") as file, pa.ipc.new_file(file, table.schema) as writer:
-            writer.write_table(table)
-        return int(table.num_rows)
+def _build_part(parts: Parts, source: Source, settings: IndexSettings, span: Span) -> int:
+    """Build one part atomically. Return its number of rows."""
+    table = index_rows(source, settings, *span)
+    with replacing(parts.path(*span), "wb") as file, pa.ipc.new_file(file, table.schema) as writer:
+        writer.write_table(table)
+    return int(table.num_rows)
 
 
-def _spread(job: _Job, spans: list[tuple[int, int]], workers: int) -> Iterator[int]:
-    """Run the job on every span, in this process or in several, and yield the number of rows of each."""
+def _spread(build: Callable[[Span], int], spans: list[Span], workers: int) -> Iterator[int]:
+    """Build the part of every span, in this process or in several, and yield the number of rows of each."""
     if workers <= 1:
-        yield from map(job.run, spans)
+        yield from map(build, spans)
         return
-    method = "fork" if "fork" in multiprocessing.get_all_start_methods() else "spawn"  # a fork starts faster
-    context = multiprocessing.get_context(method)
-    with ProcessPoolExecutor(workers, context, initializer=_start_worker, initargs=(job, os.getpid())) as pool:
+    context = multiprocessing.get_context("fork")  # starts faster than spawn
+    with ProcessPoolExecutor(workers, context, initializer=_start_worker, initargs=(build, os.getpid())) as pool:
         try:
             yield from pool.map(_run_in_worker, spans)
         except BrokenProcessPool:
@@ -352,11 +344,11 @@ def _sequential_tokenizers() -> Iterator[None]:
             os.environ[name] = before
 
 
-_worker_job: list[_Job] = []  # set once per worker process, because a job is too large to send with every span
+_worker_build: list[Callable[[Span], int]] = []  # set once per worker process: the source is too large for every span
 
 
-def _start_worker(job: _Job, parent: int) -> None:
-    _worker_job.append(job)
+def _start_worker(build: Callable[[Span], int], parent: int) -> None:
+    _worker_build.append(build)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent receives it too and reports it
     gc.freeze()  # objects of the parent
     gc.disable()  # collecting the many small objects of a part took a tenth of the time, and they have no cycles
@@ -370,7 +362,7 @@ def _exit_with_parent(parent: int) -> None:
     os._exit(1)
 
 
-def _run_in_worker(span: tuple[int, int]) -> int:
-    rows = _worker_job[0].run(span)
+def _run_in_worker(span: Span) -> int:
+    rows = _worker_build[0](span)
     gc.collect()  # tracebacks have cycles
     return rows

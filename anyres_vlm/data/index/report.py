@@ -21,31 +21,13 @@ from anyres_vlm.errors import UsageError
 from anyres_vlm.geometry import Size, Tiling, plan_tiles
 
 TEMPLATE = "report.html.j2"
-TITLES = {
-    "tokens": "Tokens",
-    "parts": "Text and image",
-    "tiles": "Tiles",
-    "aspects": "Aspect ratios",
-    "supervised": "Supervised share",
-    "rejects": "Rejects",
-}
 EXAMPLES = 3  # of each kind of reject
 LONGEST = 10  # records
 INK, FAINT, PAPER = "#24292f", "#d8dee4", "#ffffff"
 BLUE, ORANGE, GREEN, RED = "#2f6fb7", "#d9822b", "#3a8f5c", "#c2433d"
-GRIDS = (
-    BLUE,
-    ORANGE,
-    GREEN,
-    "#8a63b8",
-    RED,
-    "#4aa3a2",
-    "#b5892f",
-    "#7a8791",
-)  # the most frequent grids, the last the rest
+GRIDS = (BLUE, ORANGE, GREEN, "#8a63b8", RED, "#4aa3a2", "#b5892f", "#7a8791")  # most frequent first, the last: others
 SIZE, DPI = (7.2, 3.9), 144  # inches, and pixels an inch
 BINS = 60
-Figures = dict[str, tuple[str, bytes]]  # name -> (what it shows, PNG)
 
 
 def draw_report(index: Index) -> Path:
@@ -53,12 +35,16 @@ def draw_report(index: Index) -> Path:
 
     Raises `UsageError` if matplotlib, an optional extra, is not installed.
     """
-    settings = index.settings
-    pinpoints = tuple((first, second) for first, second in settings["pinpoints"])
-    tiling = Tiling(pinpoints, settings["tile"], settings["patch"], settings["layout"], settings["dialect"])
-    figures = draw_figures(index, tiling)
-    for name, (_, png) in figures.items():
-        index.path.with_name(f"{index.path.name}.report-{name}.png").write_bytes(png)
+    require_matplotlib()
+    figures = []
+    for name, title, draw in FIGURES:
+        figure, axes = _new_figure()
+        if caption := draw(axes, index):
+            buffer = BytesIO()
+            figure.savefig(buffer, format="png", metadata={"Software": None})  # no version of matplotlib in the bytes
+            png = buffer.getvalue()
+            index.path.with_name(f"{index.path.name}.report-{name}.png").write_bytes(png)
+            figures.append((title, caption, base64.b64encode(png).decode()))
     page = index.path.with_name(f"{index.path.name}.report.html")
     page.write_text(_page(index, figures), encoding="utf-8")
     return page
@@ -70,20 +56,10 @@ def require_matplotlib() -> None:
         raise UsageError("--report draws with matplotlib: pip install 'anyres-vlm[demo]', or leave --report out")
 
 
-def draw_figures(index: Index, tiling: Tiling) -> Figures:
-    """Draw every figure for which the index has data, as PNG files in memory."""
-    require_matplotlib()
-    figures = {}
-    for draw in (draw_tokens, draw_parts, draw_tiles, draw_aspects, draw_supervised, draw_rejects):
-        figure, axes = _new_figure()
-        shows = draw(axes, index, tiling)
-        if shows:
-            figures[draw.__name__.removeprefix("draw_")] = (shows, _png(figure))
-    return figures
+# Each draws a figure and returns its caption, or an empty string if the index has no data for it.
 
 
-def draw_tokens(axes: Any, index: Index, tiling: Tiling) -> str:
-    """Draw the histogram of sample lengths with median and 95th percentile. Return a caption, empty without data."""
+def _draw_tokens(axes: Any, index: Index) -> str:
     tokens = index.tokens[index.ok]
     if not len(tokens):
         return ""
@@ -96,8 +72,7 @@ def draw_tokens(axes: Any, index: Index, tiling: Tiling) -> str:
     return "Sample lengths: positions in the language model's sequence, images included."
 
 
-def draw_parts(axes: Any, index: Index, tiling: Tiling) -> str:
-    """Draw text tokens against visual tokens of the samples."""
+def _draw_parts(axes: Any, index: Index) -> str:
     text, visual = (index.numbers(name)[index.ok] for name in ("text_tokens", "visual_tokens"))
     if not len(text):
         return ""
@@ -110,8 +85,7 @@ def draw_parts(axes: Any, index: Index, tiling: Tiling) -> str:
     return "Text and visual tokens: each square counts samples. Text-only samples are at 0 visual tokens."
 
 
-def draw_tiles(axes: Any, index: Index, tiling: Tiling) -> str:
-    """Draw the number of samples by number of tiles."""
+def _draw_tiles(axes: Any, index: Index) -> str:
     tiles = index.tiles[index.ok]
     if not len(tiles):
         return ""
@@ -122,11 +96,13 @@ def draw_tiles(axes: Any, index: Index, tiling: Tiling) -> str:
     return "Tiles to encode for a sample; 0 is text only."
 
 
-def draw_aspects(axes: Any, index: Index, tiling: Tiling) -> str:
-    """Draw the histogram of aspect ratios, stacked by the grid that is chosen."""
-    sizes = count_sizes(index)
+def _draw_aspects(axes: Any, index: Index) -> str:
+    sizes = _count_sizes(index)
     if not sizes:
         return ""
+    settings = index.settings
+    pinpoints = tuple((first, second) for first, second in settings["pinpoints"])
+    tiling = Tiling(pinpoints, settings["tile"], settings["patch"], settings["layout"], settings["dialect"])
     ratios = np.array([size.width / size.height for size in sizes])
     weights = np.array(list(sizes.values()))
     grids = [plan_tiles(size, tiling).grid for size in sizes]
@@ -153,7 +129,7 @@ def draw_aspects(axes: Any, index: Index, tiling: Tiling) -> str:
     return "Aspect ratios of the images, and the grid of tiles that is chosen for them."
 
 
-def count_sizes(index: Index) -> Counter[Size]:
+def _count_sizes(index: Index) -> Counter[Size]:
     """Return the number of images of each size in the good samples."""
     chosen = pa.array(np.repeat(index.ok, num_images(index)))
     pixels = [pc.list_flatten(index.column(name)).filter(chosen).to_numpy() for name in ("heights", "widths")]
@@ -163,8 +139,7 @@ def count_sizes(index: Index) -> Counter[Size]:
     return Counter({Size(height=height, width=width): count for (height, width), count in pairs})
 
 
-def draw_supervised(axes: Any, index: Index, tiling: Tiling) -> str:
-    """Draw the histogram of the share of tokens that count in the loss."""
+def _draw_supervised(axes: Any, index: Index) -> str:
     tokens = index.tokens[index.ok]
     if not len(tokens):
         return ""
@@ -177,8 +152,7 @@ def draw_supervised(axes: Any, index: Index, tiling: Tiling) -> str:
     return "Share of the tokens of a sample that count in the loss."
 
 
-def draw_rejects(axes: Any, index: Index, tiling: Tiling) -> str:
-    """Draw the number of rejects by kind."""
+def _draw_rejects(axes: Any, index: Index) -> str:
     counts = count_rejects(index)
     if not counts:
         return ""
@@ -190,6 +164,16 @@ def draw_rejects(axes: Any, index: Index, tiling: Tiling) -> str:
     axes.grid(axis="y", visible=False)
     axes.xaxis.get_major_locator().set_params(integer=True)
     return "Rejected records by reason; the rejects file lists all of them."
+
+
+FIGURES = (  # name of the file, title, function
+    ("tokens", "Tokens", _draw_tokens),
+    ("parts", "Text and image", _draw_parts),
+    ("tiles", "Tiles", _draw_tiles),
+    ("aspects", "Aspect ratios", _draw_aspects),
+    ("supervised", "Supervised share", _draw_supervised),
+    ("rejects", "Rejects", _draw_rejects),
+)
 
 
 def _new_figure() -> tuple[Any, Any]:
@@ -216,13 +200,8 @@ def _thousands() -> Any:
     return FuncFormatter(lambda value, _: f"{value:,.6g}")
 
 
-def _png(figure: Any) -> bytes:
-    buffer = BytesIO()
-    figure.savefig(buffer, format="png", metadata={"Software": None})  # without matplotlib's version in the bytes
-    return buffer.getvalue()
-
-
-def _page(index: Index, figures: Figures) -> str:
+def _page(index: Index, figures: Sequence[tuple[str, str, str]]) -> str:
+    """Return the page; a figure is its title, caption and PNG in base64."""
     loader = jinja2.FileSystemLoader(Path(__file__).parent)
     template = jinja2.Environment(loader=loader, autoescape=True, keep_trailing_newline=True).get_template(TEMPLATE)
     summary, settings = summarise(index), index.settings
@@ -235,7 +214,7 @@ def _page(index: Index, figures: Figures) -> str:
             f"samples up to {settings['max_length']:,} tokens"
         ),
         numbers=_numbers(summary),
-        figures=[(TITLES[name], caption, base64.b64encode(png).decode()) for name, (caption, png) in figures.items()],
+        figures=figures,
         changes=list(index.changes.items()),
         rejects_title=f"Rejects: up to {EXAMPLES} of each kind",
         rejects=_rejects(index),

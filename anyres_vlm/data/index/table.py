@@ -50,6 +50,7 @@ SCHEMA = pa.schema(
     ]
 )
 COUNTS = ("tiles", "visual_tokens", "newline_tokens", "text_tokens", "tokens", "supervised")
+TOTALS = ("visual_tokens", "newline_tokens", "text_tokens", "supervised", "tiles")  # in a summary
 
 
 @dataclass(frozen=True)
@@ -128,11 +129,11 @@ class Index:
     @cached_property
     def ok(self) -> NDArray[np.bool_]:
         """Mask of the rows that are samples, not rejects."""
-        with self._reading():
-            status = pq.read_table(self.path, columns=["status"], read_dictionary=["status"]).column(0)
+        status = self.column("status")
         if status.null_count:
             raise DataError(f"{self.path}: column status has missing values: rebuild it with anyres index")
-        return np.concatenate([np.zeros(0, bool), *(_is_ok(chunk) for chunk in status.chunks)])
+        mask: NDArray[np.bool_] = pc.equal(status, OK).to_numpy()
+        return mask
 
     @cached_property
     def _names(self) -> pa.ChunkedArray:
@@ -160,12 +161,6 @@ class Index:
     def __len__(self) -> int:
         with self._reading():
             return int(pq.read_metadata(self.path).num_rows)
-
-
-def _is_ok(chunk: pa.DictionaryArray) -> NDArray[np.bool_]:
-    is_ok = np.array([status == OK for status in chunk.dictionary.to_pylist()], bool)
-    mask: NDArray[np.bool_] = is_ok[chunk.indices.to_numpy()]
-    return mask
 
 
 def read_index(path: Path) -> Index:
@@ -212,11 +207,7 @@ def summarise(index: Index) -> dict[str, Any]:
             "p95": float(percentiles[1]),
             "max": int(tokens.max(initial=0)),
         },
-        "visual_tokens": _total(index, "visual_tokens"),
-        "newline_tokens": _total(index, "newline_tokens"),
-        "text_tokens": _total(index, "text_tokens"),
-        "supervised": _total(index, "supervised"),
-        "tiles": _total(index, "tiles"),
+        **{name: int(index.numbers(name)[index.ok].sum()) for name in TOTALS},
         "images": int(num_images(index)[index.ok].sum()),
         "key": index.key,
         "index": str(index.path),
@@ -224,15 +215,9 @@ def summarise(index: Index) -> dict[str, Any]:
     }
 
 
-def _total(index: Index, column: str) -> int:
-    return int(index.numbers(column)[index.ok].sum())
-
-
-def num_images(index: Index) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
+def num_images(index: Index) -> NDArray[np.int64]:
     """Return the number of images with a readable header in each row."""
-    counts: np.ndarray[tuple[int], np.dtype[np.int64]] = (
-        pc.list_value_length(index.column("heights")).to_numpy().astype(np.int64)
-    )
+    counts: NDArray[np.int64] = pc.list_value_length(index.column("heights")).to_numpy().astype(np.int64)
     return counts
 
 

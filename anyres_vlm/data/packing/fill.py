@@ -187,44 +187,32 @@ def best_end(
     chosen: Ints,
 ) -> Int:
     """Write the buffer indices of up to four samples that end a pack to `chosen`, 0 for none. Returns the score."""
-    place, where = np.empty(CANDIDATES, np.int64), np.empty(CANDIDATES, np.int64)
     length, extra, value, used = samples
-    count, head = state[COUNT], state[HEAD]
-    found, at = 0, state[OLDEST]
-    while at < head and found < CANDIDATES:
+    count = state[COUNT]
+    size, gain, cost, where = np.zeros((4, CANDIDATES + 1), np.int64)
+    where[0] = -1  # index 0 stands for no sample
+    found, at = 1, state[OLDEST]
+    while at < state[HEAD] and found <= CANDIDATES:
         if not used[at]:
-            place[found], where[found] = at, locate(keys, count, (np.int64(length[at]) << SHIFT) | at)
+            size[found], gain[found], cost[found] = length[at], value[at], extra[at]
+            where[found] = locate(keys, count, (np.int64(length[at]) << SHIFT) | at)
             found += 1
         at += 1
     pair = np.zeros(2, np.int64)
     best = LIMIT
     chosen[:] = 0
-    for one in range(-1, found):
-        for two in range(-1, max(one, 0) if one < strategy.pairs else 0):
-            size: Int = np.int64(0)
-            gain: Int = np.int64(0)
-            cost: Int = np.int64(0)
-            first: Int = -1
-            second: Int = -1
-            if one >= 0:
-                at, first = place[one], where[one]
-                size += length[at]
-                gain += value[at]
-                cost += extra[at]
-            if two >= 0:
-                at, second = place[two], where[two]
-                size += length[at]
-                gain += value[at]
-                cost += extra[at]
-            if size > room:
+    for one in range(found):
+        for two in range(max(one, 1) if one <= strategy.pairs else 1):
+            taken = size[one] + size[two]
+            if taken > room:
                 continue
             score, good = best_pair(
-                keys, count, samples, room - size, worth - gain, goal - size * UNIT - cost,
-                (first, second), best, accept, strategy, pair,
+                keys, count, samples, room - taken, worth - gain[one] - gain[two],
+                goal - taken * UNIT - cost[one] - cost[two], (where[one], where[two]), best, accept, strategy, pair,
             )  # fmt: skip
             if score < best:
                 best = score
-                chosen[0], chosen[1], chosen[2], chosen[3] = max(first, 0), max(second, 0), pair[0], pair[1]
+                chosen[0], chosen[1], chosen[2], chosen[3] = max(where[one], 0), max(where[two], 0), pair[0], pair[1]
                 if good:
                     return best
     return best

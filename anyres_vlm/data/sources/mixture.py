@@ -43,6 +43,8 @@ from anyres_vlm.errors import DataError, UsageError
 from anyres_vlm.schema import Record
 
 DENSE = 4  # read a range of rows as a stream if at least one in this many is wanted, else row by row
+Rows = NDArray[np.int64]
+
 STRATEGY = re.compile(r"(all|first|end|random)(?::(\d+)|:(\d+(?:\.\d+)?)%)?")
 
 
@@ -63,6 +65,26 @@ class Part(Frozen):
         if len(given) > 1:
             raise ValueError(f"give one of fraction, first, random and weight, not {' and '.join(given)}")
         return self
+
+    def rows(self, size: int) -> Rows:
+        """Choose rows of a source of `size` rows, ascending; with a weight, whole repetitions and then a random rest.
+
+        Raises `DataError` when the source has fewer rows than asked for, or none are left.
+        """
+        asked = self.first or self.random
+        if asked is not None and asked > size:
+            key = "first" if self.first is not None else "random"
+            raise DataError(f"{key}={asked}, but it has {size} records: lower it, or repeat records with weight")
+        if self.first is not None:
+            return np.arange(self.first)
+        if self.random is not None:
+            return _random_rows(size, self.random, self.seed)
+        share = self.fraction or self.weight or 1.0
+        total = round(share * size)
+        if total == 0:
+            raise DataError(f"{share:g} of {size} records is none: raise the share or leave the source out")
+        whole, rest = divmod(total, size)
+        return np.concatenate([np.tile(np.arange(size), whole), _random_rows(size, rest, self.seed)])
 
 
 class Mixture(Frozen):
@@ -92,14 +114,19 @@ class Dataset(Frozen):
             raise ValueError("expected all, or first, end or random with a number, such as first:1000 or random:10%")
         return strategy.strip()
 
-    def rows(self, size: int) -> NDArray[np.int64]:
-        """Choose rows of a source of `size` rows; without a number every strategy takes all of them."""
+    def rows(self, size: int) -> Rows:
+        """Choose rows of a source of `size` rows; without a number every strategy takes all of them.
+
+        Raises `DataError` when none are left.
+        """
         match = STRATEGY.fullmatch(self.sampling_strategy)
         assert match is not None, "validated"
         strategy, number, percent = match.groups()
         count = size
         if number is not None or percent is not None:
             count = min(size, int(number) if number is not None else math.ceil(Fraction(percent) * size / 100))
+        if count == 0:
+            raise DataError(f"sampling_strategy {self.sampling_strategy} of {size} records is none: raise it")
         if strategy == "random":
             return _random_rows(size, count, self.seed)
         return np.arange(size - count, size) if strategy == "end" else np.arange(count)
@@ -118,8 +145,8 @@ class MixtureSource:
     path: Path
     sources: tuple[Source, ...]
     names: tuple[str, ...]
-    chosen: tuple[NDArray[np.int64], ...]  # rows of each source; repetitions follow after all rows
-    starts: NDArray[np.int64]  # (sources + 1,)
+    chosen: tuple[Rows, ...]  # rows of each source; repetitions follow after all rows
+    starts: Rows  # (sources + 1,)
 
     @classmethod
     def open(cls, path: Path, images: Path | None = None) -> MixtureSource:
@@ -135,7 +162,9 @@ class MixtureSource:
             folder = images if part.images is None else _resolve(part.images, path)
             try:
                 source = open_single(_resolve(part.path, path), folder)
-                rows = choose(part, len(source))
+                if len(source) == 0:
+                    raise DataError("contains no records")
+                rows = part.rows(len(source))
             except DataError as error:
                 raise DataError(f"{path} source {number}: {error}") from None
             sources.append(source)
@@ -208,7 +237,7 @@ def _read(path: Path) -> tuple[Part | Dataset, ...]:
     return parts
 
 
-def _items(source: Source, rows: NDArray[np.int64]) -> Iterator[Record | DataError]:
+def _items(source: Source, rows: Rows) -> Iterator[Record | DataError]:
     """Yield rows in the given order. A dense range of rows is read as one stream, and the rows between are skipped."""
     for ascending in np.split(rows, np.flatnonzero(np.diff(rows) <= 0) + 1):
         if len(ascending) > 1 and ascending[-1] - ascending[0] < DENSE * len(ascending):
@@ -223,34 +252,7 @@ def _items(source: Source, rows: NDArray[np.int64]) -> Iterator[Record | DataErr
                 yield error
 
 
-def choose(part: Part | Dataset, size: int) -> NDArray[np.int64]:
-    """Choose rows of a source of `size` rows, ascending; with a weight, whole repetitions and then a random rest.
-
-    Raises `DataError` when the source has fewer rows than asked for, or none are left.
-    """
-    if size == 0:
-        raise DataError("contains no records")
-    if isinstance(part, Dataset):
-        if not len(rows := part.rows(size)):
-            raise DataError(f"sampling_strategy {part.sampling_strategy} of {size} records is none: raise it")
-        return rows
-    asked = part.first or part.random
-    if asked is not None and asked > size:
-        key = "first" if part.first is not None else "random"
-        raise DataError(f"{key}={asked}, but it has {size} records: lower it, or repeat records with weight")
-    if part.first is not None:
-        return np.arange(part.first)
-    if part.random is not None:
-        return _random_rows(size, part.random, part.seed)
-    share = part.fraction if part.fraction is not None else part.weight if part.weight is not None else 1.0
-    total = round(share * size)
-    if total == 0:
-        raise DataError(f"{share:g} of {size} records is none: raise the share or leave the source out")
-    whole, rest = divmod(total, size)
-    return np.concatenate([np.tile(np.arange(size), whole), _random_rows(size, rest, part.seed)])
-
-
-def _random_rows(size: int, count: int, seed: int) -> NDArray[np.int64]:
+def _random_rows(size: int, count: int, seed: int) -> Rows:
     """Distinct rows, ascending. The raw stream of a bit generator, unlike a Generator's, is fixed for all versions."""
     if count == 0:
         return np.zeros(0, np.int64)

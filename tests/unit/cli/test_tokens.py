@@ -260,7 +260,7 @@ def test_interruption_exits_130(photo: Path, monkeypatch: pytest.MonkeyPatch) ->
     def interrupt(path: Path) -> Size:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("anyres_vlm.data.token_counts.read_size", interrupt)
+    monkeypatch.setattr("anyres_vlm.data.tile_picture.read_size", interrupt)
     assert anyres("tokens", photo) == 130
 
 

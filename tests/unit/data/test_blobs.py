@@ -81,3 +81,5 @@ def test_what_cannot_be_read_is_named(tmp_path: Path) -> None:
             read(ImageRef("m", tmp_path))
         with pytest.raises(DataError, match=r"^m: cannot be opened .*null"):
             read(ImageRef("m", Path("a\0b")))
+        with pytest.raises(DataError, match=r"^m: cannot be opened \(File name too long\)"):
+            read(ImageRef("m", tmp_path / ("x" * 500)))

@@ -15,7 +15,6 @@ from PIL import Image
 
 from anyres_vlm.config import DataConfig
 from anyres_vlm.data.conversation import ConversationTokenizer
-from anyres_vlm.data.images import open_image
 from anyres_vlm.data.index.build import build_index
 from anyres_vlm.data.index.rows import IndexSettings
 from anyres_vlm.data.loader import IndexedSamples, Pack, collate, iter_steps, load
@@ -133,20 +132,6 @@ def test_data_that_changed_since_it_was_indexed_is_named(samples: IndexedSamples
     changed = IndexedSamples(open_source(data), samples.index, samples.conversation, TILING)
     with pytest.raises(DataError, match=r"record 3: \d+ tokens, expected \d+ as indexed: the data has changed"):
         changed.sample(3)
-
-
-def test_images_are_upright_and_rgb(tmp_path: Path) -> None:
-    image = Image.new("RGB", (4, 2), "red")
-    exif = image.getexif()
-    exif[0x0112] = 6
-    image.save(tmp_path / "a.jpg", exif=exif)
-    assert open_image(tmp_path / "a.jpg").size == (2, 4)
-    Image.new("LA", (3, 3)).save(tmp_path / "b.png")
-    assert open_image(tmp_path / "b.png").mode == "RGB"
-    (tmp_path / "c.png").write_text("no image")
-    for name, words in (("c.png", "not an image"), ("d.png", "no such file")):
-        with pytest.raises(DataError, match=rf"{name}: {words}"):
-            open_image(tmp_path / name)
 
 
 def test_workers_exit_only_on_a_signal_from_their_trainer(samples: IndexedSamples) -> None:

@@ -92,9 +92,7 @@ def test_a_single_bad_record_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.json", '[{"id": 1,]', r"a\.json line 1 column 11: malformed JSON"),
         ("a.jsonl", '{}\n{"id"}', r"a\.jsonl line 2 column 6: malformed JSON"),
-        ("a.json", '{"id": 1}', "expected a list of records, got dict"),
         ("a.json", "[]", "contains no records"),
         ("a.json", '[{"id": "x", "conversations": }]', r"a\.json line 1 column 31: malformed JSON: Expecting value"),
         ("a.json", '[{"id": "x"}\n {}]', r"a\.json line 2 column 2: malformed JSON: Extra data"),

@@ -18,7 +18,7 @@ import pytest
 import yaml
 
 from anyres_vlm.data.sources import open_source, read_records
-from anyres_vlm.data.sources.mixture import Part, choose
+from anyres_vlm.data.sources.mixture import Part
 from anyres_vlm.errors import DataError, UsageError
 from anyres_vlm.schema import Record
 
@@ -89,7 +89,7 @@ def test_a_choice_is_its_seed_s_and_looks_random(folder: Path) -> None:
 
 def test_the_choice_is_pinned() -> None:
     """Other machines and later versions must choose the same rows: this is part of what an index means."""
-    chosen = choose(Part(path=Path("x"), random=5, seed=7), 1000)
+    chosen = Part(path=Path("x"), random=5, seed=7).rows(1000)
     keys = np.random.PCG64(7).random_raw(1000).tolist()
     assert chosen.tolist() == sorted(sorted(range(1000), key=keys.__getitem__)[:5])
     assert chosen.tolist() == [6, 37, 114, 614, 865]

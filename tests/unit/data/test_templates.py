@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 from copy import deepcopy
 
 import pytest
@@ -28,46 +29,10 @@ LLAVA = (
     "You are a helpful language and vision assistant. You are able to understand the visual content that the user "
     "provides, and assist the user with a variety of tasks using natural language."
 )
-FORMATS: dict[TemplateName, str] = {
-    "plain": "<image>A1</s>A2</s>",
-    "tiny": "User: <image>\nQ1 Assistant: A1</s>User: Q2 Assistant: A2</s>",
-    "vicuna_v1": f"{VICUNA} USER: <image>\nQ1 ASSISTANT: A1</s>USER: Q2 ASSISTANT: A2</s>",
-    "llama_2": (
-        f"[INST] <<SYS>>\n{LLAVA}\n<</SYS>>\n\n<image>\nQ1 [/INST] A1 </s><s>[INST] Q2 [/INST] A2 </s>"  # <s> before it
-    ),
-    "mistral": "[INST] <image>\nQ1 [/INST] A1</s>[INST] Q2 [/INST] A2</s>",
-    "llama_3": (
-        f"<|start_header_id|>system<|end_header_id|>\n\n{LLAVA}<|eot_id|>"
-        "<|start_header_id|>user<|end_header_id|>\n\n<image>\nQ1<|eot_id|>"
-        "<|start_header_id|>assistant<|end_header_id|>\n\nA1<|eot_id|>"
-        "<|start_header_id|>user<|end_header_id|>\n\nQ2<|eot_id|>"
-        "<|start_header_id|>assistant<|end_header_id|>\n\nA2<|eot_id|>"
-    ),
-    "chatml": (
-        "<|im_start|>user\n<image>\nQ1<|im_end|>\n<|im_start|>assistant\nA1<|im_end|>\n"
-        "<|im_start|>user\nQ2<|im_end|>\n<|im_start|>assistant\nA2<|im_end|>\n"
-    ),
-    "chatml_direct": (
-        "<|im_start|>system\nAnswer the questions.<|im_end|>"
-        "<|im_start|>user\n<image>\nQ1<|im_end|><|im_start|>assistant\nA1<|im_end|>"
-        "<|im_start|>user\nQ2<|im_end|><|im_start|>assistant\nA2<|im_end|>"
-    ),
-}
 DIALOGUE = (Turn("user", "<image>\nQ1"), Turn("assistant", "A1"), Turn("user", "Q2"), Turn("assistant", "A2"))
 
 
-@pytest.mark.parametrize("template", TEMPLATES)
-def test_the_published_format(template: TemplateName) -> None:
-    text, spans = ConversationTokenizer(template, exact_tokenizer("llama_legacy")).render(DIALOGUE)
-    assert text == FORMATS[template]
-    assert [text[first:end].replace("<|im_end|>", "</s>").replace("<|eot_id|>", "</s>") for first, end in spans] in (
-        ["A1</s>", "A2</s>"],
-        [" A1</s>", " A2</s>"],
-        [" A1 </s>", " A2 </s>"],
-    )
-
-
-# The same dialogue as the published code builds its ids: control tokens by name, and text tokenised piece by piece.
+# The dialogue as the published code builds its ids: control tokens by name, and text tokenised piece by piece.
 # `added` is the begin token of a tokenizer that adds one, `<s>` one that the format itself has.
 IDS: dict[TemplateName, list[str]] = {
     "plain": ["added", "<image>", "A1", "</s>", "A2", "</s>"],
@@ -123,6 +88,14 @@ def by_hand(template: TemplateName, tokenizer: PreTrainedTokenizerFast, adds: bo
     return ids
 
 
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_the_published_format(template: TemplateName) -> None:
+    text, spans = ConversationTokenizer(template, exact_tokenizer("llama_legacy")).render(DIALOGUE)
+    assert text == "".join(IDS[template][1:] if IDS[template][0] in ("added", "<s>") else IDS[template])
+    assert [re.sub(r"<\|\w+\|>|</s>", "", text[first:end]).strip() for first, end in spans] == ["A1", "A2"]
+    assert all(text[first:end].endswith(("</s>", "<|im_end|>", "<|eot_id|>")) for first, end in spans)
+
+
 @pytest.mark.parametrize("adds", [True, False])
 @pytest.mark.parametrize("kind", ["llama_legacy", "unigram_legacy", "llama3", "qwen"])
 @pytest.mark.parametrize("template", TEMPLATES)
@@ -165,13 +138,6 @@ def test_the_begin_token_shows_in_the_index() -> None:
             texts.append(IndexSettings(encoder, Tiling(), 2048).words["dialogue"][0])
         assert not texts[0].startswith("<s>")
         assert texts[1] == ("<s>" + texts[0] if changes else texts[0])
-
-
-def test_llama_2_begins_every_turn_with_its_own_begin_token() -> None:
-    tokenizer = exact_tokenizer("llama_legacy")
-    ids = ConversationTokenizer("llama_2", tokenizer).prompt(DIALOGUE[:3]).tolist()
-    assert ids.count(tokenizer.bos_token_id) == 2
-    assert ids[0] == ids[ids.index(tokenizer.eos_token_id) + 1] == tokenizer.bos_token_id
 
 
 @pytest.mark.parametrize("template", [name for name in TEMPLATES if name != "plain"])
