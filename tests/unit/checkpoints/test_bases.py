@@ -339,7 +339,7 @@ def test_doctor_says_that_weights_are_pickle(bases: Path, tmp_path: Path, capsys
     sets = [f"model.llm={bases / replicas.VICUNA_7B}", f"model.encoder.name={bases / replicas.CLIP}"]
     main(["doctor", "--output", str(tmp_path / "run"), *(word for line in sets for word in ("--set", line))])
     said = " ".join(capsys.readouterr().out.split())
-    assert said.count("M numbers, in .bin files: pickle, of which only tensors are read") == 2, said
+    assert said.count("M parameters, in .bin files (pickle; only tensors are read)") == 2, said
     assert not config.exists()
 
 
