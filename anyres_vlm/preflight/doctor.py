@@ -29,6 +29,7 @@ PATIENCE_S = 5  # for a connection to the hub
 CGROUP = Path("/sys/fs/cgroup")
 MEMORY = Path("/proc/meminfo")
 CHECKPOINT_BYTES = 12  # of a trained weight: itself and AdamW's two moments in fp32
+MODEL_BYTES = 4  # of a weight of a finished model, at most
 
 
 @dataclass(frozen=True)
@@ -170,9 +171,11 @@ def check_disk(case: Case) -> Iterator[Finding]:
     model = case.config.model
     names = [model.checkpoint] if isinstance(model, CheckpointConfig) else [model.llm]
     kept = case.config.keep_checkpoints + 1  # the new one is written before the oldest goes
-    need = CHECKPOINT_BYTES * kept * sum(_numbers(name) or 0 for name in names)
-    words = f"{place} can be written, {gigabytes(free)} free; {kept} checkpoints take "
-    words += f"about {gigabytes(need)}" if need else f"{CHECKPOINT_BYTES} bytes a weight each"
+    # Adapters are small: what counts with LoRA are the models of both stages.
+    each = 2 * MODEL_BYTES + (CHECKPOINT_BYTES * kept if case.config.stage2.lora is None else 0)
+    need = each * sum(_numbers(name) or 0 for name in names)
+    words = f"{place} can be written, {gigabytes(free)} free; {kept} checkpoints and two models take "
+    words += f"about {gigabytes(need)}" if need else f"{each} bytes a weight"
     yield judge("disk", free > need, words, "make room, or lower keep_checkpoints")
 
 

@@ -199,7 +199,8 @@ class Rehearsal:
         one, two = (_checkpoint_bytes(self.config, stage, sizes) for stage in STAGES)
         kept = self.config.keep_checkpoints
         finished = 4 * sum(sizes.values())
-        need = kept * one + finished + (kept + 1) * two  # the new one is written before the oldest goes
+        # The new checkpoint is written before the oldest goes, the model after the last of them.
+        need = kept * one + finished + max((kept + 1) * two, kept * two + finished)
         place = next(path for path in (self.output.absolute(), *self.output.absolute().parents) if path.is_dir())
         have = sum(file.stat().st_size for file in self.output.rglob("*") if file.is_file())
         free = shutil.disk_usage(place).free + have
@@ -363,7 +364,6 @@ def _embedding_rows(model: ModelConfig) -> int:
 
 
 def _checkpoint_bytes(config: RunConfig, stage: StageName, sizes: dict[str, int]) -> int:
-    """Bytes of a checkpoint: trained weights and their two moments in fp32, frozen ones as they are held."""
+    """Bytes of a checkpoint: trained weights and their two moments in fp32."""
     trained = trained_rates(config, stage)
-    frozen = 2 if config.stage(stage).deepspeed and config.precision == "bf16" else 4
-    return sum(size * (12 if part in trained else frozen) for part, size in sizes.items())
+    return sum(12 * size for part, size in sizes.items() if part in trained)
