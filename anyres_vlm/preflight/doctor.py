@@ -249,7 +249,8 @@ def check_disk(case: Case) -> Iterator[Finding]:
     kept = case.config.keep_checkpoints
     one, two = (checkpoint_bytes(case.config, name, sizes) for name in STAGES)
     model_bytes = 4 * sum(sizes.values())
-    need = kept * one + model_bytes + (kept + 1) * two  # a new checkpoint is written before the oldest is deleted
+    # A new checkpoint is written before the oldest is deleted, and the model after the last checkpoint.
+    need = kept * one + model_bytes + max((kept + 1) * two, kept * two + model_bytes)
     output = case.output.absolute()
     place = next(path for path in (output, *output.parents) if path.is_dir())
     written = sum(file.stat().st_size for file in output.rglob("*") if file.is_file())
@@ -260,12 +261,11 @@ def check_disk(case: Case) -> Iterator[Finding]:
 
 
 def checkpoint_bytes(config: RunConfig, stage: StageName, sizes: dict[str, int]) -> int:
-    """Return the bytes of a checkpoint: trained weights with two moments in fp32, frozen weights in their own dtype."""
+    """Return the bytes of a checkpoint: trained weights and their two moments in fp32."""
     from anyres_vlm.train.recipe import trained_rates
 
     trained = trained_rates(config, stage)
-    frozen = 2 if config.stage(stage).deepspeed and config.precision == "bf16" else 4
-    return sum(size * (12 if part in trained else frozen) for part, size in sizes.items())
+    return sum(12 * size for part, size in sizes.items() if part in trained)
 
 
 def check_data(case: Case) -> Iterator[Finding]:

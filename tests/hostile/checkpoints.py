@@ -64,7 +64,9 @@ def _made(ours: bool) -> Path:
     folder = root / "saved"
     folder.mkdir()
     save_pretrained(model, model.state_dict(), tokenizer, TEMPLATES["tiny"].jinja, folder)
-    save_trainer(folder, TrainerState(3, 3, {}), {"image_newline.exp_avg": torch.zeros(16)})
+    save_trainer(
+        folder, TrainerState(3, 3, {}), {"image_newline": torch.zeros(16)}, {"image_newline.exp_avg": torch.zeros(16)}
+    )
     if not ours:
         (folder / "anyres.json").unlink()
     return folder

@@ -6,6 +6,7 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from deepspeed.runtime.zero.stage3 import estimate_zero3_model_states_mem_needs
@@ -14,9 +15,13 @@ from torch import nn
 
 from anyres_vlm.config import RunConfig, load_config, shipped_config
 from anyres_vlm.errors import UsageError
+from anyres_vlm.model.quantize import Nf4Linear
 from anyres_vlm.preflight.estimate.activations import PackSize, StepBytes, micro_step_bytes
-from anyres_vlm.preflight.estimate.memory import Sharding, count_parameters, rank_memory, read_sharding
-from anyres_vlm.preflight.estimate.workload import find_device
+from anyres_vlm.preflight.estimate.choice import Machines
+from anyres_vlm.preflight.estimate.memory import Sharding, StageMemory, count_parameters, rank_memory, read_sharding
+from anyres_vlm.preflight.estimate.workload import StageSamples, find_device
+from anyres_vlm.train.options import RunOptions
+from anyres_vlm.train.stage import build
 
 NOTHING = StepBytes(0, 0, 0)
 MILLION = nn.ParameterList([nn.Parameter(torch.empty(1_000_000, device="meta"))])
@@ -144,3 +149,24 @@ def test_other_parts_are_traced(setting: str) -> None:
     config = load_config(shipped_config("tiny"), [setting])
     [step] = micro_step_bytes(config, "stage2", [PackSize(500, 1, 2, 100)], "bf16")
     assert 0 < step.held < step.peak
+
+
+@pytest.mark.parametrize("lora", ["{rank: 4}", "{rank: 4, quantize: nf4}"])
+def test_frozen_weights_take_the_bytes_that_a_stage_holds(tiny_bases: Path, tmp_path: Path, lora: str) -> None:
+    config = tiny(tiny_bases, "precision=bf16", f"stage2.lora={lora}")
+    options = RunOptions(tmp_path, ("stage2",), skip_stage1=True)
+    model, _ = build(config, options, "stage2", is_split=False, device=torch.device("cpu"))
+    packed = [layer.scales for layer in model.modules() if isinstance(layer, Nf4Linear)]
+    held = sum(parameter.nbytes for parameter in model.parameters())
+    held += sum(scales.absmax.nbytes + scales.state2.absmax.nbytes for scales in packed)
+    assert bool(packed) == ("nf4" in lora)
+    samples = StageSamples(np.array([100]), np.array([2]), np.array([50]), "one")
+    stage = StageMemory(config, "stage2", samples, ranks=1)
+    # Small layers end in blocks that are not full.
+    assert stage.without_packs(Sharding("none")).weights == pytest.approx(held, rel=0.01 if packed else 0)
+
+
+def test_context_and_buffers_leave_less_for_tensors() -> None:
+    one, two = (Machines(find_device("l4-24gb"), gpus, headroom=0.05, mfu=0.4) for gpus in (1, 2))
+    assert one.usable == 24e9 * 0.95 - 0.6e9
+    assert one.usable - two.usable == pytest.approx(1e9)

@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 
 import pytest
+from accelerate.state import AcceleratorState
 from torch.distributed import DistStoreError
 
 from anyres_vlm.errors import RankLost
+from anyres_vlm.train.engine.engine import Engine
 from anyres_vlm.train.engine.ranks import adopt_slurm_ranks, first_host, telling_lost_ranks
 
 STEP = {
@@ -70,3 +72,10 @@ def test_lost_ranks_are_told_in_one_line(error: RuntimeError) -> None:
     assert "\n" not in str(caught.value)
     with pytest.raises(RuntimeError, match="mat1"), telling_lost_ranks(5):
         raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+
+
+def test_gradients_are_views_of_the_buckets_that_ranks_exchange() -> None:
+    AcceleratorState._reset_state(reset_partial_state=True)
+    engine = Engine.start("fp32", rank_timeout_minutes=1)
+    assert engine._accelerator.ddp_handler.gradient_as_bucket_view
+    engine.close()
