@@ -45,34 +45,17 @@ class CostModel:
 
 
 def read_cost(path: Path) -> CostModel:
-    """Derive the costs from a Hugging Face folder or `config.json` of a LLaVA-like model, or from a run's YAML file.
-
-    A YAML file names its language model and encoder as folders or hub ids; both must be available locally. Raises
-    `UsageError`.
-    """
+    """Derive the costs from the local folder or `config.json` of a LLaVA-like model. Raises `UsageError`."""
     from transformers import AutoConfig  # start-up time
 
-    from anyres_vlm.config import CheckpointConfig, load_config
-
-    def read(name: str | Path) -> Any:
-        try:
-            return AutoConfig.from_pretrained(name, local_files_only=True, trust_remote_code=False)
-        except (OSError, ValueError) as error:
-            reason = " ".join(str(error).split())[:200]
-            raise UsageError(
-                f"{path}: no model configuration {name} is available ({reason}); give a folder with a config.json"
-            ) from None
-
-    if path.suffix in (".yaml", ".yml"):
-        model = load_config(path).model
-        if isinstance(model, CheckpointConfig):
-            return read_cost(Path(model.checkpoint))
-        vision = read(model.encoder.name)
-        flops = forward_flops(read(model.llm), getattr(vision, "vision_config", vision), model.encoder.layer)
-        return derive_cost(flops)
     if not path.exists():
         raise UsageError(f"{path}: no such file; expected a folder with a config.json, or a YAML configuration")
-    whole = read(path.parent if path.name == "config.json" else path)
+    folder = path.parent if path.name == "config.json" else path
+    try:
+        whole: Any = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UsageError(f"{path}: no model configuration ({reason}); give a folder with a config.json") from None
     if not hasattr(whole, "text_config") or not hasattr(whole, "vision_config"):
         raise UsageError(
             f"{path}: a {whole.model_type} model without text_config and vision_config: expected a LLaVA model"

@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from anyres_vlm.cli.main import main
+from anyres_vlm.config import shipped_config
 
 
 def anyres(*arguments: str | Path) -> int:
@@ -55,6 +56,18 @@ def test_plan_file_agrees_with_the_report(index: Path, capsys: pytest.CaptureFix
     for (*micro_step, _), cost in costs.items():
         slowest[tuple(micro_step)] = max(slowest.get(tuple(micro_step), 0), cost)
     assert report["straggler"] == pytest.approx(sum(slowest.values()) / (sum(costs.values()) / 4), rel=1e-5)
+
+
+@pytest.mark.parametrize(("config", "tile"), [("llava_next_vicuna_7b", 29), ("tiny", None)])
+def test_costs_of_a_shipped_configuration(
+    index: Path, capsys: pytest.CaptureFixture[str], config: str, tile: float | None
+) -> None:
+    """Published base models need no files, embedded ones have them."""
+    path = shipped_config(config)
+    assert anyres("plan", index, "--model-config", path, "--json") == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["cost_from"] == f"by FLOPs from {path}"
+    assert tile is None or report["cost_tile"] == pytest.approx(tile, rel=0.05)
 
 
 def test_same_arguments_same_bytes_and_ranks_keep_the_steps(index: Path) -> None:

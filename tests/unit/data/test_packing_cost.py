@@ -127,16 +127,6 @@ def test_costs_of_known_models(tmp_path: Path, language: object, square: float, 
         assert cost.tile == pytest.approx(tile, rel=0.05)
 
 
-def test_costs_of_a_run_by_its_local_folders(tmp_path: Path) -> None:
-    VICUNA_7B.save_pretrained(tmp_path / "llm")
-    CLIPVisionConfig(**CLIP_LARGE).save_pretrained(tmp_path / "encoder")
-    shipped = Path(__file__).parents[3] / "configs" / "llava_next_vicuna_7b.yaml"
-    text = shipped.read_text().replace("lmsys/vicuna-7b-v1.5", str(tmp_path / "llm"))
-    run = tmp_path / "run.yaml"
-    run.write_text(text.replace("openai/clip-vit-large-patch14-336", str(tmp_path / "encoder")))
-    assert read_cost(run).tile == pytest.approx(29, rel=0.05)
-
-
 def test_errors_name_what_cannot_be_derived(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"nowhere: no such file; expected a folder with a config\.json"):
         read_cost(tmp_path / "nowhere")
