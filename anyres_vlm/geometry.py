@@ -42,8 +42,8 @@ Layout = Literal["spatial_unpad", "flat"]
 Dialect = Literal["hf", "llava"]
 
 GRID_LIMIT = 12  # tiles per side; 12 x 12 tiles of 576 tokens are 83k tokens
-PAIR = r"\((\d{1,3})x(\d{1,3})\)"
-TILE_RANGE = re.compile(rf"{PAIR}[\d\s,.x()]*{PAIR}")
+_PAIR = r"\((\d{1,3})x(\d{1,3})\)"
+TILE_RANGE = re.compile(rf"{_PAIR}[\d\s,.x()]*{_PAIR}")
 
 
 @dataclass(frozen=True, slots=True)

@@ -80,21 +80,24 @@ def plan(
 
 def _cost(model: Path | None) -> tuple[CostModel, str]:
     """Return the cost model and a note on its origin."""
-    from anyres_vlm.data.packing.cost import CostModel, derive_cost, forward_flops, read_cost
+    from anyres_vlm.data.packing.cost import CostModel, derive_cost, read_cost
 
     if model is None:
         return CostModel(), "a 7B model with CLIP ViT-L/14-336; use --model-config for another"
     origin = f"by FLOPs from {model}"
     if model.suffix not in (".yaml", ".yml"):
         return read_cost(model), origin
-    from anyres_vlm.checkpoints.describe import describe_bases  # start-up time
-    from anyres_vlm.config import load_config
+    import torch  # start-up time
 
-    described = describe_bases(load_config(model).model)
-    if described.vision_config is None:
-        raise UsageError(f"{model}: no FLOPs are known for an encoder of timm: leave --model-config out")
-    encoder = described.config.encoder
-    return derive_cost(forward_flops(described.text_config, described.vision_config, encoder.layer)), origin
+    from anyres_vlm.checkpoints.bases import skeleton
+    from anyres_vlm.config import load_config
+    from anyres_vlm.train.steps import model_flops
+
+    with torch.device("meta"):
+        flops = model_flops(skeleton(load_config(model).model))
+    if flops is None:
+        raise UsageError(f"{model}: its language model is not like Llama, so its FLOPs cannot be counted")
+    return derive_cost(flops), origin
 
 
 def _read(index: Path) -> pa.Table:

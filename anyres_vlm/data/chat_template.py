@@ -125,18 +125,21 @@ class OwnTemplate:
         return None
 
 
+def _unfit(reason: str) -> UsageError:
+    """Return the error for a chat template that cannot be used."""
+    return UsageError(f"template {OWN}: {reason}: {REMEDY}")
+
+
 def chat_jinja(template: TemplateName, tokenizer: PreTrainedTokenizerFast) -> str:
     """Return the Jinja source to save with a checkpoint. Raises `UsageError` if the tokenizer should have one."""
     if template != OWN:
         return _with_begin(TEMPLATES[template], tokenizer).jinja
     if tokenizer.chat_template is None:
-        raise UsageError(f"template {OWN}: this llm's tokenizer has no chat template: {REMEDY}")
+        raise _unfit("this llm's tokenizer has no chat template")
     try:
         return cast(str, tokenizer.get_chat_template())
     except ValueError:  # several templates, none of them the default
-        raise UsageError(
-            f"template {OWN}: this llm's tokenizer has several chat templates and no default: {REMEDY}"
-        ) from None
+        raise _unfit("this llm's tokenizer has several chat templates and no default") from None
 
 
 def resolve_template(template: TemplateName, tokenizer: PreTrainedTokenizerFast) -> Template:
@@ -187,20 +190,18 @@ def apply_own(
 def read_own(tokenizer: PreTrainedTokenizerFast) -> OwnTemplate:
     """Read the tokenizer's own chat template. Raises `UsageError` for one that cannot be exact, with the reason."""
     if "strftime_now" in chat_jinja(OWN, tokenizer):
-        raise UsageError(f"template {OWN}: this llm's chat template writes today's date: {REMEDY}")
+        raise _unfit("this llm's chat template writes today's date")
     format = _message_format(tokenizer)
     marked = [
         turn for n in range(PROBED_ROUNDS) for turn in (Turn("user", f"qzx{n}xzq"), Turn("assistant", f"azx{n}xza"))
     ]
     rendered = _render(tokenizer, [marked[:count] for count in range(1, len(marked) + 1)], format)
     if isinstance(rendered, DataError):
-        raise UsageError(f"template {OWN}: {rendered}: {REMEDY}")
+        raise _unfit(str(rendered))
     read = _pieces(rendered, marked, tokenizer)
     for count, text in enumerate(rendered, start=1):
         if read.render(marked[:count], count % 2 == 1)[0] != text:
-            raise UsageError(
-                f"template {OWN}: this llm's chat template writes a turn differently as the dialogue goes on: {REMEDY}"
-            )
+            raise _unfit("this llm's chat template writes a turn differently as the dialogue goes on")
     if format.parts:
         format, read = _with_images(tokenizer, format, read)
     if read.end:
@@ -232,10 +233,10 @@ def _message_format(tokenizer: PreTrainedTokenizerFast) -> MessageFormat:
         elif all(found[0].count(word) == 1 for word in words):
             return MessageFormat(roles)
     if len(errors) < len(CONTENTS):
-        raise UsageError(f"template {OWN}: this llm's chat template leaves out or repeats turns: {REMEDY}")
+        raise _unfit("this llm's chat template leaves out or repeats turns")
     # An error raised by the template itself is the reason; another one may be due to the wrong message format.
     raised = [error for error in errors if type(error.__cause__) is TemplateError]
-    raise UsageError(f"template {OWN}: {(raised or errors)[0]}: {REMEDY}")
+    raise _unfit(str((raised or errors)[0]))
 
 
 def _render(
@@ -257,7 +258,7 @@ def _render(
     thread.start()
     thread.join(PATIENCE_S)
     if not outcome:
-        raise UsageError(f"template {OWN}: this llm's chat template is not done after {PATIENCE_S:g} s: {REMEDY}")
+        raise _unfit(f"this llm's chat template is not done after {PATIENCE_S:g} s")
     return outcome[0]
 
 
@@ -266,18 +267,18 @@ def _pieces(rendered: Sequence[str], marked: Sequence[Turn], tokenizer: PreTrain
     prompt, dialogue = rendered[0], rendered[3]
     words = [turn.text for turn in marked[:4]]
     if any(dialogue.count(word) != 1 for word in words) or prompt.count(words[0]) != 1:
-        raise UsageError(f"template {OWN}: this llm's chat template leaves out or repeats turns: {REMEDY}")
+        raise _unfit("this llm's chat template leaves out or repeats turns")
     opening, past, follow, question, closing = re.split("|".join(words), dialogue)
     suffix = prompt[len(opening) + len(words[0]) :]
     if not prompt.startswith(opening) or not question.startswith(suffix):
-        raise UsageError(f"template {OWN}: this llm's generation prompt is not what its dialogues begin with: {REMEDY}")
+        raise _unfit("this llm's generation prompt is not what its dialogues begin with")
     if not follow.startswith(closing):
-        raise UsageError(f"template {OWN}: this llm's chat template ends the last answer in its own way: {REMEDY}")
+        raise _unfit("this llm's chat template ends the last answer in its own way")
     added = [re.escape(token.content) for token in tokenizer.added_tokens_decoder.values()]
     tokens = "|".join(sorted(added, key=len, reverse=True))
     end = re.match(rf"\s*({tokens})", closing) if added else None
     if end is None and (tokenizer.eos_token is None or (added and re.search(tokens, closing))):
-        raise UsageError(f"template {OWN}: this llm's chat template writes no end token after an answer: {REMEDY}")
+        raise _unfit("this llm's chat template writes no end token after an answer")
     return Template(
         opening=opening,
         again=follow.removeprefix(closing),

@@ -79,9 +79,9 @@ def bound_efficiency(tokens: NDArray[np.integer], capacity: int, classes: int = 
 
 def _group(units: Ints, demand: Floats, parts: int, classes: int) -> Ints:
     """Return first indices of at most `classes` classes that lose about equally much by rounding down."""
-    low, high = 0.0, float((units * demand).sum())
     if len(units) <= classes:
         return np.arange(len(units))
+    low, high = 0.0, float((units * demand).sum())
     groups = np.zeros(classes, np.int64)
     edges = np.zeros(len(units) + 1, np.bool_)
     edges[np.searchsorted(units, parts // EDGES)] = classes > len(EDGES)

@@ -45,19 +45,17 @@ class CostModel:
 
 
 def read_cost(path: Path) -> CostModel:
-    """Derive the costs from a folder or `config.json` of a LLaVA-like model. Raises `UsageError`."""
+    """Derive the costs from the local folder or `config.json` of a LLaVA-like model. Raises `UsageError`."""
     from transformers import AutoConfig  # start-up time
 
     if not path.exists():
         raise UsageError(f"{path}: no such file; expected a folder with a config.json, or a YAML configuration")
     folder = path.parent if path.name == "config.json" else path
     try:
-        whole = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        whole: Any = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
-        raise UsageError(
-            f"{path}: no model configuration {folder} is available ({reason}); give a folder with a config.json"
-        ) from None
+        raise UsageError(f"{path}: no model configuration ({reason}); give a folder with a config.json") from None
     if not hasattr(whole, "text_config") or not hasattr(whole, "vision_config"):
         raise UsageError(
             f"{path}: a {whole.model_type} model without text_config and vision_config: expected a LLaVA model"

@@ -97,7 +97,11 @@ def refill(state: Ints, keys: Ints, samples: Samples, width: Int) -> None:
     length, extra = samples.length, samples.extra
     while state[COUNT] <= width and state[HEAD] < len(length):
         head = state[HEAD]
-        insert(keys, state[COUNT], (np.int64(length[head]) << SHIFT) | head)
+        key = (np.int64(length[head]) << SHIFT) | head
+        at = locate(keys, state[COUNT], key)
+        for index in range(state[COUNT], at, -1):
+            keys[index] = keys[index - 1]
+        keys[at] = key
         state[COUNT] += 1
         state[HEAD] += 1
         state[FED] += length[head]
@@ -280,7 +284,8 @@ def best_pair(
 def place(state: Ints, keys: Ints, at: Int, samples: Samples) -> Int:
     """Move a sample from the buffer to the pack. Returns its position in the shuffled order."""
     choice = keys[at] & MASK
-    remove(keys, state[COUNT], at)
+    for index in range(at, state[COUNT] - 1):
+        keys[index] = keys[index + 1]
     samples.used[choice] = 1
     state[COUNT] -= 1
     state[DONE] += 1
@@ -290,24 +295,8 @@ def place(state: Ints, keys: Ints, at: Int, samples: Samples) -> Int:
 
 
 @numba.njit(cache=True)  # type: ignore[untyped-decorator]
-def insert(keys: Ints, count: Int, key: Int) -> None:
-    """Insert into the first `count` sorted keys."""
-    at = locate(keys, count, key)
-    for index in range(count, at, -1):
-        keys[index] = keys[index - 1]
-    keys[at] = key
-
-
-@numba.njit(cache=True)  # type: ignore[untyped-decorator]
-def remove(keys: Ints, count: Int, at: Int) -> None:
-    """Remove one of the first `count` keys."""
-    for index in range(at, count - 1):
-        keys[index] = keys[index + 1]
-
-
-@numba.njit(cache=True)  # type: ignore[untyped-decorator]
 def locate(keys: Ints, count: Int, key: Int) -> Int:
-    """Return the first index whose key is not smaller."""
+    """Return the first index of the sorted keys, `count` of them, whose key is not smaller."""
     low, high = 0, count
     while low < high:
         middle = (low + high) >> 1

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
+import pyarrow as pa
 from numpy.typing import NDArray
 
 from anyres_vlm.data.blobs import is_sidecar, open_file, read_blob, read_slice
@@ -46,29 +47,26 @@ class Shard:
     """Offsets of the members of one tar. Sample i has the members from `firsts[i]` to `firsts[i + 1]` (exclusive)."""
 
     path: Path
-    keys: bytes  # of all samples, concatenated
-    suffix_names: tuple[str, ...]
     digest: str  # of the names, offsets, sizes and times of the members
-    key_ends: NDArray[np.int64]  # (samples,)
+    keys: pa.StringArray  # (samples,)
     firsts: NDArray[np.int64]  # (samples + 1,)
+    suffixes: pa.DictionaryArray  # (members,) in lower case
     offsets: NDArray[np.int64]  # (members,) first byte of the member's data
     lengths: NDArray[np.int64]  # (members,)
-    suffixes: NDArray[np.int64]  # (members,) into `suffix_names`
 
     def __len__(self) -> int:
-        return len(self.key_ends)
+        return len(self.keys)
 
     def key(self, sample: int) -> str:
         """Return the key of a sample, the common part of its members' names."""
-        start = int(self.key_ends[sample - 1]) if sample else 0
-        return self.keys[start : int(self.key_ends[sample])].decode("utf-8", errors="replace")
+        return str(self.keys[sample].as_py())
 
     def members(self, sample: int) -> dict[str, ImageRef]:
         """Return the members of a sample by suffix in lower case. Raises `DataError` if two have the same suffix."""
         key = self.key(sample)
         found: dict[str, ImageRef] = {}
         for member in range(int(self.firsts[sample]), int(self.firsts[sample + 1])):
-            suffix = self.suffix_names[self.suffixes[member]]
+            suffix = str(self.suffixes[member].as_py())
             if suffix in found:
                 raise DataError(f"record {key}: {self.path} has two neighbours {key}.{suffix}: rename one")
             place = int(self.offsets[member]), int(self.lengths[member])
@@ -123,8 +121,8 @@ class WebDatasetSource:
         digest = hashlib.sha256(b"webdataset")
         for shard in self.shards:
             digest.update(shard.digest.encode())
-            for member, suffix in enumerate(shard.suffixes):
-                if shard.suffix_names[suffix] in ("json", "txt"):
+            for member, suffix in enumerate(shard.suffixes.to_pylist()):
+                if suffix in ("json", "txt"):
                     place = int(shard.offsets[member]), int(shard.lengths[member])
                     digest.update(read_slice(shard.path, *place, str(shard.path)))
         return digest.hexdigest()
@@ -132,8 +130,9 @@ class WebDatasetSource:
 
 def scan_shard(path: Path) -> Shard:
     """Read a tar's headers, not its data. Raises `DataError` for a tar that is compressed, broken or cut short."""
-    keys, suffix_ids, previous = bytearray(), dict[str, int](), None
-    key_ends, firsts, offsets, lengths, suffixes = (array("q") for _ in range(5))
+    keys: list[str] = []
+    suffixes: list[str] = []
+    firsts, offsets, lengths = (array("q") for _ in range(3))
     digest = hashlib.sha256()
     sidecars = 0
     with open_file(path, str(path)) as stream:
@@ -142,27 +141,29 @@ def scan_shard(path: Path) -> Shard:
             if is_sidecar(member.name):
                 sidecars += 1
                 continue
-            match = MEMBER.fullmatch(member.name)
+            match = MEMBER.fullmatch(member.name.encode("utf-8", "surrogateescape").decode("utf-8", "replace"))
             if not member.isreg() or match is None:
                 continue
             if member.issparse():
                 raise DataError(f"{path}: {member.name} is stored sparse: pack the shard without --sparse")
-            if match["key"] != previous:
-                if previous is not None:
-                    key_ends.append(len(keys))
-                previous = match["key"]
-                keys += previous.encode("utf-8", errors="surrogateescape")
+            if not keys or match["key"] != keys[-1]:
+                keys.append(match["key"])
                 firsts.append(len(offsets))
+            suffixes.append(match["suffix"].lower())
             offsets.append(member.offset_data)
             lengths.append(member.size)
-            suffixes.append(suffix_ids.setdefault(match["suffix"].lower(), len(suffix_ids)))
-    if previous is not None:
-        key_ends.append(len(keys))
     firsts.append(len(offsets))
     if sidecars:
         logger.info("%s: %d files of macOS or Windows (._*, .DS_Store, ...) are skipped", path, sidecars)
-    tables = [np.array(table, np.int64) for table in (key_ends, firsts, offsets, lengths, suffixes)]
-    return Shard(path, bytes(keys), tuple(suffix_ids), digest.hexdigest(), *tables)
+    return Shard(
+        path=path,
+        digest=digest.hexdigest(),
+        keys=pa.array(keys, pa.string()),
+        firsts=np.array(firsts, np.int64),
+        suffixes=pa.array(suffixes, pa.string()).dictionary_encode(),
+        offsets=np.array(offsets, np.int64),
+        lengths=np.array(lengths, np.int64),
+    )
 
 
 def _members(stream: BinaryIO, path: Path) -> Iterator[tarfile.TarInfo]:

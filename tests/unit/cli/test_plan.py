@@ -59,6 +59,18 @@ def test_plan_file_agrees_with_the_report(index: Path, capsys: pytest.CaptureFix
     assert report["straggler"] == pytest.approx(sum(slowest.values()) / (sum(costs.values()) / 4), rel=1e-5)
 
 
+@pytest.mark.parametrize(("config", "tile"), [("llava_next_vicuna_7b", 29), ("tiny", None)])
+def test_costs_of_a_shipped_configuration(
+    index: Path, capsys: pytest.CaptureFixture[str], config: str, tile: float | None
+) -> None:
+    """Published base models need no files, embedded ones have them."""
+    path = shipped_config(config)
+    assert anyres("plan", index, "--model-config", path, "--json") == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["cost_from"] == f"by FLOPs from {path}"
+    assert tile is None or report["cost_tile"] == pytest.approx(tile, rel=0.05)
+
+
 def test_same_arguments_same_bytes_and_ranks_keep_the_steps(index: Path) -> None:
     files = [index.with_name(f"{name}.parquet") for name in "abc"]
     for out, ranks in zip(files, ("8", "8", "2"), strict=True):
