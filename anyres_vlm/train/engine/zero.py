@@ -31,7 +31,7 @@ INTERNALS = {
         "zero_optimization_stage",
     ),
     "optimizer of every ZeRO stage": ("optimizer", "overflow"),
-    "optimizer of ZeRO-1 and ZeRO-2": ("_lazy_init_hp_params_optimizer_state",),
+    "optimizer of ZeRO-1 and ZeRO-2": ("_hp_optimizer_states_linked", "_lazy_init_hp_params_optimizer_state"),
     "optimizer of ZeRO-3": ("fp32_partitioned_groups_flat", "set_local_hp_param"),
     "parameter of ZeRO-1 and ZeRO-2": ("set_full_hp_param",),
     "parameter of ZeRO-3": ("ds_tensor",),

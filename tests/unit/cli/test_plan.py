@@ -170,11 +170,14 @@ def test_costs_of_embedded_models(index: Path, capsys: pytest.CaptureFixture[str
 
 
 def test_costs_of_an_encoder_of_timm(index: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    run = tmp_path / "run.yaml"
-    text = shipped_config("tiny").read_text().replace("kind: clip", "kind: timm")
-    run.write_text(text.replace("embedded:tiny-vit", "vit_tiny_patch16_224"))
-    assert anyres("plan", index, "--model-config", run) == 2
-    assert "no FLOPs are known for an encoder of timm" in capsys.readouterr().err
+    costs = []
+    for name in ("vit_tiny_patch16_224", "vit_base_patch16_224"):
+        run = tmp_path / f"{name}.yaml"
+        text = shipped_config("tiny").read_text().replace("kind: clip", "kind: timm")
+        run.write_text(text.replace("embedded:tiny-vit", name))
+        assert anyres("plan", index, "--model-config", run, "--json") == 0
+        costs.append(json.loads(capsys.readouterr().out)["cost_tile"])
+    assert 10 < costs[1] / costs[0] < 16, "the base model has 4 x 4 times the weights of the tiny one in its blocks"
 
 
 def test_a_file_that_is_not_parquet(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

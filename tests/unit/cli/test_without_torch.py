@@ -58,6 +58,5 @@ def test_index_for_a_checkpoint(tmp_path: Path, data: Path, checkpoint: Path) ->
     )
 
 
-def test_init(tmp_path: Path, data: Path) -> None:
+def test_init_for_the_cpu(tmp_path: Path, data: Path) -> None:
     assert not loads_torch("init", tmp_path, "--data", data, "--model", "tiny", "--gpus", 0, "--yes")
-    assert not loads_torch("init", tmp_path / "8", "--data", data, "--gpus", 8, "--memory-gb", 80, "--yes")
