@@ -78,7 +78,7 @@ def test_killed_and_resumed_is_the_undisturbed_run(whole: Path, tiny_bases: Path
         assert all(torch.equal(found[key], tensor) for key, tensor in expected.items())
     saved = load_file(max((whole / "stage2" / "checkpoints").iterdir()) / "trainer" / "weights.safetensors")
     assert all(".lora_" in name or name.startswith(("multi_modal", "image_newline")) for name in saved)
-    with pytest.raises(UsageError, match=r"stage2\.lora\.quantize: 'nf4' before, None now"):
+    with pytest.raises(UsageError, match=r"stage2\.lora\.quantize: 'nf4' before, not set now"):
         run(tiny_bases, tmp_path, "stage2.lora.quantize=null")
 
 
