@@ -83,8 +83,10 @@ def much_disk(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_two_ranks_under_deepspeed(
     tmp_path: Path, data: Path, capsys: pytest.CaptureFixture[str], much_disk: None
 ) -> None:
-    """A small replica of Vicuna with the recipe's own presets, templates and precision."""
-    assert rehearse("llava_next_vicuna_7b", tmp_path, "tiny", "--data", data) == 0, capsys.readouterr().out
+    """A small replica of Vicuna with the templates, precision and ranks of the recipe, and both kinds of ZeRO."""
+    assert rehearse("llava_next_vicuna_7b", tmp_path, "tiny", "--data", data, "--set", "stage2.deepspeed=zero3") == 0, (
+        capsys.readouterr().out
+    )
     table = lines(capsys.readouterr().out)
     assert "on 2 x CPU (stage1 zero2, stage2 zero3), then killed" in table["train"]
     assert "after step 3; 2 repeated steps have the same loss" in table["resume"]

@@ -71,7 +71,9 @@ class Fitter:
             settings = settings.model_copy(update={"capacity": CAPACITIES[0]})
             config = self.config.model_copy(update={stage: settings})
             samples = assumed_samples(ASSUMED[stage], describe_bases(config.model).tiling)
-            self._memory[stage, number] = StageMemory(config, stage, samples, ranks=1)
+            memory = StageMemory(config, stage, samples, ranks=1)
+            memory.sizes = memory.sizes[:2]  # no capacity above the first is tried
+            self._memory[stage, number] = memory
         return self._memory[stage, number]
 
 

@@ -52,7 +52,7 @@ def test_one_small_card_trains_adapters_and_eight_large_ones_the_recipe() -> Non
     assert large.packs_per_step == 16, "about 128 samples of 2,447 tokens, and a multiple of 8 ranks"
 
 
-@pytest.mark.parametrize("gpus", [1, 8])
+@pytest.mark.parametrize("gpus", [1, pytest.param(8, marks=pytest.mark.slow)])
 def test_the_written_configuration_fits(gpus: int) -> None:
     devices = machines(24, gpus)
     fitted = fitter(RECIPES["vicuna-7b"]).fit(devices, ("stage2",))
