@@ -17,7 +17,7 @@ from anyres_vlm.preflight.init import MODELS, TINY
 
 GRID = [(memory, gpus) for memory in (24, 40, 48, 80, 141) for gpus in (1, 2, 4, 8)]
 RECIPES = {name: recipe for name, recipe in MODELS.items() if name != TINY}
-DOES_NOT_FIT = {"vicuna-13b": {(24, 1)}, "yi-34b": {(24, 1), (24, 2), (24, 4), (40, 1), (40, 2), (48, 1)}}
+DOES_NOT_FIT = {"vicuna-13b": {(24, 1)}, "yi-34b": {(24, 1), (24, 2), (24, 4), (40, 1), (40, 2), (48, 1), (80, 1)}}
 
 
 @cache
