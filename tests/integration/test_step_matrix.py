@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from step_matrix import BACKENDS, SPLITS, STEPS
+from step_matrix import BACKENDS, KINDS, SPLITS, STEPS
 
 RANKS = (1, 2)
 COMBINATIONS = [f"{ranks} {backend} {micro_steps}" for ranks, (backend, micro_steps) in product(RANKS, SPLITS)]
@@ -61,6 +61,11 @@ def assert_within(found: dict[str, Any], limits: dict[str, float]) -> None:
 @pytest.mark.parametrize("combination", COMBINATIONS)
 def test_steps_are_those_of_one_big_batch(fp32: Differences, combination: str) -> None:
     assert_within(fp32[combination], FP32)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_zero_3_partitions_every_tensor(fp32: Differences, kind: str) -> None:
+    assert all(fp32[kind][name] < limit for name, limit in FP32.items()), fp32[kind]
 
 
 # With one micro-step, nothing has been accumulated before the last forward pass.
