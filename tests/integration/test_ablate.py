@@ -80,6 +80,7 @@ def kill_in_stage2(process: subprocess.Popen[str], out: Path) -> None:
             process.communicate()
 
 
+@pytest.mark.slow
 def test_two_processes_after_a_kill_give_the_numbers_of_plain_runs(tiny_bases: Path, tmp_path: Path) -> None:
     sweep, out = write_sweep(tiny_bases, tmp_path), tmp_path / "out"
     kill_in_stage2(start(sweep, out), out)

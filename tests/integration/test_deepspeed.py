@@ -91,10 +91,10 @@ def test_a_plain_checkpoint_goes_on_under_zero_3(plain: Path, tiny_bases, tmp_pa
 @pytest.mark.parametrize(
     ("name", "ranks"),
     [
-        ("llava-zero2", 1),
+        pytest.param("llava-zero2", 1, marks=pytest.mark.slow),
         ("llava-zero3_offload", 1),
-        ("llama-factory-z0", 1),
-        ("llama-factory-z2_offload", 1),
+        pytest.param("llama-factory-z0", 1, marks=pytest.mark.slow),
+        pytest.param("llama-factory-z2_offload", 1, marks=pytest.mark.slow),
         ("transformers-zero3", 2),
     ],
 )
