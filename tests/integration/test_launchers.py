@@ -69,7 +69,7 @@ def lose(bases: Path, folder: Path, number: signal.Signals, victim: int, *more: 
             rank.wait()
 
 
-@pytest.mark.parametrize("victim", [0, 1])
+@pytest.mark.parametrize("victim", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_a_killed_rank_ends_the_other(tiny_bases, tmp_path: Path, victim: int) -> None:
     seconds, status, said = lose(tiny_bases, tmp_path, signal.SIGKILL, victim)
     assert seconds < ENDED_S

@@ -80,6 +80,7 @@ def much_disk(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("shutil.disk_usage", lambda _: usage)
 
 
+@pytest.mark.slow
 def test_two_ranks_under_deepspeed(
     tmp_path: Path, data: Path, capsys: pytest.CaptureFixture[str], much_disk: None
 ) -> None:
