@@ -24,6 +24,7 @@ from anyres_vlm.geometry import Size, plan_tiles
 from anyres_vlm.model import attention
 from anyres_vlm.model.encoder import ClipEncoder
 from anyres_vlm.model.lora import add_lora
+from anyres_vlm.model.quantize import Nf4Linear, quantize
 from anyres_vlm.model.vlm import VisionLanguageModel
 from anyres_vlm.schema import IGNORE_INDEX, Batch, Sample
 
@@ -42,7 +43,7 @@ CONFIGS: dict[str, Any] = {
     "dropout": LlamaConfig(**SHAPE, attention_dropout=0.1),
     "odd heads": LlamaConfig(**SHAPE | {"num_attention_heads": 16, "num_key_value_heads": 16}),  # of 4 dimensions
 }
-Kind = Literal["plain", "lora", "deepspeed", "fp32"]
+Kind = Literal["plain", "lora", "qlora", "deepspeed", "fp32"]
 
 
 class Operations(TorchDispatchMode):
@@ -94,9 +95,11 @@ def fake_pass(kind: Kind, device: str, family: str = "llama") -> Iterator[tuple[
     )
     encoder = ClipEncoder(CLIPVisionModel(vision), -2, (0.5,) * 3, (0.25,) * 3)
     model = VisionLanguageModel(config, encoder, AutoModelForCausalLM.from_config(CONFIGS[family]), IMAGE)
-    if kind == "lora":
+    if kind in ("lora", "qlora"):
         model.requires_grad_(False)
         add_lora(model, LoraSettings(rank=4), seed=0)
+    if kind == "qlora":
+        quantize(model.language_model, "4bit", lambda _: torch.device("cpu"))
     model.vision_tower.requires_grad_(False)
     batch, mode = pack(model), FakeTensorMode()
 
@@ -111,7 +114,11 @@ def fake_pass(kind: Kind, device: str, family: str = "llama") -> Iterator[tuple[
                 module._parameters[name] = torch.nn.Parameter(made, requires_grad=old.requires_grad)
         for name, buffer in module._buffers.items():
             module._buffers[name] = None if buffer is None else fake(buffer)
-    with mode, bf16_autocast(device, enabled=kind in ("plain", "lora")):
+        if isinstance(module, Nf4Linear):
+            for scales in (module.scales, module.scales.state2):
+                scales.absmax, scales.code = fake(scales.absmax), fake(scales.code)
+            module.scales.offset = fake(module.scales.offset)
+    with mode, bf16_autocast(device, enabled=kind in ("plain", "lora", "qlora")):
         yield model.train(), batch._each(fake)
 
 
@@ -136,7 +143,7 @@ def ampere(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("ampere")
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
-@pytest.mark.parametrize("kind", ["plain", "lora", "deepspeed"])
+@pytest.mark.parametrize("kind", ["plain", "lora", "qlora", "deepspeed"])
 def test_bf16_takes_one_varlen_call_a_layer(kind: Kind, family: str) -> None:
     """Regression: autocast left queries and keys in fp32 after the rotary embedding, so SDPA ran per document."""
     with fake_pass(kind, "cuda", family) as (model, batch), Operations() as seen:
@@ -168,7 +175,7 @@ def test_what_flash_attention_lacks_takes_sdpa(
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("kind", ["plain", "lora", "deepspeed"])
+@pytest.mark.parametrize("kind", ["plain", "lora", "qlora", "deepspeed"])
 def test_backward_of_the_varlen_branch(monkeypatch: pytest.MonkeyPatch, kind: Kind, checkpointing: bool) -> None:
     """No operation may read a value on the way: that raises here, and would wait for the GPU."""
     monkeypatch.setattr(attention, "varlen_obstacle", lambda *arguments: None)
