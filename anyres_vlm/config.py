@@ -197,6 +197,11 @@ class StageConfig(Frozen):
             )
         return self
 
+    @property
+    def is_quantized(self) -> bool:
+        """Whether adapters are trained on a language model with quantised layers."""
+        return self.lora is not None and self.lora.quantize is not None
+
 
 class CacheConfig(Frozen):
     """A cache on disk for the features of the frozen encoder. A plain path sets `folder`."""

@@ -25,7 +25,7 @@ from anyres_vlm.checkpoints.describe import describe_bases, timm_network
 from anyres_vlm.checkpoints.folders import base_file, read_json, resolve, unavailable
 from anyres_vlm.checkpoints.load_save import clean_generation_config, clean_padding, empty_model, load_pretrained
 from anyres_vlm.checkpoints.tokenizer import image_token_id, load_tokenizer
-from anyres_vlm.checkpoints.weights import dtype_of, has_tied_head, parameters_on_meta
+from anyres_vlm.checkpoints.weights import cast_parameters, has_tied_head, parameters_on_meta
 from anyres_vlm.config import CheckpointConfig, EncoderConfig, ModelConfig
 from anyres_vlm.errors import DataError
 from anyres_vlm.model.encoder import ClipEncoder, Encoder, TimmEncoder
@@ -63,8 +63,7 @@ def build_model(
             model = VisionLanguageModel(config, encoder, language_model, image_token_id(tokenizer))
     if read:  # transformers ties no head that its file has besides other embeddings, and leaves the configuration
         language_model.config.tie_word_embeddings = has_tied_head(model)
-    for name, parameter in model.named_parameters():
-        parameter.data = parameter.data.to(dtype_of(name, dtype, llm_dtype))
+    cast_parameters(model, dtype, llm_dtype)
     return model, tokenizer
 
 

@@ -32,7 +32,7 @@ from anyres_vlm.checkpoints.stock import pixel_statistics, stock_config, stock_o
 from anyres_vlm.checkpoints.weights import (
     HEAD,
     Renamings,
-    dtype_of,
+    cast_parameters,
     load_weights,
     parameters_on_meta,
     read_tensors,
@@ -84,8 +84,7 @@ def load_pretrained(
         load_weights(model, _stock_tensors(folder, described), folder, dtype, llm_dtype)
     else:
         model.language_model.tie_weights()
-        for name, parameter in model.named_parameters():
-            parameter.data = parameter.data.to(dtype_of(name, dtype, llm_dtype))
+        cast_parameters(model, dtype, llm_dtype)
     settings = model.language_model.generation_config.to_diff_dict()
     if (folder / "generation_config.json").exists():
         settings = read_json(folder / "generation_config.json")

@@ -113,6 +113,12 @@ def dtype_of(name: str, dtype: torch.dtype | None, llm_dtype: torch.dtype | None
     return llm_dtype if llm_dtype is not None and name.startswith("language_model.") else dtype
 
 
+def cast_parameters(model: VisionLanguageModel, dtype: torch.dtype | None, llm_dtype: torch.dtype | None) -> None:
+    """Cast all parameters as `dtype_of` says; buffers keep their dtype."""
+    for name, parameter in model.named_parameters():
+        parameter.data = parameter.data.to(dtype_of(name, dtype, llm_dtype))
+
+
 def load_weights(
     model: VisionLanguageModel,
     tensors: Iterable[tuple[str, Tensor]],
@@ -135,9 +141,8 @@ def load_weights(
             raise DataError(f"{folder}: {name} of shape {tuple(tensor.shape)}: {wanted}, as its config.json says")
         if not tensor.is_floating_point():
             raise DataError(f"{folder}: {name} holds {tensor.dtype}, expected floating-point numbers")
-        found[name] = tensor.to(
-            dtype_of(name, dtype, llm_dtype) or tensor.dtype, copy=True
-        )  # a view would keep the whole file in memory
+        wanted_dtype = dtype_of(name, dtype, llm_dtype) or tensor.dtype
+        found[name] = tensor.to(wanted_dtype, copy=True)  # a view would keep the whole file in memory
     config, embeddings = model.language_model.config, model.language_model.get_input_embeddings().weight
     if config.tie_word_embeddings and HEAD in found:
         name = next(name for name, parameter in model.named_parameters() if parameter is embeddings)

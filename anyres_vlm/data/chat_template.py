@@ -201,7 +201,7 @@ def read_own(tokenizer: PreTrainedTokenizerFast) -> OwnTemplate:
     read = _pieces(rendered, marked, tokenizer)
     for count, text in enumerate(rendered, start=1):
         if read.render(marked[:count], count % 2 == 1)[0] != text:
-            raise _unfit("this llm's chat template writes a turn differently as the dialogue goes on")
+            raise _unfit("this llm's chat template writes a turn differently once more turns follow")
     if format.parts:
         format, read = _with_images(tokenizer, format, read)
     if read.end:

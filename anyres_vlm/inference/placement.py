@@ -1,4 +1,4 @@
-"""Where the weights of inference go: on one device, or split over all GPUs; as loaded, or in 4 or 8 bits."""
+"""Placement of a model for inference: on one device or split over all GPUs, as loaded or in 4 or 8 bits."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ PACKED_DTYPES = {"4bit": CustomDtype.INT4, "8bit": torch.int8, None: None}
 
 
 def place_model(model: VisionLanguageModel, device: torch.device, load: Load | None, devices: Devices | None) -> None:
-    """Move a model to a device; with `devices: auto` its decoder layers to all GPUs, the first has the other parts.
+    """Move a model to a device, or its decoder layers to all GPUs and the rest to the first if `devices` is `auto`.
 
-    With `load`, the linear layers of the decoder are quantised where they go. Raises `UsageError` for a model that does
-    not fit the GPUs.
+    With `load`, the linear layers of the decoder are quantised on their devices. Raises `UsageError` for a model that
+    does not fit the GPUs.
     """
     model.eval().requires_grad_(False)
     device_map: DeviceMap = {}
@@ -55,10 +55,10 @@ def plan_devices(model: VisionLanguageModel, memory: Mapping[int, int], load: Lo
     does not fit.
     """
     decoder, first = model.language_model.base_model, min(memory)
-    beside = sum(part.nbytes for name, part in model.named_parameters() if not name.startswith("language_model."))
+    others = sum(part.nbytes for name, part in model.named_parameters() if not name.startswith("language_model."))
     head = model.language_model.get_output_embeddings().weight
     room = {number: int(free * (1 - KEPT_FREE)) for number, free in memory.items()}
-    room[first] = max(room[first] - beside - head.nbytes, 0)
+    room[first] = max(room[first] - others - head.nbytes, 0)
     device_map: DeviceMap = infer_auto_device_map(
         decoder,
         max_memory=room,

@@ -28,7 +28,7 @@ def require_kernels(kernels: Kernels, *, zero_stage: int = 0) -> None:
         raise UsageError("kernels=liger needs a CUDA device: set kernels: none")
     if kernels == "compile" and zero_stage == 3:
         raise UsageError(
-            "kernels=compile does not go with ZeRO-3, which replaces the weights of a layer around each call: use "
+            "kernels=compile does not work with ZeRO-3, which replaces the weights of a layer around each call: use "
             "zero2, kernels: liger or kernels: none"
         )
 

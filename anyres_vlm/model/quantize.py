@@ -1,7 +1,7 @@
 """Linear layers of the language model held in 4 or 8 bits by bitsandbytes: for QLoRA, and for inference.
 
-Word embeddings, norms and the head stay as they are, and so do adapters. bitsandbytes is the optional extra `quantize`,
-imported where a layer is quantised.
+Word embeddings, norms, the head and adapters are not quantised. bitsandbytes is the optional extra `quantize`, imported
+when a layer is quantised.
 """
 
 from __future__ import annotations
@@ -15,18 +15,19 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from anyres_vlm.errors import UsageError
+from anyres_vlm.model.attention import compute_dtype
 
 Load = Literal["4bit", "8bit"]
 
 
 def require_bitsandbytes(what: str) -> None:
-    """Raise `UsageError` where bitsandbytes is not installed; `what` is the setting that needs it."""
+    """Raise `UsageError` if bitsandbytes is not installed; `what` is the setting that needs it."""
     if find_spec("bitsandbytes") is None:
         raise UsageError(f"{what} needs bitsandbytes: pip install 'anyres-vlm[quantize]'")
 
 
 class Nf4Linear(nn.Module):
-    """A frozen linear layer in NF4 with doubly quantised scales (QLoRA, arXiv:2305.14314): 4.13 bits a weight.
+    """A frozen linear layer in NF4 with doubly quantised scales (QLoRA, arXiv:2305.14314): 4.13 bits per weight.
 
     It computes in autocast's dtype, or else in its input's. In a state dict it is a plain layer: the weight is unpacked
     to the dtype that it was packed from, on the CPU.
@@ -47,8 +48,7 @@ class Nf4Linear(nn.Module):
         """(..., in_features) -> (..., out_features)."""
         from bitsandbytes import matmul_4bit
 
-        device = inputs.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else inputs.dtype
+        dtype = compute_dtype(inputs)
         bias = None if self.bias is None else self.bias.to(dtype)
         out: Tensor = matmul_4bit(inputs.to(dtype), self.weight.t(), quant_state=self.scales, bias=bias)
         return out

@@ -70,13 +70,16 @@ class Answers:
         Raises `UsageError` if no form of it fits. A checkpoint that is not on this machine is taken for a 7B model.
         """
         config = _replace_model(self.recipe(), self.checkpoint, self.grid)
+        length = max_length(Grid.parse(self.grid))
         for stage in STAGES:
             settings = config.stage(stage)
-            length = max_length(Grid.parse(self.grid))
-            batch_size = fitting_batch(settings.batch_size, records)
-            change = {"batch_size": batch_size, "packs_per_step": None, "max_length": length}
-            if self.model == TINY or self.gpus == 0:
-                change |= {"capacity": length, "deepspeed": None}
+            change = {
+                "batch_size": fitting_batch(settings.batch_size, records),
+                "max_length": length,
+                "capacity": length,
+                "packs_per_step": None,
+                "deepspeed": None,
+            }
             config = config.model_copy(update={stage: settings.model_copy(update=change)})
         if self.model == TINY or self.gpus == 0:
             return config

@@ -13,6 +13,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from anyres_vlm.config import STAGES, RunConfig, StageConfig, StageName
 from anyres_vlm.model.lora import is_adapter
+from anyres_vlm.model.quantize import decoder_matrices, quantize
 from anyres_vlm.model.vlm import VisionLanguageModel
 
 ADAPTER_PARTS = ("multi_modal_projector", "image_newline")
@@ -85,6 +86,33 @@ def frozen_matrices(model: nn.Module) -> Iterator[nn.Parameter]:
             weight = module.weight
             if isinstance(weight, nn.Parameter) and not weight.requires_grad and id(weight) not in embeddings:
                 yield weight
+
+
+def shrink_frozen(
+    model: VisionLanguageModel,
+    config: RunConfig,
+    stage: StageName,
+    dtype: torch.dtype,
+    device: torch.device | None,
+    *,
+    is_split: bool,
+) -> None:
+    """Hold frozen weights in as few bytes as their use allows; the rest of a quantised language model gets `dtype`.
+
+    Layers that the stage quantises are packed from bf16 on the device, unless that is None. Outside DeepSpeed, frozen
+    matrices of a run in bf16 are held in bf16.
+    """
+    language_model = model.language_model
+    if config.stage(stage).is_quantized and device is not None:
+        for _, layer in decoder_matrices(language_model):
+            layer.weight.data = layer.weight.data.to(torch.bfloat16)
+        quantize(language_model, "4bit", lambda _: device)
+        for parameter in language_model.parameters():
+            if parameter.is_floating_point():
+                parameter.data = parameter.data.to(dtype)
+    if config.precision == "bf16" and not is_split:
+        for weight in frozen_matrices(model):
+            weight.data = weight.data.to(torch.bfloat16)
 
 
 def build_optimizer(model: nn.Module, rates: Mapping[str, float], weight_decay: float) -> AdamW:

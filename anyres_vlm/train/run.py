@@ -44,8 +44,8 @@ def train(config: RunConfig, options: RunOptions, progress: Progress) -> bool:
     """
     require_trackers(config.trackers)
     require_kernels(config.kernels)
-    if config.stage2.lora is not None and config.stage2.lora.quantize is not None and "stage2" in options.stages:
-        require_bitsandbytes(f"stage2.lora.quantize={config.stage2.lora.quantize}")
+    if config.stage2.is_quantized and "stage2" in options.stages:
+        require_bitsandbytes("stage2.lora.quantize=nf4")
     minutes = config.rank_timeout_minutes
     with telling_lost_ranks(minutes), closing(Engine.start(config.precision, minutes)) as engine:
         require_shared(engine, options.output)

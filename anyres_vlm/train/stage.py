@@ -28,7 +28,6 @@ from anyres_vlm.errors import DataError, Interrupted, UsageError
 from anyres_vlm.model.features import FeatureCache
 from anyres_vlm.model.kernels import apply_kernels
 from anyres_vlm.model.lora import add_lora, merged_weights, save_adapter
-from anyres_vlm.model.quantize import quantize
 from anyres_vlm.model.vlm import VisionLanguageModel
 from anyres_vlm.schema import Batch
 from anyres_vlm.train import checkpoint
@@ -51,9 +50,9 @@ from anyres_vlm.train.recipe import (
     build_optimizer,
     build_schedule,
     freeze,
-    frozen_matrices,
     recipe_warnings,
     recompute_activations,
+    shrink_frozen,
     trained_rates,
 )
 from anyres_vlm.train.report import stage_sections
@@ -174,10 +173,10 @@ def build(
     Weights are read to the CPU, and quantised on the `device`; without one, parameters are on the meta device.
     """
     settings, rates = config.stage(name), trained_rates(config, name)
-    read, is_quantized = device is not None, settings.lora is not None and settings.lora.quantize is not None
+    read = device is not None
     # DeepSpeed takes its fp32 masters from cast weights anyway: reading them in bf16 halves the memory of the host.
     dtype = torch.bfloat16 if is_split and config.precision == "bf16" else torch.float32
-    llm_dtype = torch.bfloat16 if is_quantized else dtype
+    llm_dtype = torch.bfloat16 if settings.is_quantized else dtype
     model, tokenizer = build_model(config.model, config.seed, dtype, llm_dtype=llm_dtype, read=read)
     if read and name == "stage2" and needs_stage_1(config, options):
         load_parts(model, model_folder(options.output, "stage1"), ADAPTER_PARTS)
@@ -190,14 +189,7 @@ def build(
     apply_kernels(model.language_model, config.kernels)
     recompute_activations(model, settings.activation_checkpointing, rates)
     freeze(model, rates)
-    if is_quantized and device is not None:
-        quantize(model.language_model, "4bit", lambda _: device)
-        for parameter in model.language_model.parameters():
-            if parameter.is_floating_point():
-                parameter.data = parameter.data.to(dtype)
-    if config.precision == "bf16" and not is_split:
-        for weight in frozen_matrices(model):
-            weight.data = weight.data.to(torch.bfloat16)
+    shrink_frozen(model, config, name, dtype, device, is_split=is_split)
     return model, tokenizer
 
 
@@ -215,8 +207,7 @@ def load_model(
     The outline has no tied head if rank 0 found that the weights hold another. With `lora.quantize` every rank reads,
     because the scales of packed weights are not broadcast.
     """
-    lora = config.stage(name).lora
-    if lora is not None and lora.quantize is not None:
+    if config.stage(name).is_quantized:
         return build(config, options, name, is_split=is_split, device=engine.device)[0]
     model = build(config, options, name, is_split=is_split, device=engine.device)[0] if engine.is_main else outline
     is_tied = engine.sum(torch.tensor(int(engine.is_main and has_tied_head(model)))).item() > 0
@@ -420,7 +411,7 @@ def finished_writer(stage: Stage) -> WriteModel:
         if (lora := stage.settings.lora) is not None:
             save_adapter(stage.model, weights, folder)
             weights = merged_weights(weights, lora)
-            if lora.quantize is not None:
+            if stage.settings.is_quantized:
                 weights = {name: tensor.to(torch.bfloat16) for name, tensor in weights.items()}
         chat_template = chat_jinja(stage.model.config.template, stage.tokenizer)
         save_pretrained(stage.model, weights, stage.tokenizer, chat_template, folder)

@@ -9,25 +9,19 @@ from pathlib import Path
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
+from killable import Killed, train_here
 from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlavaNextForConditionalGeneration
 
-from anyres_vlm.config import load_config, shipped_config
 from anyres_vlm.errors import UsageError
 from anyres_vlm.train.metrics import read_metrics
 from anyres_vlm.train.options import RunOptions
-from anyres_vlm.train.run import train
 
 # Two ranks add the same fp32 numbers in another order. Worst seen over these 3 steps: 1e-7.
 RANKS_ATOL = 2e-6
 LOGITS_ATOL = 2e-5  # merged against peft's; worst seen: 1e-6
 STEPS = 4
-
-
-class Killed(Exception):
-    """Raised in the middle of a run, where a kill would end it."""
 
 
 def settings(bases: Path, *more: str) -> list[str]:
@@ -45,14 +39,8 @@ def settings(bases: Path, *more: str) -> list[str]:
 
 
 def run(bases: Path, output: Path, *more: str, steps: int = STEPS, killed_after: int | None = None) -> None:
-    AcceleratorState._reset_state(reset_partial_state=True)
-
-    def progress(_stage: str, step: int, *_rest: object) -> None:
-        if step == killed_after:
-            raise Killed
-
     options = RunOptions(output, ("stage2",), max_steps=steps, skip_stage1=True)
-    train(load_config(shipped_config("tiny"), settings(bases, *more)), options, progress)
+    train_here(settings(bases, *more), options, killed_after)
 
 
 def weights(output: Path, name: str = "model/model.safetensors") -> dict[str, torch.Tensor]:

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+from killable import Killed, train_here
 from safetensors.torch import load_file
 from transformers import LlavaNextForConditionalGeneration
 
@@ -21,14 +21,9 @@ from anyres_vlm.model import quantize
 from anyres_vlm.model.quantize import Nf4Linear
 from anyres_vlm.train.metrics import read_metrics
 from anyres_vlm.train.options import RunOptions
-from anyres_vlm.train.run import train
 
 LOGITS_ATOL = 0.05  # of the merged model in bf16 against NF4 and adapters; worst seen: see the assertion's message
 RANKS_RTOL = 2e-2  # losses in bf16
-
-
-class Killed(Exception):
-    """Raised in the middle of a run, where a kill would end it."""
 
 
 def settings(bases: Path, *more: str) -> list[str]:
@@ -46,14 +41,8 @@ def settings(bases: Path, *more: str) -> list[str]:
 
 
 def run(bases: Path, output: Path, *more: str, steps: int = 4, killed_after: int | None = None) -> None:
-    AcceleratorState._reset_state(reset_partial_state=True)
-
-    def progress(_stage: str, step: int, *_rest: object) -> None:
-        if step == killed_after:
-            raise Killed
-
     options = RunOptions(output, ("stage2",), max_steps=steps, skip_stage1=True)
-    train(load_config(shipped_config("tiny"), settings(bases, *more)), options, progress)
+    train_here(settings(bases, *more), options, killed_after)
 
 
 def losses(output: Path) -> list[float]:
@@ -143,7 +132,7 @@ def test_packed_layers_hold_4_bits_and_follow_their_device(tiny_bases: Path) -> 
 
 
 def test_zero_3_and_a_missing_library_are_refused(tiny_bases: Path, tmp_path: Path, monkeypatch) -> None:
-    with pytest.raises(UsageError, match=r"lora\.quantize does not go with ZeRO-3.*use zero2"):
+    with pytest.raises(UsageError, match=r"lora\.quantize does not work with ZeRO-3.*use zero2"):
         run(tiny_bases, tmp_path / "zero3", "stage2.deepspeed=zero3")
     monkeypatch.setattr(quantize, "find_spec", lambda name: None)
     words = r"stage2\.lora\.quantize=nf4 needs bitsandbytes: pip install 'anyres-vlm\[quantize\]'"

@@ -131,7 +131,7 @@ def test_every_config_with_a_model_is_tried() -> None:
 def test_what_only_the_training_shows(
     tmp_path: Path, data: Path, capsys: pytest.CaptureFixture[str], much_disk: None
 ) -> None:
-    """A feature cache does not go with ZeRO-3; the base's sliding window is shorter than the longest sample."""
+    """A feature cache does not work with ZeRO-3; the base's sliding window is shorter than the longest sample."""
     cached = (f"cache_features={json.dumps({'folder': str(tmp_path / 'features')})}", "stage2.vision_lr=null")
     assert rehearse("llava_next_vicuna_7b", tmp_path / "one", "tiny", "--data", data, settings=cached) == 1
     assert "would stop the run: train: " in (out := capsys.readouterr().out)

@@ -10,11 +10,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
+from killable import Killed, train_here
 from safetensors.torch import load_file, save_file
 
 from anyres_vlm.checkpoints.load_save import load_pretrained
-from anyres_vlm.config import load_config, shipped_config
 from anyres_vlm.errors import DataError, UsageError
 from anyres_vlm.synthetic.dataset import write_dataset
 from anyres_vlm.train import checkpoint
@@ -23,17 +22,11 @@ from anyres_vlm.train.engine.plain import PlainBackend
 from anyres_vlm.train.metrics import read_metrics
 from anyres_vlm.train.options import RunOptions
 from anyres_vlm.train.recipe import rate_factor
-from anyres_vlm.train.run import train
-
-
-class Killed(Exception):
-    """Raised in the middle of a run, where a kill would end it."""
 
 
 def run(
     bases: Path, output: Path, *more: str, stages: Sequence[str] = ("stage1",), steps: int | None = None, killed=None
 ) -> None:
-    AcceleratorState._reset_state(reset_partial_state=True)
     settings = [
         f"model.llm={bases}/llm",
         f"model.encoder.name={bases}/vit",
@@ -47,12 +40,7 @@ def run(
         "save_every=100",
         *more,
     ]
-
-    def progress(_stage: str, step: int, *_rest: object) -> None:
-        if step == killed:
-            raise Killed
-
-    train(load_config(shipped_config("tiny"), settings), RunOptions(output, tuple(stages), max_steps=steps), progress)
+    train_here(settings, RunOptions(output, tuple(stages), max_steps=steps), killed)
 
 
 def rows(output: Path, stage: str = "stage1") -> list[dict[str, float]]:

@@ -85,8 +85,7 @@ def _way(stage: StageMemory, sharding: Sharding, recomputes: bool, usable: float
     alone = stage.without_packs(sharding)
     if sharding.stage == 3 and stage.config.cache_features is not None:
         return Way(sharding, recomputes, alone.peak, None, None, "cache_features does not work with ZeRO-3")
-    lora = stage.config.stage(stage.stage).lora
-    if sharding.stage == 3 and lora is not None and lora.quantize is not None:
+    if sharding.stage == 3 and stage.config.stage(stage.stage).is_quantized:
         return Way(sharding, recomputes, alone.peak, None, None, "lora.quantize does not work with ZeRO-3")
     if alone.peak > usable:
         reason = f"weights, gradients and optimizer alone take {alone.peak / GB:.1f} GB"

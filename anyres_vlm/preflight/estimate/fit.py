@@ -49,10 +49,8 @@ class Fitter:
         """
         lowest = float("inf")
         for number, settings in enumerate(variants(stage, self.config.stage(stage))):
-            memory = self._stage_memory(stage, number, settings)
-            memory.ranks = machines.gpus
-            is_quantized = settings.lora is not None and settings.lora.quantize is not None
-            presets = (None,) if machines.gpus == 1 or is_quantized else ("zero2", "zero3")
+            memory = self._stage_memory(stage, number, settings).on_ranks(machines.gpus)
+            presets = (None,) if machines.gpus == 1 or settings.is_quantized else ("zero2", "zero3")
             for capacity, packs in capacities(memory.samples, settings, machines.gpus):
                 for preset in presets:
                     peak = _peak(memory, preset, capacity, machines.usable)
@@ -71,9 +69,7 @@ class Fitter:
             settings = settings.model_copy(update={"capacity": CAPACITIES[0]})
             config = self.config.model_copy(update={stage: settings})
             samples = assumed_samples(ASSUMED[stage], describe_bases(config.model).tiling)
-            memory = StageMemory(config, stage, samples, ranks=1)
-            memory.sizes = memory.sizes[:2]  # no capacity above the first is tried
-            self._memory[stage, number] = memory
+            self._memory[stage, number] = StageMemory(config, stage, samples, ranks=1, largest=CAPACITIES[0])
         return self._memory[stage, number]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -238,19 +239,27 @@ DENSEST = 0.99  # quantile of tiles and supervised tokens per token; packs of ma
 
 
 class StageMemory:
-    """Memory of a stage for any capacity between the longest sample and `LARGEST`, from traces of a few packs.
+    """Memory of a stage for any capacity between the longest sample and `largest`, from traces of a few packs.
 
     Other sizes are interpolated linearly. This overestimates: the peak is a maximum of phases that grow linearly.
     """
 
-    def __init__(self, config: RunConfig, stage: StageName, samples: StageSamples, ranks: int) -> None:
+    def __init__(
+        self, config: RunConfig, stage: StageName, samples: StageSamples, ranks: int, largest: int = LARGEST
+    ) -> None:
         self.config, self.stage, self.samples, self.ranks = config, stage, samples, ranks
         self.longest = int(samples.tokens.max())
         self.capacity = max(config.stage(stage).capacity, self.longest)
-        self.sizes = sorted({self.longest, self.capacity, max(LARGEST, self.capacity)})
+        self.sizes = sorted({self.longest, self.capacity, max(largest, self.capacity)})
         self._traces: dict[tuple[Numbers, bool], list[StepBytes]] = {}
         with torch.device("meta"):
             self.model = stage_skeleton(config, stage)
+
+    def on_ranks(self, ranks: int) -> StageMemory:
+        """Return the memory on another number of ranks; the traces are shared."""
+        other = copy(self)
+        other.ranks = ranks
+        return other
 
     def pack(self, tokens: int) -> PackSize:
         """Return a full pack of samples with many tiles and labels."""
@@ -261,9 +270,8 @@ class StageMemory:
 
     def count(self, sharding: Sharding) -> Parameters:
         """Count the stage's parameters."""
-        lora = self.config.stage(self.stage).lora
-        is_packed = lora is not None and lora.quantize is not None
-        packed = decoder_matrices(self.model.language_model) if is_packed else ()
+        is_quantized = self.config.stage(self.stage).is_quantized
+        packed = decoder_matrices(self.model.language_model) if is_quantized else ()
         return count_parameters(self.model, sharding, (layer.weight for _, layer in packed))
 
     def at(self, sharding: Sharding, recomputes: bool, tokens: int) -> RankMemory:

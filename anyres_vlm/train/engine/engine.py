@@ -126,13 +126,12 @@ class Engine:
         require_kernels(config.kernels, zero_stage=settings.zero_stage)
         if settings.zero_stage == 3 and config.cache_features is not None:
             raise UsageError(
-                "cache_features does not go with ZeRO-3, where an encoder runs on all ranks or on none: use zero2, or "
-                "leave the cache out"
+                "cache_features does not work with ZeRO-3, where an encoder runs on all ranks or on none: use zero2, "
+                "or leave the cache out"
             )
-        lora = config.stage(stage).lora
-        if settings.zero_stage == 3 and lora is not None and lora.quantize is not None:
+        if settings.zero_stage == 3 and config.stage(stage).is_quantized:
             raise UsageError(
-                "lora.quantize does not go with ZeRO-3, which would split packed weights but not their scales: use "
+                "lora.quantize does not work with ZeRO-3, which would split packed weights but not their scales: use "
                 "zero2, or leave deepspeed out"
             )
         try:

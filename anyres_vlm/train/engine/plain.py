@@ -69,7 +69,7 @@ class PlainBackend:
         norm = float(self._accelerator.clip_grad_norm_(self._model.parameters(), self._max_grad_norm))
         if math.isfinite(norm):
             self._optimizer.step()
-        # The gradients are views of DDP's buckets: released, they would be allocated again beside the buckets.
+        # Gradients are views of DDP's buckets. If they were set to None, the next step would allocate a second copy.
         self._optimizer.zero_grad(set_to_none=self._accelerator.num_processes == 1)
         return norm
 

@@ -309,7 +309,7 @@ def test_labels_are_the_generation_blocks_of_the_template() -> None:
         ("{% for m in messages if m.content is not string %}{{ m.content }}</s>{% endfor %}", "leaves out or repeats"),
         ("{{ raise_exception('a system turn comes first') }}", "cannot write it: a system turn comes first"),
         ("{{ strftime_now('%d') }}" + CHATML, "writes today's date"),
-        ("{{ messages | length // 6 }}" + CHATML, "writes a turn differently as the dialogue goes on"),
+        ("{{ messages | length // 6 }}" + CHATML, "writes a turn differently once more turns follow"),
         (CHATML.replace("{{ '<|im_start|>assistant\\n' }}", "{{ 'Answer:' }}"), "generation prompt is not what"),
         (
             CHATML + "{% if not add_generation_prompt %}{{ eos_token }}{% endif %}",

@@ -25,7 +25,7 @@ def test_what_cannot_run_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     for kernels in ("none", "compile"):
         require_kernels(kernels)
     require_kernels("compile", zero_stage=2)
-    with pytest.raises(UsageError, match="kernels=compile does not go with ZeRO-3"):
+    with pytest.raises(UsageError, match="kernels=compile does not work with ZeRO-3"):
         require_kernels("compile", zero_stage=3)
     monkeypatch.setattr("anyres_vlm.model.kernels.find_spec", lambda name: None)
     with pytest.raises(UsageError, match=r"pip install 'anyres-vlm\[liger\]'"):
